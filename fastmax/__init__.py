@@ -1,0 +1,6 @@
+"""Softmax with temperature, and its limits at temperature 0 and infinity."""
+
+from fastmax._api import entropy, log_softmax, logsumexp, softmax
+
+__all__ = ["entropy", "log_softmax", "logsumexp", "softmax"]
+__version__ = "0.1.0"

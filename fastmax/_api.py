@@ -1,0 +1,518 @@
+"""Public functions: arguments are checked here, and the kernels that suit them chosen."""
+
+import math
+import operator
+from collections import namedtuple
+
+import numpy as np
+from numpy.lib.array_utils import normalize_axis_tuple
+
+from fastmax import _cpu, _gufunc, _slice
+
+_FLOAT32 = np.dtype(np.float32)
+_FLOAT64 = np.dtype(np.float64)
+
+# Entries up to which a vector goes straight to its kernel.
+_SMALL = 4096
+
+# elementwise: whether the result has the shape of x, else one value per slice; absent: the value of an
+# entry where `where` is False, or of a slice of which nothing is left.
+Operation = namedtuple("Operation", "scheduled gufunc elementwise absent")
+_SOFTMAX = Operation(_cpu.softmax, _gufunc.softmax, True, 0.0)
+_LOG_SOFTMAX = Operation(_cpu.log_softmax, _gufunc.log_softmax, True, -math.inf)
+_LOGSUMEXP = Operation(_cpu.logsumexp, _gufunc.logsumexp, False, -math.inf)
+_ENTROPY = Operation(_cpu.entropy, _gufunc.entropy, False, 0.0)
+
+
+def softmax(x, /, temperature=1.0, *, axis=0, where=None, out=None):
+    r"""Softmax with temperature.
+
+    .. math:: \sigma_T(x)_i = \frac{\exp(x_i / T)}{\sum_j \exp(x_j / T)}
+
+    with its limits at both ends: at T = 0 the mass is split evenly among the entries equal to the maximum,
+    at T = inf evenly among all entries.
+
+    Parameters
+    ----------
+    x : array_like
+        Real values of any shape: float16, bfloat16 (``ml_dtypes``), float32, float64, or bool and integers,
+        which are taken as float64. In the unit of the temperature.
+    temperature : array_like, optional
+        Real values in [0, inf], in the unit of `x`: one for all slices, or an array that broadcasts against
+        the shape of `x` with `axis` removed, as in a generalised ufunc ``(n),()->(n)``. It is used in
+        float64 and leaves the dtype of the result alone.
+    axis : int, tuple of int, or None, optional
+        Axis or axes whose entries form a slice, that is, sum to 1; None stands for all of them.
+    where : array_like of bool, optional
+        Entries to take into account, broadcast to the shape of `x`; the others count as absent.
+    out : ndarray, optional
+        Array for the result, of its shape and dtype. It may be `x` itself.
+
+    Returns
+    -------
+    ndarray or scalar
+        Probabilities in the dtype of `x` (float64 for bool and integers). The shape is that of `x`,
+        broadcast with the temperature.
+
+    Raises
+    ------
+    TypeError
+        If `x` is complex, longdouble, object or a string, or a masked array (use `where`).
+    ValueError
+        If a temperature is negative or NaN, or a shape does not fit, or `out` overlaps `x` in part.
+    numpy.exceptions.AxisError
+        If `axis` is out of bounds.
+
+    Notes
+    -----
+    The error is at most 2 ulp in float32 and float64, for every length, temperature and offset of `x`;
+    float16 and bfloat16 are computed in float32 and rounded once. A slice has the same bits whatever the
+    number of threads and whatever stands beside it.
+
+    An entry -inf has the mass 0 at every temperature. Entries +inf share the mass evenly. A slice that has a
+    NaN in it, or that is -inf throughout, is NaN. Entries where `where` is False are 0.
+
+    The sum and the terms are computed as in [1]_, without subtracting the maximum, and with compensated
+    summation as in [2]_.
+
+    References
+    ----------
+    .. [1] M. Dukhan, A. Ablavatski, "Two-pass softmax algorithm", IPDPSW 2020,
+       :doi:`10.1109/IPDPSW50202.2020.00074`.
+    .. [2] T. Ogita, S. M. Rump, S. Oishi, "Accurate sum and dot product", SIAM J. Sci. Comput. 26 (2005),
+       :doi:`10.1137/030601818`.
+
+    Examples
+    --------
+    >>> from fastmax import softmax
+    >>> softmax([1, 2, 3])
+    array([0.09003057, 0.24472847, 0.66524096])
+    >>> softmax([1, 3, 3], temperature=0)
+    array([0. , 0.5, 0.5])
+
+    A sweep of temperatures, one row each:
+
+    >>> softmax([1, 2, 3], [0, 0.5, float("inf")], axis=-1)
+    array([[0.        , 0.        , 1.        ],
+           [0.01587624, 0.11731043, 0.86681333],
+           [0.33333333, 0.33333333, 0.33333333]])
+    """
+    if where is None and out is None and _is_small_vector(x, temperature, axis):
+        result = np.empty_like(x)
+        _slice.softmax(x, temperature, result)
+        return result
+    return _evaluate(_SOFTMAX, x, temperature, axis, where, out)
+
+
+def log_softmax(x, /, temperature=1.0, *, axis=0, where=None, out=None):
+    r"""Logarithm of the softmax with temperature.
+
+    .. math:: \log \sigma_T(x)_i = \frac{x_i - \max x}{T} - \log \sum_j \exp \frac{x_j - \max x}{T}
+
+    Parameters
+    ----------
+    x : array_like
+        Real values of any shape and of the dtypes that `softmax` takes.
+    temperature : array_like, optional
+        Real values in [0, inf]: one for all slices, or an array that broadcasts against the shape of `x`
+        with `axis` removed.
+    axis : int, tuple of int, or None, optional
+        Axis or axes whose entries form a slice; None stands for all of them.
+    where : array_like of bool, optional
+        Entries to take into account, broadcast to the shape of `x`; the others count as absent.
+    out : ndarray, optional
+        Array for the result, of its shape and dtype. It may be `x` itself.
+
+    Returns
+    -------
+    ndarray or scalar
+        Natural logarithms of the probabilities, in the dtype of `x` (float64 for bool and integers).
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        As `softmax` does.
+
+    Notes
+    -----
+    The error is at most 4 ulp in float32 and float64. At T = 0 the entries below the maximum are -inf, and
+    the others minus the logarithm of their number. An entry -inf stays -inf. Slices with NaN, or that are
+    -inf throughout, are NaN. Entries where `where` is False are -inf.
+
+    Examples
+    --------
+    >>> from fastmax import log_softmax
+    >>> log_softmax([0.0, -100.0])
+    array([-3.72007598e-44, -1.00000000e+02])
+    >>> log_softmax([1, 3, 3], temperature=0)
+    array([       -inf, -0.69314718, -0.69314718])
+    """
+    if where is None and out is None and _is_small_vector(x, temperature, axis):
+        result = np.empty_like(x)
+        _slice.log_softmax(x, temperature, result)
+        return result
+    return _evaluate(_LOG_SOFTMAX, x, temperature, axis, where, out)
+
+
+def logsumexp(x, /, temperature=1.0, *, axis=0, where=None, keepdims=False, out=None):
+    r"""Logarithm of a sum of exponentials with temperature, a smooth maximum.
+
+    .. math:: T \log \sum_j \exp(x_j / T)
+
+    Parameters
+    ----------
+    x : array_like
+        Real values of any shape and of the dtypes that `softmax` takes.
+    temperature : array_like, optional
+        Real values in [0, inf]: one for all slices, or an array that broadcasts against the shape of `x`
+        with `axis` removed.
+    axis : int, tuple of int, or None, optional
+        Axis or axes whose entries form a slice; None stands for all of them.
+    where : array_like of bool, optional
+        Entries to take into account, broadcast to the shape of `x`; the others count as absent.
+    keepdims : bool, optional
+        Whether the reduced axes stay, with size 1.
+    out : ndarray, optional
+        Array for the result, of its shape and dtype.
+
+    Returns
+    -------
+    ndarray or scalar
+        One value per slice, in the unit and dtype of `x` (float64 for bool and integers).
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        As `softmax` does.
+
+    Notes
+    -----
+    The error is at most 4 ulp of the largest of abs(max(x)), abs(T log(sum)) and the result. The value at
+    T = 0 is the maximum; at T = inf it is +inf, or the entry itself if only one is not -inf. With an entry
+    +inf it is +inf, with NaN it is NaN, with nothing but -inf, or with nothing at all, it is -inf.
+
+    Examples
+    --------
+    >>> from fastmax import logsumexp
+    >>> logsumexp([1000.0, 1000.0])
+    np.float64(1000.6931471805599)
+    >>> logsumexp([[1, 2], [3, 4]], [0.0, 1.0], axis=1)
+    array([2.        , 4.31326169])
+    """
+    return _evaluate(_LOGSUMEXP, x, temperature, axis, where, out, keepdims)
+
+
+def entropy(x, /, temperature=1.0, *, axis=0, where=None, keepdims=False, out=None):
+    r"""Entropy of the softmax with temperature, in nats.
+
+    .. math:: H = -\sum_i \sigma_T(x)_i \log \sigma_T(x)_i
+
+    Parameters
+    ----------
+    x : array_like
+        Real values of any shape and of the dtypes that `softmax` takes.
+    temperature : array_like, optional
+        Real values in [0, inf]: one for all slices, or an array that broadcasts against the shape of `x`
+        with `axis` removed.
+    axis : int, tuple of int, or None, optional
+        Axis or axes whose entries form a slice; None stands for all of them.
+    where : array_like of bool, optional
+        Entries to take into account, broadcast to the shape of `x`; the others count as absent.
+    keepdims : bool, optional
+        Whether the reduced axes stay, with size 1.
+    out : ndarray, optional
+        Array for the result, of its shape and dtype.
+
+    Returns
+    -------
+    ndarray or scalar
+        One value in [0, log(k)] per slice of k entries, in the dtype of `x` (float64 for bool and integers).
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        As `softmax` does.
+
+    Notes
+    -----
+    The error is at most 1e-14 (float64) or 1e-6 (float32) of log(k). The value at T = 0 is the logarithm of
+    the number of entries equal to the maximum, at T = inf of those that are not -inf. With NaN, or with
+    nothing but -inf, it is NaN; with no entry at all it is 0.
+
+    Examples
+    --------
+    >>> from fastmax import entropy
+    >>> entropy([1, 3, 3], [0.0, 1.0, float("inf")])
+    array([0.69314718, 0.89152998, 1.09861229])
+    """
+    return _evaluate(_ENTROPY, x, temperature, axis, where, out, keepdims)
+
+
+def _is_small_vector(x, temperature, axis):
+    """Whether the arguments need no checks: a plain 1-d array and a float temperature."""
+    return (
+        type(x) is np.ndarray
+        and (x.dtype is _FLOAT64 or x.dtype is _FLOAT32)
+        and x.ndim == 1
+        and 0 < x.size <= _SMALL
+        and type(axis) is int
+        and -1 <= axis <= 0
+        and type(temperature) is float
+        and temperature >= 0.0
+        and x.flags.carray
+    )
+
+
+def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
+    """Check the arguments, run the operation, and give the result its shape and dtype."""
+    x, result_dtype = _as_floats(x)
+    temperature = _as_temperature(temperature)
+    given, axes = _as_axes(axis, x.ndim)
+    batch = _batch_shape(x, temperature, axes)
+    places = _places(given, axes, len(batch) + len(axes))
+    if operation.elementwise:
+        shape = _with_axes(batch, places, [x.shape[i] for i in axes])
+    elif keepdims:
+        shape = _with_axes(batch, places, [1] * len(axes))
+    else:
+        shape = batch
+    if out is not None:
+        _check_out(out, shape, result_dtype, x)
+        if np.may_share_memory(out, temperature):
+            temperature = temperature.copy()
+    absent = None
+    if where is not None:
+        absent = ~_as_mask(where, x.shape)
+        x = np.where(absent, x.dtype.type(-math.inf), x)
+
+    if x.size == 0 or 0 in shape:
+        result = np.full(shape, operation.absent, x.dtype)
+    elif operation.elementwise:
+        result = out if out is not None and out.dtype == x.dtype else None
+        result = _transform(operation, x, temperature, axes, places, shape, result)
+        if absent is not None:
+            last = range(-len(axes), 0)
+            entries = np.moveaxis(result, places, last)
+            np.copyto(entries, operation.absent, where=np.moveaxis(absent, axes, last))
+    else:
+        values = _reduce(operation, x, temperature, axes, batch)
+        if absent is not None:
+            np.copyto(values, operation.absent, where=absent.all(axis=axes))
+        result = values.reshape(shape)
+
+    if out is None:
+        with np.errstate(over="ignore"):  # a logarithm below the range of float16 is -inf
+            return result.astype(result_dtype, copy=False)[()]
+    if result is not out:
+        with np.errstate(over="ignore"):
+            np.copyto(out, result, casting="same_kind")
+    return out
+
+
+# -- running --------------------------------------------------------------------------------------
+
+
+def _transform(operation, x, temperature, axes, places, shape, out):
+    """Result of the shape of x, or more if the temperature has more axes; in ``out`` unless it is None."""
+    if shape == x.shape:
+        order = _memory_order(x, axes)
+        if order is not None and (out is None or out.transpose(order).flags.c_contiguous):
+            if out is None:
+                out = np.empty_like(x)
+            blocks = _blocks(x.shape, axes, order)
+            operation.scheduled(
+                x.transpose(order).reshape(blocks),
+                _one_per_slice(temperature, x.shape, axes, order),
+                out.transpose(order).reshape(blocks),
+            )
+            return out
+    if out is None:
+        out = np.empty(shape, x.dtype)
+    last = range(-len(axes), 0)
+    slices = _slices_last(x, axes)
+    entries = np.moveaxis(out, places, last)
+    if len(axes) == 1:
+        operation.gufunc(slices, temperature, out=entries)
+    else:
+        entries[...] = operation.gufunc(slices, temperature).reshape(entries.shape)
+    return out
+
+
+def _reduce(operation, x, temperature, axes, batch):
+    """One value per slice, of the shape ``batch``."""
+    if batch == tuple(x.shape[i] for i in _kept(axes, range(x.ndim))):
+        order = _memory_order(x, axes)
+        if order is not None:
+            outer, n, inner = _blocks(x.shape, axes, order)
+            values = np.empty((outer, inner), x.dtype)
+            operation.scheduled(
+                x.transpose(order).reshape(outer, n, inner),
+                _one_per_slice(temperature, x.shape, axes, order),
+                values,
+            )
+            kept = _kept(axes, order)
+            values = values.reshape([x.shape[i] for i in kept])
+            return values.transpose(np.argsort(kept))
+    return np.asarray(operation.gufunc(_slices_last(x, axes), temperature))
+
+
+def _memory_order(x, axes):
+    """Axes in the order of memory, if x is contiguous in it and the reduced axes are neighbours."""
+    if not x.flags.aligned:
+        return None
+    order = sorted(range(x.ndim), key=lambda i: -abs(x.strides[i]))
+    if x.flags.c_contiguous:
+        order = list(range(x.ndim))
+    elif not x.transpose(order).flags.c_contiguous:
+        return None
+    positions = sorted(order.index(i) for i in axes)
+    if positions and positions[-1] - positions[0] >= len(positions):
+        return None
+    return order
+
+
+def _kept(axes, order):
+    """Axes that are not reduced, in the given order."""
+    return [i for i in order if i not in axes]
+
+
+def _blocks(shape, axes, order):
+    """Number of entries before, in and after the reduced axes, in the given order."""
+    if not axes:
+        return math.prod(shape), 1, 1
+    first = min(order.index(i) for i in axes)
+    sizes = [shape[i] for i in order]
+    stop = first + len(axes)
+    return math.prod(sizes[:first]), math.prod(sizes[first:stop]), math.prod(sizes[stop:])
+
+
+def _one_per_slice(temperature, shape, axes, order):
+    """One temperature, or one for each slice in the given order of axes."""
+    if temperature.size == 1:
+        return temperature.reshape(1)
+    kept = sorted(axes_kept := _kept(axes, order))
+    full = np.broadcast_to(temperature, [shape[i] for i in kept])
+    return full.transpose([kept.index(i) for i in axes_kept]).reshape(-1)
+
+
+def _slices_last(x, axes):
+    """View (a copy if need be) of x in which a slice lies along the last axis."""
+    moved = np.moveaxis(x, axes, range(-len(axes), 0))
+    return moved.reshape(*moved.shape[: x.ndim - len(axes)], -1)
+
+
+# -- arguments ------------------------------------------------------------------------------------
+
+
+def _as_floats(x):
+    """Return x in the dtype that its kernel takes (float32 or float64), and the dtype of the result."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(
+            "x must not be a masked array; pass x.data with where=~np.ma.getmaskarray(x)"
+        )
+    array = np.asarray(x)
+    dtype = array.dtype.newbyteorder("=")
+    if dtype in (_FLOAT32, _FLOAT64):
+        kernel_dtype = dtype
+    elif dtype == np.float16 or dtype.name == "bfloat16":
+        kernel_dtype = _FLOAT32
+    elif dtype.kind in "biu":
+        kernel_dtype = dtype = _FLOAT64
+    else:
+        raise TypeError(
+            "x must be float16, bfloat16, float32, float64, bool or integers, "
+            f"got dtype {array.dtype}"
+        )
+    return array.astype(kernel_dtype, copy=False), dtype
+
+
+def _as_temperature(temperature):
+    """Return the temperature as a float64 array in [0, inf]."""
+    if isinstance(temperature, np.ma.MaskedArray):
+        raise TypeError("temperature must not be a masked array")
+    array = np.asarray(temperature)
+    if array.dtype.kind in "cSUMmT":
+        raise TypeError(f"temperature must be real, got dtype {array.dtype}")
+    try:
+        array = array.astype(np.float64, copy=False)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"temperature must be real, got {temperature!r}") from error
+    invalid = ~(array >= 0.0)
+    if invalid.any():
+        raise ValueError(f"temperature must be in [0, inf], got {array[invalid][0]}")
+    return array
+
+
+def _as_axes(axis, ndim):
+    """Return the axes as they were given, and as non-negative numbers."""
+    if axis is None:
+        given = tuple(range(ndim))
+    elif isinstance(axis, tuple | list):
+        given = tuple(operator.index(i) for i in axis)
+    else:
+        given = (operator.index(axis),)
+    if ndim == 0 and given in ((0,), (-1,)):
+        given = ()
+    return given, normalize_axis_tuple(given, ndim, "axis")
+
+
+def _batch_shape(x, temperature, axes):
+    """Shape of the slices: that of x without its reduced axes, broadcast with the temperature."""
+    kept = tuple(x.shape[i] for i in _kept(axes, range(x.ndim)))
+    if temperature.ndim == 0:
+        return kept
+    try:
+        return np.broadcast_shapes(kept, temperature.shape)
+    except ValueError:
+        raise ValueError(
+            f"temperature of shape {temperature.shape} does not broadcast against "
+            f"the shape {kept} of x without its reduced axes"
+        ) from None
+
+
+def _places(given, axes, ndim):
+    """Where the reduced axes stand in the result: counted from the end that the caller counted from."""
+    places = tuple(i % ndim for i in given)
+    return places if len(set(places)) == len(places) else axes
+
+
+def _with_axes(batch, places, sizes):
+    """Shape of the batch with axes of the given sizes put in at the given places."""
+    inserted = dict(zip(places, sizes, strict=True))
+    rest = iter(batch)
+    return tuple(
+        inserted[i] if i in inserted else next(rest) for i in range(len(batch) + len(sizes))
+    )
+
+
+def _as_mask(where, shape):
+    mask = np.asarray(where)
+    if mask.dtype != np.bool_:
+        raise TypeError(f"where must be boolean, got dtype {mask.dtype}")
+    try:
+        return np.broadcast_to(mask, shape)
+    except ValueError:
+        raise ValueError(
+            f"where of shape {mask.shape} does not broadcast to the shape {shape} of x"
+        ) from None
+
+
+def _check_out(out, shape, dtype, x):
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"out must be an ndarray, got {type(out).__name__}")
+    if out.shape != shape or out.dtype != dtype:
+        raise ValueError(
+            f"out must have the shape {shape} and dtype {dtype} of the result, "
+            f"got shape {out.shape} and dtype {out.dtype}"
+        )
+    if not out.flags.writeable:
+        raise ValueError("out must be writeable, got a read-only array")
+    same = (
+        out.shape == x.shape
+        and out.strides == x.strides
+        and out.__array_interface__["data"] == x.__array_interface__["data"]
+    )
+    if not same and np.may_share_memory(out, x) and np.shares_memory(out, x):
+        raise ValueError(
+            "out must be x itself or not overlap it, got an array that overlaps x in part"
+        )

@@ -1,0 +1,74 @@
+"""Generalised ufuncs: slices of any stride, temperatures that broadcast against them.
+
+NumPy walks the batch, one slice at a time on one thread. A contiguous slice takes the same passes as in the
+schedules of `_cpu`; any other is read entry by entry and summed in the order of a column, so that a slice
+has the same bits alone and beside others.
+"""
+
+import functools
+
+import numpy as np
+from numba import float32, float64, guvectorize
+
+from fastmax import _slice
+from fastmax._jit import CACHED
+from fastmax._lanes import as_contiguous
+
+_SIGNATURES = [(dtype[:], float64, dtype[:]) for dtype in (float32, float64)]
+
+
+def _built_on_use(layout):
+    """Gufunc of a layout: loading its machine code takes a while, so it is built when first called."""
+
+    def decorate(kernel):
+        build = functools.cache(lambda: guvectorize(_SIGNATURES, layout, cache=CACHED)(kernel))
+
+        @functools.wraps(kernel)
+        def call(x, temperature, out=None):
+            # The lanes of dropped entries may overflow or be NaN on the way, which NumPy would report.
+            with np.errstate(all="ignore"):
+                return build()(x, temperature, out=out)
+
+        return call
+
+    return decorate
+
+
+@_built_on_use("(n),()->(n)")
+def softmax(x, temperature, out):
+    """Softmax over the last axis."""
+    if x.strides[0] != x.itemsize:
+        _slice.softmax(x, temperature, out)
+    elif out.strides[0] != out.itemsize:
+        _slice.softmax(as_contiguous(x), temperature, out)
+    else:
+        _slice.softmax(as_contiguous(x), temperature, as_contiguous(out))
+
+
+@_built_on_use("(n),()->(n)")
+def log_softmax(x, temperature, out):
+    """Logarithm of the softmax over the last axis."""
+    if x.strides[0] != x.itemsize:
+        _slice.log_softmax(x, temperature, out)
+    elif out.strides[0] != out.itemsize:
+        _slice.log_softmax(as_contiguous(x), temperature, out)
+    else:
+        _slice.log_softmax(as_contiguous(x), temperature, as_contiguous(out))
+
+
+@_built_on_use("(n),()->()")
+def logsumexp(x, temperature, out):
+    """Logsumexp over the last axis."""
+    if x.strides[0] != x.itemsize:
+        out[0] = _slice.logsumexp(x, temperature)
+    else:
+        out[0] = _slice.logsumexp(as_contiguous(x), temperature)
+
+
+@_built_on_use("(n),()->()")
+def entropy(x, temperature, out):
+    """Entropy of the softmax over the last axis."""
+    if x.strides[0] != x.itemsize:
+        out[0] = _slice.entropy(x, temperature)
+    else:
+        out[0] = _slice.entropy(as_contiguous(x), temperature)
