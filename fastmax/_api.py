@@ -7,7 +7,7 @@ from collections import namedtuple
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 
-from fastmax import _cpu, _gufunc, _slice
+from fastmax import _slice
 
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT64 = np.dtype(np.float64)
@@ -15,13 +15,13 @@ _FLOAT64 = np.dtype(np.float64)
 # Entries up to which a vector goes straight to its kernel.
 _SMALL = 4096
 
-# elementwise: whether the result has the shape of x, else one value per slice; absent: the value of an
-# entry where `where` is False, or of a slice of which nothing is left.
-Operation = namedtuple("Operation", "scheduled gufunc elementwise absent")
-_SOFTMAX = Operation(_cpu.softmax, _gufunc.softmax, True, 0.0)
-_LOG_SOFTMAX = Operation(_cpu.log_softmax, _gufunc.log_softmax, True, -math.inf)
-_LOGSUMEXP = Operation(_cpu.logsumexp, _gufunc.logsumexp, False, -math.inf)
-_ENTROPY = Operation(_cpu.entropy, _gufunc.entropy, False, 0.0)
+# name: of the function in `_cpu` and `_gufunc`; elementwise: whether the result has the shape of x, else one
+# value per slice; absent: the value of an entry where `where` is False, or of a slice with nothing left.
+Operation = namedtuple("Operation", "name elementwise absent")
+_SOFTMAX = Operation("softmax", True, 0.0)
+_LOG_SOFTMAX = Operation("log_softmax", True, -math.inf)
+_LOGSUMEXP = Operation("logsumexp", False, -math.inf)
+_ENTROPY = Operation("entropy", False, 0.0)
 
 
 def softmax(x, /, temperature=1.0, *, axis=0, where=None, out=None):
@@ -312,6 +312,20 @@ def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
 # -- running --------------------------------------------------------------------------------------
 
 
+def _schedule(operation, x, temperature, out):
+    """Run contiguous slices on all threads."""
+    from fastmax import _cpu  # here, for a third of the package's import time goes into its kernels
+
+    getattr(_cpu, operation.name)(x, temperature, out)
+
+
+def _broadcast(operation, x, temperature, out=None):
+    """Run slices of any stride, against temperatures of any shape."""
+    from fastmax import _gufunc
+
+    return getattr(_gufunc, operation.name)(x, temperature, out)
+
+
 def _transform(operation, x, temperature, axes, places, shape, out):
     """Result of the shape of x, or more if the temperature has more axes; in ``out`` unless it is None."""
     if shape == x.shape:
@@ -320,21 +334,31 @@ def _transform(operation, x, temperature, axes, places, shape, out):
             if out is None:
                 out = np.empty_like(x)
             blocks = _blocks(x.shape, axes, order)
-            operation.scheduled(
+            _schedule(
+                operation,
                 x.transpose(order).reshape(blocks),
                 _one_per_slice(temperature, x.shape, axes, order),
                 out.transpose(order).reshape(blocks),
             )
             return out
+    if _is_one_slice(x, axes):
+        rows = np.empty((temperature.size, x.size), x.dtype)
+        _schedule(operation, x.reshape(1, -1, 1), temperature.reshape(-1), rows[:, :, np.newaxis])
+        reduced = [x.shape[i] for i in axes]
+        rows = rows.reshape(*(n for i, n in enumerate(shape) if i not in places), *reduced)
+        rows = np.moveaxis(rows, range(-len(axes), 0), places)
+        if out is None:
+            return rows
+        out[...] = rows
+        return out
     if out is None:
         out = np.empty(shape, x.dtype)
-    last = range(-len(axes), 0)
+    entries = np.moveaxis(out, places, range(-len(axes), 0))
     slices = _slices_last(x, axes)
-    entries = np.moveaxis(out, places, last)
     if len(axes) == 1:
-        operation.gufunc(slices, temperature, out=entries)
+        _broadcast(operation, slices, temperature, entries)
     else:
-        entries[...] = operation.gufunc(slices, temperature).reshape(entries.shape)
+        entries[...] = _broadcast(operation, slices, temperature).reshape(entries.shape)
     return out
 
 
@@ -345,7 +369,8 @@ def _reduce(operation, x, temperature, axes, batch):
         if order is not None:
             outer, n, inner = _blocks(x.shape, axes, order)
             values = np.empty((outer, inner), x.dtype)
-            operation.scheduled(
+            _schedule(
+                operation,
                 x.transpose(order).reshape(outer, n, inner),
                 _one_per_slice(temperature, x.shape, axes, order),
                 values,
@@ -353,7 +378,18 @@ def _reduce(operation, x, temperature, axes, batch):
             kept = _kept(axes, order)
             values = values.reshape([x.shape[i] for i in kept])
             return values.transpose(np.argsort(kept))
-    return np.asarray(operation.gufunc(_slices_last(x, axes), temperature))
+    if _is_one_slice(x, axes):
+        values = np.empty((temperature.size, 1), x.dtype)
+        _schedule(operation, x.reshape(1, -1, 1), temperature.reshape(-1), values)
+        return values.reshape(batch)
+    return np.asarray(_broadcast(operation, _slices_last(x, axes), temperature))
+
+
+def _is_one_slice(x, axes):
+    """Whether x is one contiguous slice, for which a sweep of temperatures is as many rows."""
+    return (
+        x.size == math.prod(x.shape[i] for i in axes) and x.flags.c_contiguous and x.flags.aligned
+    )
 
 
 def _memory_order(x, axes):

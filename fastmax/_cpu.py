@@ -3,7 +3,7 @@
 Arrays come as C-contiguous (outer, n, inner), reduced over n; temperatures as one float64, or one for each
 of the outer * inner slices. Three schedules cover them:
 
-- rows (inner = 1): a slice is contiguous, a thread takes whole slices;
+- rows (inner = 1): a slice is contiguous, a thread takes whole slices; one row may meet many temperatures;
 - long rows: fewer rows than keep the threads busy, so that all threads share each row, chunk by chunk;
 - columns (inner > 1): neighbouring slices lie side by side, a thread takes `BLOCK` of them at a time, one
   slice per lane, and walks memory in its own order.
@@ -23,20 +23,19 @@ from fastmax._math import (
     Gap,
     Scale,
     add,
+    add_smaller,
     entropy_value,
     gap_of,
-    is_plain,
     larger,
     log_of_sum,
     log_terms,
     logsumexp_value,
     merge,
-    multiplier,
-    plain_scale,
     reciprocal,
     scale_of,
     terms,
     times_pair,
+    top_term,
 )
 from fastmax._slice import CHUNK, STORED_BYTES, merge_split, split_terms, weighted_term
 
@@ -51,27 +50,27 @@ BLOCK = 128
 
 
 def _softmax_rows(x, temperature, out):
-    step = min(len(temperature) - 1, 1)
-    for i in prange(len(x)):
-        _slice.softmax(x[i], temperature[i * step], out[i])
+    x_step, step = min(len(x) - 1, 1), min(len(temperature) - 1, 1)
+    for i in prange(len(out)):
+        _slice.softmax(x[i * x_step], temperature[i * step], out[i])
 
 
 def _log_softmax_rows(x, temperature, out):
-    step = min(len(temperature) - 1, 1)
-    for i in prange(len(x)):
-        _slice.log_softmax(x[i], temperature[i * step], out[i])
+    x_step, step = min(len(x) - 1, 1), min(len(temperature) - 1, 1)
+    for i in prange(len(out)):
+        _slice.log_softmax(x[i * x_step], temperature[i * step], out[i])
 
 
 def _logsumexp_rows(x, temperature, out):
-    step = min(len(temperature) - 1, 1)
-    for i in prange(len(x)):
-        out[i] = _slice.logsumexp(x[i], temperature[i * step])
+    x_step, step = min(len(x) - 1, 1), min(len(temperature) - 1, 1)
+    for i in prange(len(out)):
+        out[i] = _slice.logsumexp(x[i * x_step], temperature[i * step])
 
 
 def _entropy_rows(x, temperature, out):
-    step = min(len(temperature) - 1, 1)
-    for i in prange(len(x)):
-        out[i] = _slice.entropy(x[i], temperature[i * step])
+    x_step, step = min(len(x) - 1, 1), min(len(temperature) - 1, 1)
+    for i in prange(len(out)):
+        out[i] = _slice.entropy(x[i * x_step], temperature[i * step])
 
 
 # -- long rows ------------------------------------------------------------------------------------
@@ -172,25 +171,24 @@ def long_write_log(x, temperature, maxima, sums, out):
     step = min(len(temperature) - 1, 1)
     for task in prange(rows * -(-n // CHUNK)):
         row, _, start, stop = chunk_of(task, n)
-        row_max = maxima[row]
-        top_term = terms(row_max, scale_of(row_max, temperature[row * step]))
-        log_sum = log_of_sum(row_max, top_term, sums_at(sums, row))
-        gap = gap_of(row_max, temperature[row * step], log_sum)
+        log_sum = log_of_sum(maxima[row], sums_at(sums, row))
+        gap = gap_of(maxima[row], temperature[row * step], log_sum)
         _slice.write_log_terms(x[row], start, stop, gap, out[row])
 
 
 @jit
-def long_values(temperature, maxima, sums, weighted, out):
-    """Entropy (weighted) or logsumexp of each row, from its sums."""
+def long_logsumexps(temperature, maxima, sums, out):
+    """Logsumexp of each row, from its sums."""
     step = min(len(temperature) - 1, 1)
     for row in range(len(maxima)):
-        row_max = maxima[row]
-        top_term = terms(row_max, scale_of(row_max, temperature[row * step]))
-        own = temperature[row * step]
-        if weighted:
-            out[row] = entropy_value(row_max, own, top_term, sums_at(sums, row))
-        else:
-            out[row] = logsumexp_value(row_max, own, top_term, sums_at(sums, row))
+        out[row] = logsumexp_value(maxima[row], temperature[row * step], sums_at(sums, row))
+
+
+@jit
+def long_entropies(maxima, sums, out):
+    """Entropy of each row, from its sums."""
+    for row in range(len(maxima)):
+        out[row] = entropy_value(maxima[row], sums_at(sums, row))
 
 
 def _softmax_long(x, temperature, out):
@@ -207,13 +205,13 @@ def _log_softmax_long(x, temperature, out):
 def _logsumexp_long(x, temperature, out):
     maxima = long_maxima(x)
     sums = long_split_sums(x, temperature, maxima, False)
-    long_values(temperature, maxima, sums, False, out)
+    long_logsumexps(temperature, maxima, sums, out)
 
 
 def _entropy_long(x, temperature, out):
     maxima = long_maxima(x)
     sums = long_split_sums(x, temperature, maxima, True)
-    long_values(temperature, maxima, sums, True, out)
+    long_entropies(maxima, sums, out)
 
 
 # -- columns --------------------------------------------------------------------------------------
@@ -252,50 +250,48 @@ def block_maxima(x, first, width):
 
 @jit
 def block_scales(maxima, temperature, width):
-    """Scale of each column, and whether one of them is shifted."""
-    scales = np.empty((7, BLOCK), maxima.dtype)
-    shifted = False
-    lanes = lane_count(maxima)
-    single = len(temperature) == 1
+    """Scale of each column: one for all but for the maximum, and where that will not do, one each.
+
+    Returns the common scale, whether it will do, and an array of all fields of each.
+    """
     common = scale_of(spread(0.0, maxima[0]), temperature[0])
-    for j in range(0, width, lanes):
-        column_max = load(maxima, j)
-        high = spread(common.high, column_max)
-        if single and not common.shifted and is_plain(column_max, high):
-            set_scale(scales, j, plain_scale(column_max, high, spread(common.low, column_max)))
-        else:
-            for k in range(j, j + lanes):
-                own = temperature[0] if single or k >= width else temperature[k]
-                scale = scale_of(maxima[k], own)
-                shifted |= scale.shifted
-                scales[0, k], scales[1, k] = scale.high, scale.low
-                scales[2, k], scales[3, k] = scale.rounder, scale.cutoff
-                scales[4, k] = scale.shift
-                scales[5, k], scales[6, k] = scale.factor, scale.factor2
-    return scales, shifted
+    shared = len(temperature) == 1 and not common.scaled
+    for k in range(width):
+        shared = shared and not math.isinf(maxima[k])
+    scales = np.empty((7, BLOCK), maxima.dtype)
+    if not shared:
+        step = min(len(temperature) - 1, 1)
+        for k in range(BLOCK):
+            own = min(k, width - 1)
+            scale = scale_of(maxima[own], temperature[own * step])
+            scales[0, k], scales[1, k] = scale.row_max, scale.high
+            scales[2, k], scales[3, k] = scale.low, scale.cutoff
+            scales[4, k] = scale.prescale
+            scales[5, k], scales[6, k] = scale.factor, scale.factor2
+    return common, shared, scales
 
 
 @jit(inline="always")
-def set_scale(scales, j, scale):
-    """Store the scales of the columns from j on, one per lane."""
-    store(scales[0], j, scale.high)
-    store(scales[1], j, scale.low)
-    store(scales[2], j, scale.rounder)
-    store(scales[3], j, scale.cutoff)
-    store(scales[4], j, scale.shift)
-    store(scales[5], j, scale.factor)
-    store(scales[6], j, scale.factor2)
-
-
-@jit(inline="always")
-def get_scale(scales, shifted, j):
-    """Load the scales of the columns from j on, one per lane."""
+def get_scale(common, shared, scales, maxima, j):
+    """Scales of the columns from j on, one per lane."""
+    row_max = load(maxima, j)
+    if shared:
+        return Scale(
+            row_max,
+            spread(common.high, row_max),
+            spread(common.low, row_max),
+            spread(common.cutoff, row_max),
+            False,
+            row_max,
+            row_max,
+            row_max,
+        )
     return Scale(
         load(scales[0], j),
         load(scales[1], j),
         load(scales[2], j),
         load(scales[3], j),
-        shifted,
+        True,
         load(scales[4], j),
         load(scales[5], j),
         load(scales[6], j),
@@ -328,94 +324,84 @@ def block_gaps(maxima, temperature, log_sums, width):
 
 
 @jit
-def block_sums(x, first, width, scales, shifted, out, stored):
-    """Sum of the terms of each column, a pair; terms are written to ``out`` if they are to be stored."""
-    lanes = lane_count(x)
-    sums = np.zeros((2, BLOCK), x.dtype)
-    for start in range(0, len(x), CHUNK):
-        part = np.zeros((2, BLOCK), x.dtype)
-        for i in range(start, min(len(x), start + CHUNK)):
-            for j in range(0, width, lanes):
-                entries = read(x[i], first + j, width - j)
-                term = terms(entries, get_scale(scales, shifted, j))
-                if stored:
-                    write(out[i], first + j, width - j, term)
-                total, error = add(load(part[0], j), load(part[1], j), term)
-                store(part[0], j, total)
-                store(part[1], j, error)
-        for j in range(0, width, lanes):
-            total, error = merge(
-                load(sums[0], j), load(sums[1], j), load(part[0], j), load(part[1], j)
-            )
-            store(sums[0], j, total)
-            store(sums[1], j, error)
-    return sums
-
-
-@jit
 def softmax_block(x, first, width, temperature, out):
     """Softmax of the columns of a block."""
-    lanes = lane_count(x)
-    scales, shifted = block_scales(block_maxima(x, first, width), temperature, width)
-    stored = len(x) * BLOCK * x.itemsize <= STORED_BYTES
-    sums = block_sums(x, first, width, scales, shifted, out, stored)
+    n, lanes = len(x), lane_count(x)
+    maxima = block_maxima(x, first, width)
+    common, shared, scales = block_scales(maxima, temperature, width)
+    stored = n * BLOCK * x.itemsize <= STORED_BYTES
+    totals, errors = np.zeros(BLOCK, x.dtype), np.zeros(BLOCK, x.dtype)
+    part, part_errors = np.empty(BLOCK, x.dtype), np.empty(BLOCK, x.dtype)
+    for start in range(0, n, CHUNK):
+        part[:] = top_term(maxima[0])
+        part_errors[:] = 0.0
+        for i in range(start, min(n, start + CHUNK)):
+            for j in range(0, width, lanes):
+                scale = get_scale(common, shared, scales, maxima, j)
+                term = terms(read(x[i], first + j, width - j), scale)
+                if stored:
+                    write(out[i], first + j, width - j, term)
+                total, error = add_smaller(load(part, j), load(part_errors, j), term)
+                store(part, j, total)
+                store(part_errors, j, error)
+        for j in range(0, width, lanes):
+            part_sum = load(part, j) - top_term(x)
+            total, error = merge(load(totals, j), load(errors, j), part_sum, load(part_errors, j))
+            store(totals, j, total)
+            store(errors, j, error)
     for j in range(0, width, lanes):
-        high, low = reciprocal(load(sums[0], j), load(sums[1], j))
-        store(sums[0], j, high)
-        store(sums[1], j, low)
-    for i in range(len(x)):
+        high, low = reciprocal(load(totals, j), load(errors, j))
+        store(totals, j, high)
+        store(errors, j, low)
+    for i in range(n):
         for j in range(0, width, lanes):
             if stored:
                 term = read(out[i], first + j, width - j)
             else:
-                term = terms(read(x[i], first + j, width - j), get_scale(scales, shifted, j))
-            value = times_pair(term, load(sums[0], j), load(sums[1], j))
+                scale = get_scale(common, shared, scales, maxima, j)
+                term = terms(read(x[i], first + j, width - j), scale)
+            value = times_pair(term, load(totals, j), load(errors, j))
             write(out[i], first + j, width - j, value)
 
 
 @jit
 def block_split_sums(x, first, width, temperature, maxima, weighted):
-    """`sum_split_terms` of each column, and the term of its maximum."""
-    lanes = lane_count(x)
-    scales, shifted = block_scales(maxima, temperature, width)
+    """`sum_split_terms` of each column."""
+    n, lanes = len(x), lane_count(x)
+    common, shared, scales = block_scales(maxima, temperature, width)
     gaps = block_gaps(maxima, temperature, np.zeros(width), width)
     sums = np.zeros((5, BLOCK), x.dtype)
-    for start in range(0, len(x), CHUNK):
+    for start in range(0, n, CHUNK):
         part = np.zeros((5, BLOCK), x.dtype)
-        for i in range(start, min(len(x), start + CHUNK)):
+        for i in range(start, min(n, start + CHUNK)):
             for j in range(0, width, lanes):
                 entries = read(x[i], first + j, width - j)
-                top, term = split_terms(entries, load(maxima, j), get_scale(scales, shifted, j))
+                scale = get_scale(common, shared, scales, maxima, j)
+                top, term = split_terms(entries, load(maxima, j), scale)
                 store(part[0], j, load(part[0], j) + top)
                 rest, error = add(load(part[1], j), load(part[2], j), term)
                 store(part[1], j, rest)
                 store(part[2], j, error)
                 if weighted:
-                    moment, error = add(
-                        load(part[3], j),
-                        load(part[4], j),
-                        weighted_term(entries, term, get_gap(gaps, j)),
-                    )
+                    weighted_terms = weighted_term(entries, term, get_gap(gaps, j))
+                    moment, error = add(load(part[3], j), load(part[4], j), weighted_terms)
                     store(part[3], j, moment)
                     store(part[4], j, error)
         for k in range(width):
             merged = merge_split(sums_at(sums.T, k), sums_at(part.T, k))
             for m in range(5):
                 sums[m, k] = merged[m]
-    top_terms = np.empty(BLOCK, x.dtype)
-    for j in range(0, width, lanes):
-        store(top_terms, j, terms(load(maxima, j), get_scale(scales, shifted, j)))
-    return sums, top_terms
+    return sums
 
 
 @jit
 def log_softmax_block(x, first, width, temperature, out):
     """Logarithm of the softmax of the columns of a block."""
     maxima = block_maxima(x, first, width)
-    sums, top_terms = block_split_sums(x, first, width, temperature, maxima, False)
+    sums = block_split_sums(x, first, width, temperature, maxima, False)
     log_sums = np.empty(width)
     for k in range(width):
-        log_sums[k] = log_of_sum(maxima[k], top_terms[k], sums_at(sums.T, k))
+        log_sums[k] = log_of_sum(maxima[k], sums_at(sums.T, k))
     gaps = block_gaps(maxima, temperature, log_sums, width)
     for i in range(len(x)):
         for j in range(0, width, lane_count(x)):
@@ -428,21 +414,19 @@ def logsumexp_block(x, first, width, temperature, out):
     """Logsumexp of the columns of a block."""
     step = min(len(temperature) - 1, 1)
     maxima = block_maxima(x, first, width)
-    sums, top_terms = block_split_sums(x, first, width, temperature, maxima, False)
+    sums = block_split_sums(x, first, width, temperature, maxima, False)
     for k in range(width):
         own = sums_at(sums.T, k)
-        out[first + k] = logsumexp_value(maxima[k], temperature[k * step], top_terms[k], own)
+        out[first + k] = logsumexp_value(maxima[k], temperature[k * step], own)
 
 
 @jit
 def entropy_block(x, first, width, temperature, out):
     """Entropy of the softmax of the columns of a block."""
-    step = min(len(temperature) - 1, 1)
     maxima = block_maxima(x, first, width)
-    sums, top_terms = block_split_sums(x, first, width, temperature, maxima, True)
+    sums = block_split_sums(x, first, width, temperature, maxima, True)
     for k in range(width):
-        own = sums_at(sums.T, k)
-        out[first + k] = entropy_value(maxima[k], temperature[k * step], top_terms[k], own)
+        out[first + k] = entropy_value(maxima[k], sums_at(sums.T, k))
 
 
 @jit
@@ -530,14 +514,15 @@ def entropy(x, temperature, out):
 
 def _run(schedules, x, temperature, out):
     outer, n, inner = x.shape
-    threads = numba.get_num_threads() if x.size >= PARALLEL_SIZE else 1
+    rows = max(outer, len(temperature))
+    threads = numba.get_num_threads() if rows * n * inner >= PARALLEL_SIZE else 1
     if inner > 1:
         schedule = schedules.columns_parallel if threads > 1 else schedules.columns
         schedule(x, temperature, out)
         return
     if threads == 1:
         schedule = schedules.rows
-    elif outer < 4 * threads and n > 2 * CHUNK:
+    elif rows == outer and rows < 4 * threads and n > 2 * CHUNK:
         schedule = schedules.long
     else:
         schedule = schedules.rows_parallel

@@ -7,27 +7,30 @@ has the same bits alone and beside others.
 
 import functools
 
+import numba
 import numpy as np
-from numba import float32, float64, guvectorize
+from numba import guvectorize
 
 from fastmax import _slice
 from fastmax._jit import CACHED
 from fastmax._lanes import as_contiguous
 
-_SIGNATURES = [(dtype[:], float64, dtype[:]) for dtype in (float32, float64)]
-
 
 def _built_on_use(layout):
-    """Gufunc of a layout: loading its machine code takes a while, so it is built when first called."""
+    """Gufunc of a layout; one for each dtype, built when it is first called, for that takes a while."""
 
     def decorate(kernel):
-        build = functools.cache(lambda: guvectorize(_SIGNATURES, layout, cache=CACHED)(kernel))
+        @functools.cache
+        def build(dtype):
+            values = numba.from_dtype(dtype)
+            signature = (values[:], numba.float64, values[:])
+            return guvectorize([signature], layout, cache=CACHED)(kernel)
 
         @functools.wraps(kernel)
         def call(x, temperature, out=None):
             # The lanes of dropped entries may overflow or be NaN on the way, which NumPy would report.
             with np.errstate(all="ignore"):
-                return build()(x, temperature, out=out)
+                return build(x.dtype)(x, temperature, out=out)
 
         return call
 
@@ -39,10 +42,12 @@ def softmax(x, temperature, out):
     """Softmax over the last axis."""
     if x.strides[0] != x.itemsize:
         _slice.softmax(x, temperature, out)
-    elif out.strides[0] != out.itemsize:
-        _slice.softmax(as_contiguous(x), temperature, out)
-    else:
+    elif out.strides[0] == out.itemsize:
         _slice.softmax(as_contiguous(x), temperature, as_contiguous(out))
+    else:
+        contiguous = np.empty(len(x), x.dtype)
+        _slice.softmax(as_contiguous(x), temperature, contiguous)
+        out[:] = contiguous
 
 
 @_built_on_use("(n),()->(n)")
@@ -50,10 +55,12 @@ def log_softmax(x, temperature, out):
     """Logarithm of the softmax over the last axis."""
     if x.strides[0] != x.itemsize:
         _slice.log_softmax(x, temperature, out)
-    elif out.strides[0] != out.itemsize:
-        _slice.log_softmax(as_contiguous(x), temperature, out)
-    else:
+    elif out.strides[0] == out.itemsize:
         _slice.log_softmax(as_contiguous(x), temperature, as_contiguous(out))
+    else:
+        contiguous = np.empty(len(x), x.dtype)
+        _slice.log_softmax(as_contiguous(x), temperature, contiguous)
+        out[:] = contiguous
 
 
 @_built_on_use("(n),()->()")

@@ -165,24 +165,24 @@ def fma(typingctx, a, b, c):
 
 
 @intrinsic
-def times_power_of_two(typingctx, value, exponent):
-    """Multiply by the power of two whose exponent field is held in the low bits of a float."""
-    dtype = _dtype(value)
+def power_of_two(typingctx, exponent):
+    """Power of two whose exponent field stands in the low bits of a float."""
+    dtype = _dtype(exponent)
 
     def codegen(context, builder, sig, args):
-        value, exponent = args
+        (exponent,) = args
         integer = ir.IntType(dtype.bitwidth)
-        if isinstance(value.type, ir.VectorType):
-            integer = ir.VectorType(integer, value.type.count)
+        if isinstance(exponent.type, ir.VectorType):
+            integer = ir.VectorType(integer, exponent.type.count)
         bits = builder.bitcast(exponent, integer)
         bits = builder.shl(bits, _constant(integer, _EXPONENT_SHIFT[dtype]))
-        return builder.fmul(value, builder.bitcast(bits, value.type))
+        return builder.bitcast(bits, exponent.type)
 
-    return value(value, value), codegen
+    return exponent(exponent), codegen
 
 
 @intrinsic
-def horner(typingctx, x, coefficients):
+def polynomial(typingctx, x, coefficients):
     """Polynomial in ``x`` by Horner's rule; ``coefficients`` = (float32's, float64's), lowest first."""
     precision = {types.float32: 0, types.float64: 1}[_dtype(x)]
 

@@ -1,14 +1,19 @@
-"""The mathematics: terms 2**(x c - N), their sums, and what each function makes of them.
+"""The mathematics: terms 2**((x - max) c), their sums, and what each function makes of them.
 
-With c = log2(e) / T, exp(x / T) = 2**(x c). Rounding x - max or x / T first, as is usual, costs a term of
-probability p about log2(1 / p) ulp; so c is held as high + low, N is the integer nearest to max c, and
+With c = log2(e) / T, exp((x - max) / T) = 2**((x - max) c). Others round x - max, and a term of probability
+p is then off by about log2(1 / p) ulp. Here every step keeps what it rounds away:
 
-    n = round(x c),    f = (x high - n) + x low in [-1/2, 1/2],    term = 2**f * 2**(n - N + BIAS).
+    d + d' = x - max                     exactly (two-sum)
+    p + p' = d high                      exactly (fma), where c = high + low
+    n = round(p),   f = (p - n) + (p' + d low + d' high) in [-1/2, 1/2]
+    term = 2**f * 2**(n + BIAS)
 
-The bias keeps the terms of the smallest results normal, so that only the last multiplication can round to
-a subnormal. The limits are ordinary values here: c = 0 with a cutoff at the maximum is T = 0, c = 0 with a
-cutoff at the lowest finite number is T = inf, and a slice in which nothing passes the cutoff has the sum 0
-and the results 0 / 0. NaN passes every cutoff (comparisons with it are false) and so reaches the sum.
+The term of the maximum is exactly 2**BIAS, so a single entry has the probability 1 and ties share evenly.
+BIAS keeps the terms of the smallest results normal: only the last multiplication can round to a subnormal.
+
+The limits are ordinary values: c = 0 with a cutoff at d = 0 is T = 0, c = 0 with a cutoff below every d is
+T = inf, and where nothing passes the cutoff the sum is 0 and the results 0 / 0. NaN passes every cutoff, for
+comparisons with it are false, and so reaches the sum.
 
 Every function takes floats or lanes of float32 or float64, and every pair of constants is (float32's,
 float64's).
@@ -20,13 +25,12 @@ from collections import namedtuple
 from fastmax._jit import jit
 from fastmax._lanes import (
     constant,
-    every,
     fma,
-    horner,
     lower_half,
+    polynomial,
+    power_of_two,
     select,
     spread,
-    times_power_of_two,
     upper_half,
 )
 
@@ -37,49 +41,44 @@ LOG2_E_LOW = 2.0355273740931033e-17
 # 2**24 dropped terms together stay under half of it, and 2**31 terms of 2**BIAS do not overflow.
 BIAS = (56.0, 512.0)
 DEPTH = (180.0, 1110.0)
+TOP_TERM = (2.0 ** BIAS[0], 2.0 ** BIAS[1])
 
-# Adding ROUNDER rounds to an integer, which is left in the low bits. For terms these bits are to be an
-# exponent field, so the rounder also brings BIAS and the format's own bias (127, 1023).
-ROUNDER = (1.5 * 2.0**23, 1.5 * 2.0**52)
-TERM_ROUNDER = (ROUNDER[0] + BIAS[0] + 127.0, ROUNDER[1] + BIAS[1] + 1023.0)
+# An integer added to EXPONENT_ZERO stands, with BIAS and the format's own bias (127, 1023) added, in the low
+# bits of the sum; a shift makes it an exponent field.
+EXPONENT_ZERO = (1.5 * 2.0**23 + 127.0 + BIAS[0], 1.5 * 2.0**52 + 1023.0 + BIAS[1])
 
-# |max c| up to which x c needs no shift of x: high is off by 2**-25 (2**-54) of itself, so f leaves
-# [-1/2, 1/2] by at most 2**-9 (2**-14), which the polynomial covers and low then corrects.
-REACH = (2.0**16, 2.0**40)
 # Range of c in which high and low are far from the ends of the exponent range.
 LARGEST_MULTIPLIER = (2.0**100, 2.0**900)
 LARGEST = (3.4028234663852886e38, 1.7976931348623157e308)
+
 # Temperatures are scaled by a power of two within these exponents: beyond them all gaps are 0 or infinite.
 LARGEST_EXPONENT = (250.0, 1074.0)
 LARGEST_GAP_EXPONENT = (375.0, 1080.0)
 
-EXP2 = (
+EXP2_SLOPE = (float.fromhex("0x1.62e43p-1"), float.fromhex("0x1.62e42fefa39efp-1"))
+EXP2_CURVATURE = (
     (
-        1.0,
-        float.fromhex("0x1.62e4300000000p-1"),
-        float.fromhex("0x1.ebfbdc0000000p-3"),
-        float.fromhex("0x1.c6af740000000p-5"),
-        float.fromhex("0x1.3b2dda0000000p-7"),
-        float.fromhex("0x1.5f0df20000000p-10"),
-        float.fromhex("0x1.4177fe0000000p-13"),
+        float.fromhex("0x1.ebfbdcp-3"),
+        float.fromhex("0x1.c6af6cp-5"),
+        float.fromhex("0x1.3b2dcap-7"),
+        float.fromhex("0x1.5f11f2p-10"),
+        float.fromhex("0x1.4177fep-13"),
     ),
     (
-        1.0,
-        float.fromhex("0x1.62e42fefa39efp-1"),
         float.fromhex("0x1.ebfbdff82c59ep-3"),
         float.fromhex("0x1.c6b08d704a0c9p-5"),
-        float.fromhex("0x1.3b2ab6fba0c38p-7"),
-        float.fromhex("0x1.5d87fe78b5c5ep-10"),
-        float.fromhex("0x1.4309130d3f1bfp-13"),
-        float.fromhex("0x1.ffcbfbf13b48dp-17"),
-        float.fromhex("0x1.62bfca8ac46dcp-20"),
-        float.fromhex("0x1.b52617221deb2p-24"),
-        float.fromhex("0x1.e617af044bf66p-28"),
-        float.fromhex("0x1.e80a9955adc56p-32"),
+        float.fromhex("0x1.3b2ab6fba0c34p-7"),
+        float.fromhex("0x1.5d87fe78b5bc6p-10"),
+        float.fromhex("0x1.4309130d3fdbep-13"),
+        float.fromhex("0x1.ffcbfbf17b9a1p-17"),
+        float.fromhex("0x1.62bfca895447ap-20"),
+        float.fromhex("0x1.b5261691f249bp-24"),
+        float.fromhex("0x1.e617b0c39b55ep-28"),
+        float.fromhex("0x1.e80b6f703f74ep-32"),
     ),
 )
 
-Scale = namedtuple("Scale", "high low rounder cutoff shifted shift factor factor2")
+Scale = namedtuple("Scale", "row_max high low cutoff scaled prescale factor factor2")
 Scale.__doc__ = """How the terms of a slice follow from its entries; see `terms`."""
 
 Gap = namedtuple("Gap", "row_max prescale factor inverse cutoff log_sum")
@@ -98,88 +97,76 @@ def multiplier(temperature, like):
     return rounded, spread((high - rounded) + low, like)
 
 
-@jit(inline="always")
-def is_plain(row_max, high):
-    """Whether the terms can be had from x itself, with no shift and no power of two."""
-    octaves = row_max * high
-    size = select(octaves < spread(0.0, octaves), -octaves, octaves)
-    return every(size < constant(REACH, octaves))
-
-
-@jit(inline="always")
-def plain_scale(row_max, high, low):
-    """Scale of a slice (or of one slice per lane) for which `is_plain` holds."""
-    one = spread(1.0, row_max)
-    zero = spread(0.0, row_max)
-    rounder = constant(ROUNDER, row_max)
-    octave = fma(row_max, high, rounder) - rounder
-    return Scale(
-        high,
-        low,
-        constant(TERM_ROUNDER, row_max) - octave,
-        (octave - constant(DEPTH, row_max)) / high,
-        False,
-        zero,
-        one,
-        one,
-    )
-
-
 @jit
 def scale_of(row_max, temperature):
     """Scale of a slice from its maximum (NaN left out; -inf if there is none) and T in [0, inf]."""
-    zero = spread(0.0, row_max)
     one = spread(1.0, row_max)
     largest = constant(LARGEST, row_max)
-    rounder = constant(ROUNDER, row_max)
-    high, low, octave, shift, factor, factor2 = zero, zero, zero, zero, one, one
-    if row_max == math.inf:
-        # The entries +inf, and they alone, are above the largest number after halving.
-        factor = spread(0.5, row_max)
-        cutoff = largest
-    elif row_max == -math.inf:
-        cutoff = spread(math.inf, row_max)
-    elif temperature == 0.0:
-        cutoff = row_max
-    elif temperature == math.inf:
-        cutoff = -largest
-    else:
+    high = low = cutoff = spread(0.0, row_max)
+    prescale, factor, factor2 = one, one, one
+    scaled = False
+    if 0.0 < temperature < math.inf:
         high, low = multiplier(temperature, row_max)
         extreme = constant(LARGEST_MULTIPLIER, row_max)
-        if high < extreme and high * extreme > one and is_plain(row_max, high):
-            return plain_scale(row_max, high, low)
-        # T = fraction * 2**exponent, and dividing by the power of two takes two exact steps.
-        fraction, exponent = math.frexp(temperature)
-        high, low = multiplier(fraction, row_max)
-        limit = int(constant(LARGEST_EXPONENT, row_max))
-        exponent = min(max(-exponent, -limit), limit)
-        factor = spread(math.ldexp(1.0, exponent // 2), row_max)
-        factor2 = spread(math.ldexp(1.0, exponent - exponent // 2), row_max)
-        scaled = (row_max * factor) * factor2
-        if is_plain(scaled, high):
-            octave = fma(scaled, high, rounder) - rounder
-        else:
-            # x - max is exact for every entry that matters: they lie within a factor 2 of the maximum.
-            shift = row_max
-        cutoff = (octave - constant(DEPTH, row_max)) / high
-    biased = constant(TERM_ROUNDER, row_max) - octave
-    return Scale(high, low, biased, cutoff, True, shift, factor, factor2)
+        scaled = not (high < extreme and high * extreme > one)
+        if scaled:
+            # T = fraction * 2**exponent, and dividing by the power of two takes two exact steps. At a
+            # large T x - max could overflow, its quarter cannot, and what this rounds away is nothing to T.
+            fraction, exponent = math.frexp(temperature)
+            high, low = multiplier(fraction, row_max)
+            if exponent > 0:
+                prescale = spread(0.25, row_max)
+                exponent -= 2
+            limit = int(constant(LARGEST_EXPONENT, row_max))
+            exponent = min(max(-exponent, -limit), limit)
+            factor = spread(math.ldexp(1.0, exponent // 2), row_max)
+            factor2 = spread(math.ldexp(1.0, exponent - exponent // 2), row_max)
+        cutoff = -constant(DEPTH, row_max) / high
+    elif temperature == math.inf:
+        scaled = True
+        prescale = spread(0.25, row_max)
+        cutoff = -largest
+    if math.isinf(row_max):
+        # Halved and capped at the largest number, +inf is above all others and -inf stays below.
+        high = low = cutoff = spread(0.0, row_max)
+        prescale, factor, factor2 = spread(0.5, row_max), one, one
+        scaled = True
+    if scaled:
+        row_max = select(row_max > largest, largest, row_max * prescale)
+        row_max = select(row_max < -largest, -largest, row_max)
+    return Scale(row_max, high, low, cutoff, scaled, prescale, factor, factor2)
 
 
 @jit(inline="always")
 def terms(x, scale):
-    """2**(x c - N + BIAS), or 0 below the cutoff."""
-    if scale.shifted:
-        x = ((x - spread(scale.shift, x)) * spread(scale.factor, x)) * spread(scale.factor2, x)
+    """2**((x - max) c + BIAS), or 0 below the cutoff."""
+    if scale.scaled:
         largest = constant(LARGEST, x)
-        x = select(x > largest, largest, x)
+        x = select(x > largest, largest, x * spread(scale.prescale, x))
+    row_max = spread(scale.row_max, x)
+    distance = x - row_max
+    virtual = x - distance
+    lost = (x - (distance + virtual)) + (virtual - row_max)
+    if scale.scaled:
+        distance = (distance * spread(scale.factor, x)) * spread(scale.factor2, x)
+        lost = (lost * spread(scale.factor, x)) * spread(scale.factor2, x)
     high = spread(scale.high, x)
-    rounder = spread(scale.rounder, x)
-    rounded = fma(x, high, rounder)
-    integer = rounded - rounder
-    fraction = fma(x, spread(scale.low, x), fma(x, high, -integer))
-    term = times_power_of_two(horner(fraction, EXP2), rounded)
-    return select(x < spread(scale.cutoff, x), spread(0.0, x), term)
+    exponent_zero = constant(EXPONENT_ZERO, x)
+    product = distance * high
+    exponent = product + exponent_zero
+    small = fma(distance, spread(scale.low, x), fma(distance, high, -product))
+    fraction = (product - (exponent - exponent_zero)) + fma(lost, high, small)
+    # 2**f - 1 = c1 f + f**2 r(f): adding the larger part last keeps it increasing in f.
+    curvature = (fraction * fraction) * polynomial(fraction, EXP2_CURVATURE)
+    excess = fma(fraction, constant(EXP2_SLOPE, x), curvature)
+    power = power_of_two(exponent)
+    return select(distance < spread(scale.cutoff, x), spread(0.0, x), fma(excess, power, power))
+
+
+@jit(inline="always")
+def top_term(like):
+    """Term of the maximum, 2**BIAS; no term is larger."""
+    return constant(TOP_TERM, like)
 
 
 # -- sums: a pair total + error, as in Ogita, Rump & Oishi (2005) -------------------------------------
@@ -191,6 +178,13 @@ def add(total, error, term):
     result = total + term
     part = result - total
     return result, error + ((total - (result - part)) + (term - part))
+
+
+@jit(inline="always")
+def add_smaller(total, error, term):
+    """`add` for a term that is not larger than the total."""
+    result = total + term
+    return result, error + (term - (result - total))
 
 
 @jit(inline="always")
@@ -234,22 +228,22 @@ def reciprocal(total, error):
 
 @jit(inline="always")
 def times_pair(term, high, low):
-    """term * (high + low), rounded once but for the last bits of low."""
+    """Term * (high + low), rounded once but for the last bits of low."""
     return fma(term, high, term * low)
 
 
 @jit
-def log_of_sum(row_max, top_term, sums):
+def log_of_sum(row_max, sums):
     """Logarithm of sum(exp((x - max) / T)), from the entries equal to the maximum and the rest apart.
 
-    ``sums`` = (ties, rest, error, moment, moment_error): the number of entries equal to the maximum, whose
-    term is ``top_term``, the sum of the other terms, and the sum of these times (x - max) / T. With log1p
-    nothing is lost when the rest is tiny.
+    ``sums`` = (ties, rest, error, moment, moment_error): the number of entries equal to the maximum, the sum
+    of the terms of the others, and the sum of these times (x - max) / T. With log1p nothing is lost when the
+    rest is tiny.
     """
     if row_max == -math.inf:
         return math.nan
-    others = (float(sums[1]) + float(sums[2])) / float(top_term)
-    return math.log1p((float(sums[0]) - 1.0) + others)
+    rest = (float(sums[1]) + float(sums[2])) / float(top_term(row_max))
+    return math.log1p((float(sums[0]) - 1.0) + rest)
 
 
 @jit
@@ -297,9 +291,9 @@ def log_terms(x, gap):
 
 
 @jit
-def logsumexp_value(row_max, temperature, top_term, sums):
-    """max + T log_sum."""
-    log_sum = log_of_sum(row_max, top_term, sums)
+def logsumexp_value(row_max, temperature, sums):
+    """Max + T log_sum."""
+    log_sum = log_of_sum(row_max, sums)
     top = float(row_max)
     if math.isnan(sums[1]):
         value = math.nan
@@ -316,8 +310,8 @@ def logsumexp_value(row_max, temperature, top_term, sums):
 
 
 @jit
-def entropy_value(row_max, temperature, top_term, sums):
+def entropy_value(row_max, sums):
     """log_sum - sum(p (x - max) / T): both parts are positive, so nothing cancels."""
-    total = float(sums[0]) * float(top_term) + (float(sums[1]) + float(sums[2]))
+    total = float(sums[0]) * float(top_term(row_max)) + (float(sums[1]) + float(sums[2]))
     moment = float(sums[3]) + float(sums[4])
-    return spread(log_of_sum(row_max, top_term, sums) - moment / total, row_max)
+    return spread(log_of_sum(row_max, sums) - moment / total, row_max)

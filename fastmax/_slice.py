@@ -20,6 +20,7 @@ from fastmax._lanes import (
 )
 from fastmax._math import (
     add,
+    add_smaller,
     entropy_value,
     gap_of,
     larger,
@@ -32,6 +33,7 @@ from fastmax._math import (
     sum_lanes,
     terms,
     times_pair,
+    top_term,
 )
 
 # Entries whose sum is one link of the chain: few enough that the errors of a chunk, summed plainly, stay
@@ -66,22 +68,26 @@ def maximum(x, start, stop):
 
 @jit
 def sum_terms(x, start, stop, scale, out, stored):
-    """Sum of the terms as a pair; the terms are written to ``out`` if they are to be stored."""
+    """Sum of the terms as a pair; the terms are written to ``out`` if they are to be stored.
+
+    The sum starts from a number that no term exceeds, for which `add_smaller` does.
+    """
     lanes = lane_count(x)
-    total = error = spread(0.0, x)
+    total = top_term(x)
+    error = spread(0.0, x)
     i = start
     while i <= stop - lanes:
         term = terms(load(x, i), scale)
         if stored:
             store(out, i, term)
-        total, error = add(total, error, term)
+        total, error = add_smaller(total, error, term)
         i += lanes
     if i < stop:
         term = terms(load_first(x, i, stop - i, spread(-math.inf, x)), scale)
         if stored:
             store_first(out, i, stop - i, term)
-        total, error = add(total, error, term)
-    return sum_lanes(total, error)
+        total, error = add_smaller(total, error, term)
+    return sum_lanes(total - top_term(x), error)
 
 
 @jit
@@ -134,7 +140,7 @@ def split_terms(x, row_max, scale):
 
 @jit
 def weighted_term(x, term, gap):
-    """term * (x - max) / T, 0 where the term is."""
+    """Term * (x - max) / T, 0 where the term is."""
     zero = spread(0.0, x)
     return select(term > zero, term * log_terms(x, gap), zero)
 
@@ -181,7 +187,7 @@ def merge_split(a, b):
 def sum_slice(x, scale, out, stored):
     """`sum_terms` over all chunks of a slice."""
     n = len(x)
-    total = error = spread(0.0, scale.high)
+    total = error = spread(0.0, scale.row_max)
     for start in range(0, n, CHUNK):
         part, part_error = sum_terms(x, start, min(n, start + CHUNK), scale, out, stored)
         total, error = merge(total, error, part, part_error)
@@ -221,7 +227,7 @@ def log_softmax(x, temperature, out):
     scale = scale_of(row_max, temperature)
     gap = gap_of(row_max, temperature, 0.0)
     sums = sum_split_slice(x, row_max, scale, gap, False)
-    log_sum = log_of_sum(row_max, terms(row_max, scale), sums)
+    log_sum = log_of_sum(row_max, sums)
     write_log_terms(x, 0, len(x), gap_of(row_max, temperature, log_sum), out)
 
 
@@ -232,7 +238,7 @@ def logsumexp(x, temperature):
     scale = scale_of(row_max, temperature)
     gap = gap_of(row_max, temperature, 0.0)
     sums = sum_split_slice(x, row_max, scale, gap, False)
-    return logsumexp_value(row_max, temperature, terms(row_max, scale), sums)
+    return logsumexp_value(row_max, temperature, sums)
 
 
 @jit
@@ -242,4 +248,4 @@ def entropy(x, temperature):
     scale = scale_of(row_max, temperature)
     gap = gap_of(row_max, temperature, 0.0)
     sums = sum_split_slice(x, row_max, scale, gap, True)
-    return entropy_value(row_max, temperature, terms(row_max, scale), sums)
+    return entropy_value(row_max, sums)
