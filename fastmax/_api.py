@@ -387,9 +387,7 @@ def _reduce(operation, x, temperature, axes, batch):
 
 def _is_one_slice(x, axes):
     """Whether x is one contiguous slice, for which a sweep of temperatures is as many rows."""
-    return (
-        x.size == math.prod(x.shape[i] for i in axes) and x.flags.c_contiguous and x.flags.aligned
-    )
+    return x.size == math.prod(x.shape[i] for i in axes) and x.flags.c_contiguous and x.flags.aligned
 
 
 def _memory_order(x, axes):
@@ -443,9 +441,7 @@ def _slices_last(x, axes):
 def _as_floats(x):
     """Return x in the dtype that its kernel takes (float32 or float64), and the dtype of the result."""
     if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(
-            "x must not be a masked array; pass x.data with where=~np.ma.getmaskarray(x)"
-        )
+        raise TypeError("x must not be a masked array; pass x.data with where=~np.ma.getmaskarray(x)")
     array = np.asarray(x)
     dtype = array.dtype.newbyteorder("=")
     if dtype in (_FLOAT32, _FLOAT64):
@@ -456,8 +452,7 @@ def _as_floats(x):
         kernel_dtype = dtype = _FLOAT64
     else:
         raise TypeError(
-            "x must be float16, bfloat16, float32, float64, bool or integers, "
-            f"got dtype {array.dtype}"
+            f"x must be float16, bfloat16, float32, float64, bool or integers, got dtype {array.dtype}"
         )
     return array.astype(kernel_dtype, copy=False), dtype
 
@@ -516,9 +511,7 @@ def _with_axes(batch, places, sizes):
     """Shape of the batch with axes of the given sizes put in at the given places."""
     inserted = dict(zip(places, sizes, strict=True))
     rest = iter(batch)
-    return tuple(
-        inserted[i] if i in inserted else next(rest) for i in range(len(batch) + len(sizes))
-    )
+    return tuple(inserted[i] if i in inserted else next(rest) for i in range(len(batch) + len(sizes)))
 
 
 def _as_mask(where, shape):
@@ -549,6 +542,4 @@ def _check_out(out, shape, dtype, x):
         and out.__array_interface__["data"] == x.__array_interface__["data"]
     )
     if not same and np.may_share_memory(out, x) and np.shares_memory(out, x):
-        raise ValueError(
-            "out must be x itself or not overlap it, got an array that overlaps x in part"
-        )
+        raise ValueError("out must be x itself or not overlap it, got an array that overlaps x in part")

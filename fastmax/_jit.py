@@ -15,11 +15,12 @@ import os
 import tempfile
 import types
 from pathlib import Path
+from typing import Any
 
 import numba
 from numba.core import config
 from numba.core.caching import CacheImpl, FunctionCache, _CacheLocator
-from numba.core.runtime import rtsys
+from numba.core.runtime.nrt import rtsys
 from numba.misc.appdirs import AppDirs
 
 _PACKAGE = Path(__file__).parent
@@ -49,8 +50,9 @@ def _cache_directory():
     if not _PACKAGE.is_dir():  # imported from a zip archive: nothing to stamp
         return None
     own = f"{_PACKAGE.name}_{hashlib.sha256(os.fsencode(_PACKAGE)).hexdigest()[:16]}"
-    if config.CACHE_DIR:
-        candidates = [os.path.join(config.CACHE_DIR, own)]
+    chosen: Any = config.CACHE_DIR  # pyright: ignore[reportAttributeAccessIssue]
+    if chosen:
+        candidates = [os.path.join(chosen, own)]
     else:
         user = AppDirs(appname="numba", appauthor=False).user_cache_dir
         candidates = [os.fspath(_PACKAGE / "__pycache__"), os.path.join(user, own)]
@@ -67,13 +69,13 @@ class _PackageLocator(_CacheLocator):
     def from_function(cls, py_func, py_file):
         return cls(py_func) if Path(py_file).parent == _PACKAGE else None
 
-    def get_cache_path(self):
+    def get_cache_path(self) -> Any:
         return _cache_directory()
 
-    def get_source_stamp(self):
+    def get_source_stamp(self) -> Any:
         return _package_digest()
 
-    def get_disambiguator(self):
+    def get_disambiguator(self) -> Any:
         return str(self._line)
 
 
@@ -93,11 +95,11 @@ class _KernelCache(FunctionCache):
             return self._load_overload(sig, target_context)
 
 
-def jit(function=None, **options):
+def jit(function=None, **options) -> Any:
     """``numba.njit`` with this package's cache; division by zero follows IEEE 754."""
     if function is None:
         return functools.partial(jit, **options)
-    dispatcher = numba.njit(error_model="numpy", **options)(function)
+    dispatcher: Any = numba.njit(error_model="numpy", **options)(function)
     if CACHED:
         dispatcher._cache = _KernelCache(dispatcher.py_func)
     return dispatcher

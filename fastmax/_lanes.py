@@ -10,12 +10,18 @@ floats.
 """
 
 import operator
+from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.core.cgutils import get_or_insert_function
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic, lower_builtin, models, register_model
+from numba.extending import intrinsic as numba_intrinsic
+from numba.extending import lower_builtin, models, register_model
+
+# What it makes is called with other arguments than the function that it decorates.
+intrinsic: Any = numba_intrinsic
 
 # Registers of 64 bytes: on AVX2 and NEON, LLVM splits them, which unrolls the loops for free.
 _COUNT = {types.float32: 16, types.float64: 8}
@@ -26,6 +32,7 @@ _SCALAR = {
 }
 _EXPONENT_SHIFT = {types.float32: 23, types.float64: 52}
 _INDEX = ir.IntType(32)
+_SIZE = ir.IntType(8 * np.intp().itemsize)
 
 
 class Lanes(types.Type):
@@ -75,9 +82,7 @@ def _splat(builder, value, llvm_type):
         return value
     undefined = ir.Constant(llvm_type, ir.Undefined)
     first = builder.insert_element(undefined, value, _INDEX(0))
-    return builder.shuffle_vector(
-        first, undefined, _constant(ir.VectorType(_INDEX, llvm_type.count), 0)
-    )
+    return builder.shuffle_vector(first, undefined, _constant(ir.VectorType(_INDEX, llvm_type.count), 0))
 
 
 def _call(builder, name, return_type, arguments, fastmath=()):
@@ -108,7 +113,7 @@ def _pointer(context, builder, array_type, array, index, llvm_type):
 
 
 def _define_operator(function, emit, result):
-    @infer_global(function)
+    @infer_global(function)  # pyright: ignore[reportOptionalCall]
     class _Template(AbstractTemplate):
         def generic(self, args, kws):
             if not kws and isinstance(args[0], Lanes) and all(arg == args[0] for arg in args):
@@ -256,7 +261,7 @@ def lane_count(typingctx, like):
     count = getattr(_lanes_of(like), "count", 1)
 
     def codegen(context, builder, sig, args):
-        return ir.Constant(ir.IntType(types.intp.bitwidth), count)
+        return ir.Constant(_SIZE, count)
 
     return types.intp(like), codegen
 
@@ -267,9 +272,7 @@ def _half(upper):
         if not isinstance(lanes, Lanes):
             return (
                 lanes(lanes),
-                lambda context, builder, sig, args: (
-                    _constant(args[0].type, 0.0) if upper else args[0]
-                ),
+                lambda context, builder, sig, args: _constant(args[0].type, 0.0) if upper else args[0],
             )
         count = lanes.count // 2
         start = count if upper else 0
@@ -322,7 +325,7 @@ def load(typingctx, array, index):
 
     def codegen(context, builder, sig, args):
         llvm_type = _llvm_type(lanes)
-        pointer = _pointer(context, builder, sig.args[0], *args, llvm_type)
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], llvm_type)
         return builder.load(pointer, align=array.dtype.bitwidth // 8)
 
     return lanes(array, types.intp), codegen
@@ -341,9 +344,7 @@ def store(typingctx, array, index, value):
             for i in range(sig.args[2].count):
                 entry = builder.extract_element(value, _INDEX(i))
                 here = builder.add(index, index.type(i))
-                builder.store(
-                    entry, _pointer(context, builder, sig.args[0], array, here, entry.type)
-                )
+                builder.store(entry, _pointer(context, builder, sig.args[0], array, here, entry.type))
         return context.get_dummy_value()
 
     return types.none(array, types.intp, value), codegen
@@ -391,9 +392,7 @@ def store_first(typingctx, array, index, count, value):
                 with builder.if_then(builder.icmp_unsigned("<", count.type(i), count)):
                     entry = builder.extract_element(value, _INDEX(i))
                     here = builder.add(index, index.type(i))
-                    builder.store(
-                        entry, _pointer(context, builder, sig.args[0], array, here, entry.type)
-                    )
+                    builder.store(entry, _pointer(context, builder, sig.args[0], array, here, entry.type))
         return context.get_dummy_value()
 
     return types.none(array, types.intp, types.intp, value), codegen
@@ -401,9 +400,7 @@ def store_first(typingctx, array, index, count, value):
 
 def _masked(builder, name, return_type, arguments, array_type):
     """Call llvm.masked.load(pointer, mask, filler) or llvm.masked.store(value, pointer, mask)."""
-    at = next(
-        i for i, argument in enumerate(arguments) if isinstance(argument.type, ir.PointerType)
-    )
+    at = next(i for i, argument in enumerate(arguments) if isinstance(argument.type, ir.PointerType))
     vector = return_type if name == "load" else arguments[0].type
     alignment = _INDEX(array_type.dtype.bitwidth // 8)
     arguments = [*arguments[: at + 1], alignment, *arguments[at + 1 :]]
