@@ -1,5 +1,6 @@
 """Public functions: arguments are checked here, and the kernels that suit them chosen."""
 
+import functools
 import math
 import operator
 from collections import namedtuple
@@ -15,13 +16,14 @@ _FLOAT64 = np.dtype(np.float64)
 # Entries up to which a vector goes straight to its kernel.
 _SMALL = 4096
 
-# name: of the function in `_cpu` and `_gufunc`; elementwise: whether the result has the shape of x, else one
-# value per slice; absent: the value of an entry where `where` is False, or of a slice with nothing left.
-Operation = namedtuple("Operation", "name elementwise absent")
-_SOFTMAX = Operation("softmax", True, 0.0)
-_LOG_SOFTMAX = Operation("log_softmax", True, -math.inf)
-_LOGSUMEXP = Operation("logsumexp", False, -math.inf)
-_ENTROPY = Operation("entropy", False, 0.0)
+# name: of the function in `_cpu` and `_gufunc`; slice: its kernel for one vector; elementwise: whether the
+# result has the shape of x, else one value per slice; absent: the value of an entry where `where` is False,
+# or of a slice of which nothing is left.
+Operation = namedtuple("Operation", "name slice elementwise absent")
+_SOFTMAX = Operation("softmax", _slice.softmax, True, 0.0)
+_LOG_SOFTMAX = Operation("log_softmax", _slice.log_softmax, True, -math.inf)
+_LOGSUMEXP = Operation("logsumexp", _slice.logsumexp, False, -math.inf)
+_ENTROPY = Operation("entropy", _slice.entropy, False, 0.0)
 
 
 def softmax(x, /, temperature=1.0, *, axis=0, where=None, out=None):
@@ -97,10 +99,8 @@ def softmax(x, /, temperature=1.0, *, axis=0, where=None, out=None):
            [0.01587624, 0.11731043, 0.86681333],
            [0.33333333, 0.33333333, 0.33333333]])
     """
-    if where is None and out is None and _is_small_vector(x, temperature, axis):
-        result = np.empty_like(x)
-        _slice.softmax(x, temperature, result)
-        return result
+    if where is None and _is_plain(x, temperature, axis, out):
+        return _transform_plain(_SOFTMAX, x, temperature, axis, out)
     return _evaluate(_SOFTMAX, x, temperature, axis, where, out)
 
 
@@ -147,10 +147,8 @@ def log_softmax(x, /, temperature=1.0, *, axis=0, where=None, out=None):
     >>> log_softmax([1, 3, 3], temperature=0)
     array([       -inf, -0.69314718, -0.69314718])
     """
-    if where is None and out is None and _is_small_vector(x, temperature, axis):
-        result = np.empty_like(x)
-        _slice.log_softmax(x, temperature, result)
-        return result
+    if where is None and _is_plain(x, temperature, axis, out):
+        return _transform_plain(_LOG_SOFTMAX, x, temperature, axis, out)
     return _evaluate(_LOG_SOFTMAX, x, temperature, axis, where, out)
 
 
@@ -199,6 +197,8 @@ def logsumexp(x, /, temperature=1.0, *, axis=0, where=None, keepdims=False, out=
     >>> logsumexp([[1, 2], [3, 4]], [0.0, 1.0], axis=1)
     array([2.        , 4.31326169])
     """
+    if where is None and out is None and not keepdims and _is_plain(x, temperature, axis, None):
+        return _reduce_plain(_LOGSUMEXP, x, temperature, axis)
     return _evaluate(_LOGSUMEXP, x, temperature, axis, where, out, keepdims)
 
 
@@ -245,22 +245,64 @@ def entropy(x, /, temperature=1.0, *, axis=0, where=None, keepdims=False, out=No
     >>> entropy([1, 3, 3], [0.0, 1.0, float("inf")])
     array([0.69314718, 0.89152998, 1.09861229])
     """
+    if where is None and out is None and not keepdims and _is_plain(x, temperature, axis, None):
+        return _reduce_plain(_ENTROPY, x, temperature, axis)
     return _evaluate(_ENTROPY, x, temperature, axis, where, out, keepdims)
 
 
-def _is_small_vector(x, temperature, axis):
-    """Whether the arguments need no checks: a plain 1-d array and a float temperature."""
+# -- the short way: plain arrays, one float temperature, one axis -------------------------------------
+
+
+def _is_plain(x, temperature, axis, out):
+    """Whether the arguments need no checks and no conversion, which is what most calls come with."""
     return (
         type(x) is np.ndarray
         and (x.dtype is _FLOAT64 or x.dtype is _FLOAT32)
-        and x.ndim == 1
-        and 0 < x.size <= _SMALL
         and type(axis) is int
-        and -1 <= axis <= 0
+        and -x.ndim <= axis < x.ndim
         and type(temperature) is float
         and temperature >= 0.0
+        and x.size > 0
         and x.flags.carray
+        and (
+            out is None
+            or out is x
+            or (
+                type(out) is np.ndarray
+                and out.dtype is x.dtype
+                and out.shape == x.shape
+                and out.flags.carray
+                and not np.may_share_memory(out, x)
+            )
+        )
     )
+
+
+def _transform_plain(operation, x, temperature, axis, out):
+    result = np.empty_like(x) if out is None else out
+    if x.ndim == 1 and x.size <= _SMALL:
+        operation.slice(x, temperature, result)
+        return result
+    shape = _around(x.shape, axis)
+    _schedule(operation, x.reshape(shape), np.array([temperature]), result.reshape(shape))
+    return result
+
+
+def _reduce_plain(operation, x, temperature, axis):
+    if x.ndim == 1 and x.size <= _SMALL:
+        return x.dtype.type(operation.slice(x, temperature))
+    outer, n, inner = _around(x.shape, axis)
+    values = np.empty((outer, inner), x.dtype)
+    _schedule(operation, x.reshape(outer, n, inner), np.array([temperature]), values)
+    return values.reshape(x.shape[:axis] + x.shape[axis:][1:])[()]
+
+
+def _around(shape, axis):
+    """Number of entries before, along and after an axis."""
+    return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis:][1:])
+
+
+# -- the long way: every argument -----------------------------------------------------------------
 
 
 def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
@@ -312,11 +354,17 @@ def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
 # -- running --------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _schedules():
+    """Import the schedules when they are needed: it takes as long as the rest of the package."""
+    from fastmax import _cpu
+
+    return _cpu
+
+
 def _schedule(operation, x, temperature, out):
     """Run contiguous slices on all threads."""
-    from fastmax import _cpu  # here, for a third of the package's import time goes into its kernels
-
-    getattr(_cpu, operation.name)(x, temperature, out)
+    getattr(_schedules(), operation.name)(x, temperature, out)
 
 
 def _broadcast(operation, x, temperature, out=None):
