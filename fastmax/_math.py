@@ -248,7 +248,7 @@ def log_of_sum(row_max, sums):
 
 @jit
 def gap_of(row_max, temperature, log_sum):
-    """Coefficients of `log_terms`."""
+    """Coefficients of `log_terms`; from T = 1 on of a quarter of x, for x - max of opposite extremes overflows."""
     inverse = 0.0
     exponent = 0
     prescale = 1.0
@@ -258,10 +258,10 @@ def gap_of(row_max, temperature, log_sum):
     elif temperature == 0.0 or row_max == math.inf:
         cutoff = row_max
     elif temperature == math.inf:
+        prescale = 0.25
         cutoff = -constant(LARGEST, row_max)
     else:
         if temperature >= 1.0:
-            # x - max of opposite extremes overflows, its quarter does not.
             prescale = 0.25
         fraction, exponent = math.frexp(temperature * prescale)
         limit = int(constant(LARGEST_GAP_EXPONENT, row_max))
@@ -301,7 +301,7 @@ def logsumexp_value(row_max, temperature, sums):
         value = top
     elif temperature == math.inf:
         value = math.inf if log_sum > 0.0 else top
-    elif temperature < 1.0:
+    elif temperature < 2.0**1000 or log_sum == 0.0:
         value = fma(temperature, log_sum, top)
     else:
         # T log_sum alone may overflow where the result does not.

@@ -1,0 +1,159 @@
+"""The error over lengths, temperatures and offsets: softmax 2 ulp, log_softmax, logsumexp 4 ulp."""
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from paths import PATHS
+
+import fastmax
+
+LENGTHS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 100, 1000, 16383, 16384, 16385, 100_003)
+LONG = (10**6, 10**7)
+EXPONENTS = (-300, -200, -100, -38, -10, -3, 0, 3, 10, 38, 100, 200, 300)  # T = 10**exponent
+OFFSETS = (0.0, 1.0, -1.0, 30.0, -700.0, 1e3, -1e4, 1e6, -1e6)
+
+float_types = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+
+
+def draw(k, spread, offset, dtype, seed):
+    """Return k normal entries around an offset, drawn from a pool of at most 300."""
+    rng = np.random.default_rng(seed)
+    pool = (offset + rng.normal(scale=spread, size=min(k, 300))).astype(dtype)
+    return pool if k <= 300 else rng.choice(pool, size=k)
+
+
+def faults(x, temperature, paths):
+    """Return what the four functions get wrong for one slice, called through some paths."""
+    expected = oracle.expect(x, temperature)
+    return [
+        f"{path}, k = {len(x)}, T = {temperature}: {fault}"
+        for name in oracle.FUNCTIONS
+        for path in paths
+        if (fault := oracle.fault(name, PATHS[path](getattr(fastmax, name), x, temperature), expected))
+    ]
+
+
+@float_types
+@pytest.mark.parametrize("k", LENGTHS)
+def test_lengths_and_offsets(dtype, k):
+    found = []
+    for seed, offset in enumerate(OFFSETS):
+        x = draw(k, 3.0, offset, dtype, seed)
+        found += faults(x, 1.0, ["vector", "strided"] if k > 1000 else ["rows", "columns"])
+    assert found == []
+
+
+@float_types
+@pytest.mark.parametrize(("spread", "temperature"), [(1.0, 1.0), (30.0, 0.7), (1e-3, 1e-3)])
+def test_many_different_entries(dtype, spread, temperature):
+    """Ten thousand fractions of the exponential, on both sides of every power of two."""
+    x = np.random.default_rng(18).uniform(-2 * spread, spread, size=10_000).astype(dtype)
+    assert faults(x, temperature, ["vector", "columns"]) == []
+
+
+@float_types
+@pytest.mark.parametrize("k", LONG)
+def test_long_vectors(dtype, k):
+    x = draw(k, 3.0, 1e3, dtype, seed=k)
+    assert faults(x, 1.0, ["vector"]) == []
+
+
+@float_types
+def test_long_columns(dtype):
+    x = draw(10**6, 3.0, 1e3, dtype, seed=11)
+    expected = oracle.expect(x, 0.7)
+    columns = np.stack([x, x[::-1], x], axis=1)
+    for name in oracle.FUNCTIONS:
+        result = getattr(fastmax, name)(columns, 0.7)
+        assert oracle.fault(name, result[..., 0], expected) == ""
+
+
+@float_types
+@pytest.mark.parametrize("exponent", EXPONENTS)
+@pytest.mark.parametrize("spread", [0.1, 10.0, 300.0])
+def test_temperatures(dtype, exponent, spread):
+    """x is scaled with T where it can be; where it cannot, T is as good as 0 or inf."""
+    temperature = 10.0**exponent * 1.37
+    info = np.finfo(dtype)
+    found = []
+    for seed, k in enumerate((3, 17, 100, 1000)):
+        noise = np.random.default_rng(seed).normal(scale=spread, size=k)
+        scale = np.clip(temperature, 1e4 * float(info.smallest_subnormal), float(info.max) / 1e4)
+        found += faults((noise * scale).astype(dtype), temperature, ["vector", "columns"])
+    assert found == []
+
+
+@float_types
+@pytest.mark.parametrize("offset", [1.0, 1e3, 1e6, -1e6])
+@pytest.mark.parametrize("exponent", [-300, -30, -6, -3, 3, 6, 30, 300])
+def test_temperatures_far_from_the_offset(dtype, offset, exponent):
+    found = []
+    for seed, k in enumerate((2, 33, 1000)):
+        x = draw(k, 1.0, offset, dtype, seed)
+        found += faults(x, 10.0**exponent, ["vector", "columns", "strided"])
+    assert found == []
+
+
+@float_types
+@pytest.mark.parametrize("temperature", [1.0, 1e-3, 7.3])
+def test_large_gaps_over_a_large_offset(dtype, temperature):
+    """x / T loses its fraction, and the gaps are exact all the same."""
+    found = []
+    for seed, offset in enumerate((0.0, 1e4, -1e5, 1e6)):
+        gaps = np.random.default_rng(seed).uniform(-90, 0, size=200) * temperature
+        found += faults((offset + gaps).astype(dtype), temperature, ["vector", "columns"])
+    assert found == []
+
+
+@float_types
+@pytest.mark.parametrize("path", ["vector", "rows", "columns", "strided"])
+def test_subnormal_results(dtype, path):
+    info = np.finfo(dtype)
+    low = float(np.log(np.float64(info.smallest_subnormal)))
+    x = np.append(0.0, np.linspace(low - 2, low + 20, 999)).astype(dtype)
+    for temperature in (1.0, 2.0**-20, 3.0):
+        scaled = (x * dtype(temperature)).astype(dtype)
+        assert faults(scaled, temperature, [path]) == []
+
+
+@float_types
+def test_subnormal_results_of_many_entries(dtype):
+    """A sum of 10^5 pushes probabilities below the normal range that their terms are within."""
+    low = float(np.log(np.float64(np.finfo(dtype).smallest_subnormal)))
+    tail = np.linspace(low, low + 40, 200)
+    x = np.append(np.zeros(100_000), tail).astype(dtype)
+    assert faults(x, 1.0, ["vector", "strided"]) == []
+
+
+@float_types
+@pytest.mark.parametrize("magnitude", [0.25, 0.5, 0.9, 1.0])
+def test_entries_near_the_ends_of_the_range(dtype, magnitude):
+    largest = magnitude * float(np.finfo(dtype).max)
+    unit = np.random.default_rng(12).uniform(-1, 1, size=50)
+    found = []
+    for temperature in (1e-300, 1.0, largest / 100, largest / 3, min(largest * 3, 1.7e308)):
+        found += faults((unit * largest).astype(dtype), temperature, ["vector", "columns"])
+    assert found == []
+
+
+@float_types
+def test_every_gap_between_two_entries(dtype):
+    """softmax((0, -g)) for gaps g over the whole range in which it is not 0 or 1/2."""
+    low = float(np.log(np.float64(np.finfo(dtype).smallest_subnormal)))
+    gaps = np.concatenate([np.logspace(-12, 0, 60), np.linspace(1, 2 - low, 400)]).astype(dtype)
+    pairs = np.stack([np.zeros_like(gaps), -gaps], axis=1)
+    expected = [oracle.expect(pair) for pair in pairs]
+    for name in oracle.FUNCTIONS:
+        results = getattr(fastmax, name)(pairs, axis=1)
+        found = [oracle.fault(name, *case) for case in zip(results, expected, strict=True)]
+        assert [fault for fault in found if fault] == []
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("k", [1, 2, 17, 1000])
+def test_16_bits_are_rounded_once(dtype, k):
+    found = []
+    for seed, temperature in enumerate((0.1, 1.0, 10.0)):
+        found += faults(draw(k, 3.0, 0.5, dtype, seed), temperature, ["vector", "columns"])
+    assert found == []

@@ -1,0 +1,163 @@
+"""Compiled kernels on disk: never those of older code, never other bits, never in the way."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastmax
+
+PACKAGE = Path(fastmax.__file__).parent
+MODULES = sorted(path.name for path in PACKAGE.glob("*.py"))
+
+# Programs print results bit for bit: one of the smallest, and one of each kind of kernel.
+SMALL = """
+import numpy as np
+import fastmax
+
+assert fastmax.__file__.startswith({package!r})
+print(fastmax.softmax(np.array([1.0, 2.0, 3.0])).tobytes().hex())
+"""
+EVERY_KIND = """
+import numpy as np
+import fastmax
+
+assert fastmax.__file__.startswith({package!r})
+x = np.random.default_rng(0).normal(size=(301, 309))
+results = [
+    fastmax.softmax(x.astype(np.float32), 0.3),  # columns in parallel
+    fastmax.entropy(x, 0.3, axis=None),  # one long vector in parallel
+    fastmax.log_softmax(x[:, ::2], np.linspace(0, 2, 301), axis=1),  # any strides
+]
+print([result.tobytes().hex() for result in results])
+"""
+# Leaves at the first kernel that is not in the cache.
+LOAD = """
+import sys
+from numba.core import event
+
+class Leave(event.Listener):
+    def on_start(self, event):
+        sys.exit("a kernel was compiled")
+
+    def on_end(self, event):
+        pass
+
+event.register("numba:compile", Leave())
+"""
+
+
+def copy(package, destination):
+    ignored = shutil.ignore_patterns("*.pyc")
+    return Path(shutil.copytree(package, destination / "fastmax", ignore=ignored))
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A copy of the package, without compiled kernels."""
+    copied = copy(PACKAGE, tmp_path / "site")
+    shutil.rmtree(copied / "__pycache__", ignore_errors=True)
+    return copied
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A copy of the package, with the kernels of the smallest program."""
+    copied = copy(PACKAGE, tmp_path_factory.mktemp("compiled"))
+    shutil.rmtree(copied / "__pycache__", ignore_errors=True)
+    run(SMALL, copied)
+    return copied
+
+
+def run(program, package, **environment):
+    """Run a program on a package, in a new process, and return what it printed."""
+    finished = start(program, package, **environment)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def start(program, package, **environment):
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("NUMBA_")}
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", program.format(package=str(package))],
+        env=inherited | {"PYTHONPATH": str(package.parent)} | environment,
+        cwd=package.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def kernels(directory):
+    """Return the files of compiled kernels below a directory, with the time each was written."""
+    return {path: path.stat().st_mtime_ns for path in directory.rglob("*.nb[ci]")}
+
+
+def test_kernels_from_the_cache_give_the_same_bits(package):
+    compiled = run(EVERY_KIND, package)
+    written = kernels(package)
+    assert written
+    assert run(EVERY_KIND, package) == compiled
+    assert run(EVERY_KIND, package) == compiled
+    assert kernels(package) == written
+
+
+def test_kernels_move_with_the_package(compiled, tmp_path):
+    """The control of the next test: with no change, nothing is compiled."""
+    assert run(LOAD + SMALL, copy(compiled, tmp_path)) == run(SMALL, compiled)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_change_in_any_module_compiles_anew(compiled, tmp_path, module):
+    package = copy(compiled, tmp_path)
+    with (package / module).open("a") as file:
+        file.write("# changed\n")
+    assert "a kernel was compiled" in start(LOAD + SMALL, package).stderr
+
+
+def test_a_change_in_a_helper_changes_the_kernels_that_use_it(compiled, tmp_path):
+    package = copy(compiled, tmp_path)
+    double_exponents(package)
+    p = np.frombuffer(bytes.fromhex(run(SMALL, package)))
+    np.testing.assert_allclose(p, fastmax.softmax([2.0, 4.0, 6.0]), rtol=1e-9)
+
+
+def double_exponents(package):
+    """Change a constant that kernels of other modules read when they are compiled."""
+    with (package / "_math.py").open("a") as file:
+        file.write("LOG2_E_HIGH *= 2\n")
+
+
+def test_nothing_that_can_be_written_and_no_home(package, compiled, tmp_path):
+    (package / "__pycache__").write_text("not a directory")
+    (tmp_path / "file").write_text("not a directory")
+    home = str(tmp_path / "file" / "home")
+    result = run(SMALL, package, HOME=home, XDG_CACHE_HOME=home)
+    assert result == run(SMALL, compiled)
+    assert not kernels(tmp_path)
+
+
+def test_package_that_cannot_be_written_keeps_its_kernels_at_home(package, tmp_path):
+    (package / "__pycache__").write_text("not a directory")
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
+    first = run(SMALL, package, **environment)
+    assert kernels(home)
+    assert run(LOAD + SMALL, package, **environment) == first
+
+
+def test_packages_that_share_a_cache_directory(package, tmp_path):
+    """As two versions do that are installed in two environments."""
+    shared = tmp_path / "shared"
+    first = run(SMALL, package, NUMBA_CACHE_DIR=str(shared))
+    assert kernels(shared)
+    assert not kernels(package)
+    other = copy(package, tmp_path / "other")
+    double_exponents(other)
+    assert run(SMALL, other, NUMBA_CACHE_DIR=str(shared)) != first
+    assert run(LOAD + SMALL, package, NUMBA_CACHE_DIR=str(shared)) == first

@@ -1,0 +1,39 @@
+"""Every code path of every backend returns the exact values, within the table of tolerances."""
+
+import importlib
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from conformance import failures
+from paths import IN_PLACE, PATHS
+
+# a backend is a module with the four functions; one that cannot be imported is skipped
+BACKENDS = {"cpu": "fastmax"}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return importlib.import_module(BACKENDS[request.param])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", oracle.FUNCTIONS)
+@pytest.mark.parametrize("path", PATHS)
+def test_path_conforms(backend, path, name, dtype):
+    assert failures(getattr(backend, name), name, PATHS[path], dtype) == []
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", oracle.ELEMENTWISE)
+@pytest.mark.parametrize("path", IN_PLACE)
+def test_path_in_place_conforms(backend, path, name, dtype):
+    assert failures(getattr(backend, name), name, IN_PLACE[path], dtype) == []
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("name", oracle.FUNCTIONS)
+@pytest.mark.parametrize("path", ["vector", "rows", "columns", "strided", "masked", "out given"])
+def test_16_bits_conform(backend, path, name, dtype):
+    assert failures(getattr(backend, name), name, PATHS[path], dtype) == []

@@ -1,0 +1,130 @@
+"""The scripts run, say what they write, write the same each time, and refuse bad arguments."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+
+import fastmax
+
+PACKAGE = Path(fastmax.__file__).parent
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+RUNNABLE = sorted(path.name for path in SCRIPTS.glob("*.py") if "__main__" in path.read_text())
+
+
+def start(script, *arguments):
+    return subprocess.run(
+        [sys.executable, str(SCRIPTS / script), *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def run(script, *arguments):
+    """Run a script to its end and return what it printed."""
+    finished = start(script, *arguments)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""
+    return finished.stdout
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("script", RUNNABLE)
+def test_help(script):
+    printed = run(script, "--help")
+    assert printed.startswith(f"usage: {script}")
+    assert len(printed.splitlines()) > 5
+
+
+# --- temperature_sweep.py -------------------------------------------------------------------------
+
+SWEEP = ("temperature_sweep.py", "--temperatures", 0.1, 10, 5)
+
+
+def test_sweep_draws_the_documents_vectors_and_the_simplex(tmp_path):
+    printed = run(*SWEEP, "--output", tmp_path / "new" / "folder", "--format", "png", "svg")
+    written = files(tmp_path / "new" / "folder")
+    curves = [f"temperature_sweep_1_{r}_3.{suffix}" for r in (2, 3) for suffix in ("png", "svg")]
+    tables = [f"temperature_sweep_1_{r}_3.csv" for r in (2, 3)]
+    assert sorted(written) == sorted([*curves, *tables, "simplex.png", "simplex.svg"])
+    assert all(name in printed for name in written)
+    assert all(content.startswith(b"\x89PNG") for name, content in written.items() if "png" in name)
+
+
+def test_sweep_writes_the_same_files_again(tmp_path):
+    for folder in ("first", "second"):
+        run(*SWEEP, "--vector", 1, 3, 3, "--output", tmp_path / folder)
+    assert files(tmp_path / "first") == files(tmp_path / "second")
+
+
+def test_sweep_tabulates_the_curves_and_both_limits(tmp_path):
+    vector = [0.5, -1.0, 2.0, 2.0]
+    run(*SWEEP, "--vector", *vector, "--output", tmp_path, "--format", "svg")
+    (path,) = tmp_path.glob("*.csv")
+    assert path.read_text().startswith("temperature,sigma_1,sigma_2,sigma_3,sigma_4\n")
+    table = np.loadtxt(path, delimiter=",", skiprows=1)
+    temperatures = [0, *np.geomspace(0.1, 10, 5), np.inf]
+    np.testing.assert_allclose(table[:, 0], temperatures, rtol=1e-11)
+    expected = fastmax.softmax(vector, temperatures, axis=-1)
+    np.testing.assert_allclose(table[:, 1:], expected, rtol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--vector", "one"], "--vector"),
+        (["--vector", "1", "nan"], "--vector"),
+        (["--temperatures", "0", "1", "5"], "--temperatures"),
+        (["--temperatures", "2", "1", "5"], "--temperatures"),
+        (["--temperatures", "1", "2", "2.5"], "--temperatures"),
+        (["--format", "bmp"], "--format"),
+        (["--output", __file__], "--output"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_sweep_refuses_bad_arguments(tmp_path, arguments, named):
+    output = [] if "--output" in arguments else ["--output", tmp_path]
+    finished = start("temperature_sweep.py", *arguments, *output)
+    assert finished.returncode == 2
+    assert named in finished.stderr.splitlines()[-1]
+    assert "Traceback" not in finished.stderr
+    assert files(tmp_path) == {}
+
+
+# --- accuracy.py ----------------------------------------------------------------------------------
+
+
+def test_accuracy_is_measured_within_the_bars(tmp_path):
+    finished = start("accuracy.py", "--quick", "--output", tmp_path, "--format", "png")
+    assert finished.returncode == 0, finished.stderr
+    written = files(tmp_path)
+    assert {"accuracy.csv", "accuracy.png"} <= set(written)
+    assert all(name in finished.stdout for name in written)
+    lines = written["accuracy.csv"].decode().splitlines()
+    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    assert {row["function"] for row in rows} == {"softmax", "log_softmax", "logsumexp"}
+    for row in rows:
+        bar = oracle.TOLERANCE[row["function"]][row["dtype"]]
+        assert float(row["fastmax"]) <= bar, row
+
+
+# --- fit_exp2.py ----------------------------------------------------------------------------------
+
+
+def test_fit_derives_the_coefficients_of_the_kernels():
+    printed = run("fit_exp2.py", "--samples", 1000, "--checks", 20)
+    coefficients = re.findall(r'fromhex\("([^"]+)"\)', printed)
+    assert len(coefficients) >= 15
+    source = (PACKAGE / "_math.py").read_text()
+    assert [value for value in coefficients if value not in source] == []

@@ -1,0 +1,152 @@
+"""The bits of a slice depend on the slice alone: not on threads, neighbours, position or layout."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+from bits import LENGTHS
+from paths import IN_PLACE, PATHS
+
+import fastmax
+
+every = pytest.mark.parametrize("name", oracle.FUNCTIONS)
+float_types = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+
+CONTIGUOUS = (
+    "rows",
+    "many rows",
+    "columns in Fortran order",
+    "one column",
+    "repeated row",
+    "all axes",
+    "temperature per row",
+    "temperatures of one vector",
+    "temperatures along the last axis",
+    "temperature of one array",
+    "byte swapped",
+    "out given",
+)
+STRIDED = (
+    "reversed",
+    "reversed rows",
+    "rows in Fortran order",
+    "columns",
+    "wide columns",
+    "many columns",
+    "every other column",
+    "middle axis",
+    "middle axis of many",
+    "negative axis",
+    "temperature per column",
+    "out strided",
+)
+LONGEST = 20_000  # beyond it, paths that make many slices are left out
+
+
+def bits(result):
+    """Return a result as integers: NaN and the sign of 0 count."""
+    result = np.asarray(result)
+    return result.view(np.dtype(f"i{result.dtype.itemsize}"))
+
+
+def draw(k, dtype):
+    x = np.random.default_rng(k).normal(scale=5.0, size=k).astype(dtype)
+    x[: k // 20] *= dtype(40)  # subnormal results, and results of 0
+    return x
+
+
+# --- threads --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digests():
+    """Digests of the results with 1, 2 and 4 threads, from a process that has 4."""
+    root = str(Path(fastmax.__file__).parents[1])
+    environment = os.environ | {"NUMBA_NUM_THREADS": "4", "PYTHONPATH": root}
+    script = str(Path(__file__).with_name("bits.py"))
+    command = [sys.executable, script, "1", "2", "4"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(run.stdout)
+
+
+def test_number_of_threads_changes_no_bit(digests):
+    one, two, four = digests
+    assert len(one) >= 200
+    assert [case for case in one if not one[case] == two[case] == four[case]] == []
+
+
+@every
+def test_calls_from_several_python_threads_at_once(name):
+    function = getattr(fastmax, name)
+    x = np.random.default_rng(17).normal(size=(300, 1000))
+    expected = [bits(function(x, axis=axis)) for axis in (0, 1)]
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(function, x, axis=axis) for axis in 10 * (0, 1)]
+    for i, call in enumerate(calls):
+        np.testing.assert_array_equal(bits(call.result()), expected[i % 2])
+
+
+@every
+@float_types
+@pytest.mark.parametrize("axis", [0, 1])
+def test_position_in_a_batch_changes_no_bit(name, dtype, axis):
+    """Equal slices, as many as no block of columns or rows divides."""
+    for n in (1, 16, 17, 1000):
+        x = draw(n, dtype)
+        batch = np.stack([x] * 309, axis=1 - axis)
+        result = getattr(fastmax, name)(batch, 0.7, axis=axis)
+        if name in oracle.ELEMENTWISE:
+            result = np.moveaxis(result, axis, -1)
+        assert (bits(result) == bits(result[:1])).all()
+
+
+# --- layouts --------------------------------------------------------------------------------------
+
+
+def changes(name, dtype, path, alone):
+    """Return the lengths and temperatures at which a path gives other bits than the slice alone."""
+    function, found = getattr(fastmax, name), []
+    for n in LENGTHS:
+        if n > LONGEST and any(word in path for word in ("many", "wide", "middle", "negative")):
+            continue
+        x = draw(n, dtype)
+        for temperature in (1.0, 0.37):
+            result = (PATHS | IN_PLACE)[path](function, x, temperature)
+            if (bits(result) != bits(PATHS[alone](function, x, temperature))).any():
+                found.append((n, temperature))
+    return found
+
+
+@every
+@float_types
+@pytest.mark.parametrize("path", CONTIGUOUS)
+def test_contiguous_slices_have_the_bits_of_the_vector(name, dtype, path):
+    assert changes(name, dtype, path, alone="vector") == []
+
+
+@every
+@float_types
+@pytest.mark.parametrize("path", STRIDED)
+def test_strided_slices_have_the_bits_of_the_strided_vector(name, dtype, path):
+    assert changes(name, dtype, path, alone="strided") == []
+
+
+@float_types
+@pytest.mark.parametrize("name", oracle.ELEMENTWISE)
+@pytest.mark.parametrize(
+    ("path", "alone"),
+    [
+        ("in place", "vector"),
+        ("in place rows", "vector"),
+        ("in place columns", "strided"),
+        ("in place strided", "strided"),
+    ],
+)
+def test_results_in_place_have_the_same_bits(name, dtype, path, alone):
+    assert changes(name, dtype, path, alone) == []
