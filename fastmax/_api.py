@@ -7,6 +7,7 @@ from collections import namedtuple
 
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
+from numpy.typing import ArrayLike
 
 from fastmax import _slice
 
@@ -26,7 +27,7 @@ _LOGSUMEXP = Operation("logsumexp", _slice.logsumexp, False, -math.inf)
 _ENTROPY = Operation("entropy", _slice.entropy, False, 0.0)
 
 
-def softmax(x, /, temperature=1.0, *, axis=0, where=None, out=None):
+def softmax(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, out=None):
     r"""Softmax with temperature.
 
     .. math:: \sigma_T(x)_i = \frac{\exp(x_i / T)}{\sum_j \exp(x_j / T)}
@@ -104,7 +105,7 @@ def softmax(x, /, temperature=1.0, *, axis=0, where=None, out=None):
     return _evaluate(_SOFTMAX, x, temperature, axis, where, out)
 
 
-def log_softmax(x, /, temperature=1.0, *, axis=0, where=None, out=None):
+def log_softmax(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, out=None):
     r"""Logarithm of the softmax with temperature.
 
     .. math:: \log \sigma_T(x)_i = \frac{x_i - \max x}{T} - \log \sum_j \exp \frac{x_j - \max x}{T}
@@ -152,7 +153,7 @@ def log_softmax(x, /, temperature=1.0, *, axis=0, where=None, out=None):
     return _evaluate(_LOG_SOFTMAX, x, temperature, axis, where, out)
 
 
-def logsumexp(x, /, temperature=1.0, *, axis=0, where=None, keepdims=False, out=None):
+def logsumexp(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, keepdims=False, out=None):
     r"""Logarithm of a sum of exponentials with temperature, a smooth maximum.
 
     .. math:: T \log \sum_j \exp(x_j / T)
@@ -187,7 +188,9 @@ def logsumexp(x, /, temperature=1.0, *, axis=0, where=None, keepdims=False, out=
     -----
     The error is at most 4 ulp of the largest of abs(max(x)), abs(T log(sum)) and the result. The value at
     T = 0 is the maximum; at T = inf it is +inf, or the entry itself if only one is not -inf. With an entry
-    +inf it is +inf, with NaN it is NaN, with nothing but -inf, or with nothing at all, it is -inf.
+    +inf it is +inf, with NaN it is NaN, with nothing but -inf, or with nothing at all, it is -inf. Entries
+    that lie more than 769 T (float64) or 124 T (float32) below the maximum are left out; they show only
+    next to a maximum of 0 or nearly so.
 
     Examples
     --------
@@ -202,7 +205,7 @@ def logsumexp(x, /, temperature=1.0, *, axis=0, where=None, keepdims=False, out=
     return _evaluate(_LOGSUMEXP, x, temperature, axis, where, out, keepdims)
 
 
-def entropy(x, /, temperature=1.0, *, axis=0, where=None, keepdims=False, out=None):
+def entropy(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, keepdims=False, out=None):
     r"""Entropy of the softmax with temperature, in nats.
 
     .. math:: H = -\sum_i \sigma_T(x)_i \log \sigma_T(x)_i

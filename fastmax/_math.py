@@ -22,6 +22,8 @@ float64's).
 import math
 from collections import namedtuple
 
+import numpy as np
+
 from fastmax._jit import jit
 from fastmax._lanes import (
     constant,
@@ -233,6 +235,12 @@ def times_pair(term, high, low):
 
 
 @jit
+def rest_of(sums):
+    """Sum of the terms below the maximum in float64 (which ``float`` would not make of a float32)."""
+    return np.float64(sums[1]) + np.float64(sums[2])
+
+
+@jit
 def log_of_sum(row_max, sums):
     """Logarithm of sum(exp((x - max) / T)), from the entries equal to the maximum and the rest apart.
 
@@ -242,13 +250,13 @@ def log_of_sum(row_max, sums):
     """
     if row_max == -math.inf:
         return math.nan
-    rest = (float(sums[1]) + float(sums[2])) / float(top_term(row_max))
-    return math.log1p((float(sums[0]) - 1.0) + rest)
+    rest = rest_of(sums) / np.float64(top_term(row_max))
+    return math.log1p((np.float64(sums[0]) - 1.0) + rest)
 
 
 @jit
 def gap_of(row_max, temperature, log_sum):
-    """Coefficients of `log_terms`; from T = 1 on of a quarter of x, for x - max of opposite extremes overflows."""
+    """Coefficients of `log_terms`; from T = 1 on for a quarter of x, as x - max might overflow."""
     inverse = 0.0
     exponent = 0
     prescale = 1.0
@@ -294,14 +302,17 @@ def log_terms(x, gap):
 def logsumexp_value(row_max, temperature, sums):
     """Max + T log_sum."""
     log_sum = log_of_sum(row_max, sums)
-    top = float(row_max)
+    top = np.float64(row_max)
     if math.isnan(sums[1]):
         value = math.nan
     elif math.isinf(top) or temperature == 0.0:
         value = top
     elif temperature == math.inf:
         value = math.inf if log_sum > 0.0 else top
-    elif temperature < 2.0**1000 or log_sum == 0.0:
+    elif log_sum < 2.0**-60 and temperature > 1.0:
+        # T log_sum = T rest may be normal though the rest is not, so that it keeps its bias.
+        value = fma(temperature / np.float64(top_term(row_max)), rest_of(sums), top)
+    elif temperature < 2.0**1000:
         value = fma(temperature, log_sum, top)
     else:
         # T log_sum alone may overflow where the result does not.
@@ -312,6 +323,6 @@ def logsumexp_value(row_max, temperature, sums):
 @jit
 def entropy_value(row_max, sums):
     """log_sum - sum(p (x - max) / T): both parts are positive, so nothing cancels."""
-    total = float(sums[0]) * float(top_term(row_max)) + (float(sums[1]) + float(sums[2]))
-    moment = float(sums[3]) + float(sums[4])
+    total = np.float64(sums[0]) * np.float64(top_term(row_max)) + rest_of(sums)
+    moment = np.float64(sums[3]) + np.float64(sums[4])
     return spread(log_of_sum(row_max, sums) - moment / total, row_max)
