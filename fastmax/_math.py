@@ -57,26 +57,31 @@ LARGEST = (3.4028234663852886e38, 1.7976931348623157e308)
 LARGEST_EXPONENT = (250.0, 1074.0)
 LARGEST_GAP_EXPONENT = (375.0, 1080.0)
 
+# 2**f for |f| <= 1/2 + 2**-12, by scripts/fit_exp2.py.
+# float32: relative error 2**-28.32; worst measured errors (every f)
+# 0.8627 ulp and 1.2200 * 2**-24 relative, no decrease between neighbours.
+# float64: relative error 2**-57.76; worst measured errors (1e+07 random f)
+# 0.8533 ulp and 1.2069 * 2**-53 relative, no decrease between neighbours.
 EXP2_SLOPE = (float.fromhex("0x1.62e43p-1"), float.fromhex("0x1.62e42fefa39efp-1"))
 EXP2_CURVATURE = (
     (
         float.fromhex("0x1.ebfbdcp-3"),
-        float.fromhex("0x1.c6af6cp-5"),
-        float.fromhex("0x1.3b2dcap-7"),
-        float.fromhex("0x1.5f11f2p-10"),
-        float.fromhex("0x1.4177fep-13"),
+        float.fromhex("0x1.c6af7ap-5"),
+        float.fromhex("0x1.3b2dd4p-7"),
+        float.fromhex("0x1.5f0954p-10"),
+        float.fromhex("0x1.41782ap-13"),
     ),
     (
-        float.fromhex("0x1.ebfbdff82c59ep-3"),
-        float.fromhex("0x1.c6b08d704a0c9p-5"),
-        float.fromhex("0x1.3b2ab6fba0c34p-7"),
-        float.fromhex("0x1.5d87fe78b5bc6p-10"),
-        float.fromhex("0x1.4309130d3fdbep-13"),
-        float.fromhex("0x1.ffcbfbf17b9a1p-17"),
-        float.fromhex("0x1.62bfca895447ap-20"),
-        float.fromhex("0x1.b5261691f249bp-24"),
-        float.fromhex("0x1.e617b0c39b55ep-28"),
-        float.fromhex("0x1.e80b6f703f74ep-32"),
+        float.fromhex("0x1.ebfbdff82c59dp-3"),
+        float.fromhex("0x1.c6b08d704a0e1p-5"),
+        float.fromhex("0x1.3b2ab6fba104ep-7"),
+        float.fromhex("0x1.5d87fe78b16aap-10"),
+        float.fromhex("0x1.4309130c40fc3p-13"),
+        float.fromhex("0x1.ffcbfc0250e3dp-17"),
+        float.fromhex("0x1.62bfcd58e6feap-20"),
+        float.fromhex("0x1.b525fc8253ef3p-24"),
+        float.fromhex("0x1.e6126c6ff1474p-28"),
+        float.fromhex("0x1.e8258d76c3b9dp-32"),
     ),
 )
 
