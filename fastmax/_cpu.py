@@ -338,10 +338,10 @@ def softmax_block(x, first, width, temperature, out):
         for i in range(start, min(n, start + CHUNK)):
             for j in range(0, width, lanes):
                 scale = get_scale(common, shared, scales, maxima, j)
-                term = terms(read(x[i], first + j, width - j), scale)
+                term, lost = terms(read(x[i], first + j, width - j), scale)
                 if stored:
                     write(out[i], first + j, width - j, term)
-                total, error = add_smaller(load(part, j), load(part_errors, j), term)
+                total, error = add_smaller(load(part, j), load(part_errors, j) + lost, term)
                 store(part, j, total)
                 store(part_errors, j, error)
         for j in range(0, width, lanes):
@@ -359,7 +359,7 @@ def softmax_block(x, first, width, temperature, out):
                 term = read(out[i], first + j, width - j)
             else:
                 scale = get_scale(common, shared, scales, maxima, j)
-                term = terms(read(x[i], first + j, width - j), scale)
+                term, _ = terms(read(x[i], first + j, width - j), scale)
             value = times_pair(term, load(totals, j), load(errors, j))
             write(out[i], first + j, width - j, value)
 
@@ -377,9 +377,9 @@ def block_split_sums(x, first, width, temperature, maxima, weighted):
             for j in range(0, width, lanes):
                 entries = read(x[i], first + j, width - j)
                 scale = get_scale(common, shared, scales, maxima, j)
-                top, term = split_terms(entries, load(maxima, j), scale)
+                top, term, lost = split_terms(entries, load(maxima, j), scale)
                 store(part[0], j, load(part[0], j) + top)
-                rest, error = add(load(part[1], j), load(part[2], j), term)
+                rest, error = add(load(part[1], j), load(part[2], j) + lost, term)
                 store(part[1], j, rest)
                 store(part[2], j, error)
                 if weighted:

@@ -146,28 +146,35 @@ def scale_of(row_max, temperature):
 
 @jit(inline="always")
 def terms(x, scale):
-    """2**((x - max) c + BIAS), or 0 below the cutoff."""
+    """2**((x - max) c + BIAS), or 0 below the cutoff, and what its rounding took away.
+
+    Sums take both: where equal entries share most of the mass, their rounding errors would not average out.
+    """
     if scale.scaled:
         largest = constant(LARGEST, x)
         x = select(x > largest, largest, x * spread(scale.prescale, x))
     row_max = spread(scale.row_max, x)
     distance = x - row_max
     virtual = x - distance
-    lost = (x - (distance + virtual)) + (virtual - row_max)
+    distance_lost = (x - (distance + virtual)) + (virtual - row_max)
     if scale.scaled:
         distance = (distance * spread(scale.factor, x)) * spread(scale.factor2, x)
-        lost = (lost * spread(scale.factor, x)) * spread(scale.factor2, x)
+        distance_lost = (distance_lost * spread(scale.factor, x)) * spread(scale.factor2, x)
     high = spread(scale.high, x)
     exponent_zero = constant(EXPONENT_ZERO, x)
     product = distance * high
     exponent = product + exponent_zero
     small = fma(distance, spread(scale.low, x), fma(distance, high, -product))
-    fraction = (product - (exponent - exponent_zero)) + fma(lost, high, small)
+    fraction = (product - (exponent - exponent_zero)) + fma(distance_lost, high, small)
     # 2**f - 1 = c1 f + f**2 r(f): adding the larger part last keeps it increasing in f.
     curvature = (fraction * fraction) * polynomial(fraction, EXP2_CURVATURE)
     excess = fma(fraction, constant(EXP2_SLOPE, x), curvature)
     power = power_of_two(exponent)
-    return select(distance < spread(scale.cutoff, x), spread(0.0, x), fma(excess, power, power))
+    term = fma(excess, power, power)
+    lost = fma(excess, power, power - term)
+    zero = spread(0.0, x)
+    dropped = distance < spread(scale.cutoff, x)
+    return select(dropped, zero, term), select(dropped, zero, lost)
 
 
 @jit(inline="always")

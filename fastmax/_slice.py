@@ -77,16 +77,16 @@ def sum_terms(x, start, stop, scale, out, stored):
     error = spread(0.0, x)
     i = start
     while i <= stop - lanes:
-        term = terms(load(x, i), scale)
+        term, lost = terms(load(x, i), scale)
         if stored:
             store(out, i, term)
-        total, error = add_smaller(total, error, term)
+        total, error = add_smaller(total, error + lost, term)
         i += lanes
     if i < stop:
-        term = terms(load_first(x, i, stop - i, spread(-math.inf, x)), scale)
+        term, lost = terms(load_first(x, i, stop - i, spread(-math.inf, x)), scale)
         if stored:
             store_first(out, i, stop - i, term)
-        total, error = add_smaller(total, error, term)
+        total, error = add_smaller(total, error + lost, term)
     return sum_lanes(total - top_term(x), error)
 
 
@@ -109,11 +109,11 @@ def write_terms(x, start, stop, scale, high, low, out):
     lanes = lane_count(x)
     i = start
     while i <= stop - lanes:
-        term = terms(load(x, i), scale)
+        term, _ = terms(load(x, i), scale)
         store(out, i, times_pair(term, spread(high, x), spread(low, x)))
         i += lanes
     if i < stop:
-        term = terms(load_first(x, i, stop - i, spread(0.0, x)), scale)
+        term, _ = terms(load_first(x, i, stop - i, spread(0.0, x)), scale)
         store_first(out, i, stop - i, times_pair(term, spread(high, x), spread(low, x)))
 
 
@@ -132,10 +132,11 @@ def write_log_terms(x, start, stop, gap, out):
 
 @jit
 def split_terms(x, row_max, scale):
-    """1 for each entry equal to the maximum, and the terms of the others."""
+    """1 for each entry equal to the maximum, and the terms (and what was lost of them) of the others."""
     zero = spread(0.0, x)
     top = x == spread(row_max, x)
-    return select(top, spread(1.0, x), zero), select(top, zero, terms(x, scale))
+    term, lost = terms(x, scale)
+    return select(top, spread(1.0, x), zero), select(top, zero, term), select(top, zero, lost)
 
 
 @jit
@@ -160,9 +161,9 @@ def sum_split_terms(x, start, stop, row_max, scale, gap, weighted):
         else:
             # NaN equals nothing, so the filler cannot be a tie; it is no term either.
             entries = load_first(x, i, stop - i, spread(-math.inf, x))
-        top, term = split_terms(entries, row_max, scale)
+        top, term, lost = split_terms(entries, row_max, scale)
         ties = ties + top
-        rest, error = add(rest, error, term)
+        rest, error = add(rest, error + lost, term)
         if weighted:
             moment, moment_error = add(moment, moment_error, weighted_term(entries, term, gap))
         i += lanes
