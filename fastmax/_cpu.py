@@ -10,6 +10,7 @@ of the outer * inner slices. Three schedules cover them:
 """
 
 import math
+import os
 from collections import namedtuple
 
 import numba
@@ -29,7 +30,6 @@ from fastmax._math import (
     larger,
     log_of_sum,
     log_terms,
-    logsumexp_value,
     merge,
     reciprocal,
     scale_of,
@@ -177,11 +177,12 @@ def long_write_log(x, temperature, maxima, sums, out):
 
 
 @jit
-def long_logsumexps(temperature, maxima, sums, out):
+def long_logsumexps(x, temperature, maxima, sums, out):
     """Logsumexp of each row, from its sums."""
     step = min(len(temperature) - 1, 1)
     for row in range(len(maxima)):
-        out[row] = logsumexp_value(maxima[row], temperature[row * step], sums_at(sums, row))
+        own = temperature[row * step]
+        out[row] = _slice.logsumexp_of_sums(x[row], maxima[row], own, sums_at(sums, row))
 
 
 @jit
@@ -205,7 +206,7 @@ def _log_softmax_long(x, temperature, out):
 def _logsumexp_long(x, temperature, out):
     maxima = long_maxima(x)
     sums = long_split_sums(x, temperature, maxima, False)
-    long_logsumexps(temperature, maxima, sums, out)
+    long_logsumexps(x, temperature, maxima, sums, out)
 
 
 def _entropy_long(x, temperature, out):
@@ -261,7 +262,8 @@ def block_scales(maxima, temperature, width):
     scales = np.empty((7, BLOCK), maxima.dtype)
     if not shared:
         step = min(len(temperature) - 1, 1)
-        for k in range(BLOCK):
+        lanes = lane_count(maxima)
+        for k in range(-(-width // lanes) * lanes):
             own = min(k, width - 1)
             scale = scale_of(maxima[own], temperature[own * step])
             scales[0, k], scales[1, k] = scale.row_max, scale.high
@@ -319,7 +321,7 @@ def block_gaps(maxima, temperature, log_sums, width):
     for k in range(width):
         gap = gap_of(maxima[k], temperature[k * step], log_sums[k])
         gaps[0, k], gaps[1, k], gaps[2, k] = gap.row_max, gap.prescale, gap.factor
-        gaps[3, k], gaps[4, k], gaps[5, k] = gap.inverse, gap.cutoff, gap.log_sum
+        gaps[3, k], gaps[4, k], gaps[5, k] = gap.inverse, gap.cutoff, gap.summand
     return gaps
 
 
@@ -329,7 +331,7 @@ def softmax_block(x, first, width, temperature, out):
     n, lanes = len(x), lane_count(x)
     maxima = block_maxima(x, first, width)
     common, shared, scales = block_scales(maxima, temperature, width)
-    stored = n * BLOCK * x.itemsize <= STORED_BYTES
+    stored = n * width * x.itemsize <= STORED_BYTES
     totals, errors = np.zeros(BLOCK, x.dtype), np.zeros(BLOCK, x.dtype)
     part, part_errors = np.empty(BLOCK, x.dtype), np.empty(BLOCK, x.dtype)
     for start in range(0, n, CHUNK):
@@ -416,8 +418,9 @@ def logsumexp_block(x, first, width, temperature, out):
     maxima = block_maxima(x, first, width)
     sums = block_split_sums(x, first, width, temperature, maxima, False)
     for k in range(width):
-        own = sums_at(sums.T, k)
-        out[first + k] = logsumexp_value(maxima[k], temperature[k * step], own)
+        own = temperature[k * step]
+        column = x[:, first + k]
+        out[first + k] = _slice.logsumexp_of_sums(column, maxima[k], own, sums_at(sums.T, k))
 
 
 @jit
@@ -512,10 +515,34 @@ def entropy(x, temperature, out):
     _run(_ENTROPY, x, temperature, out)
 
 
+# GNU OpenMP kills a forked child that starts threads if its parent had any: such a child works on one.
+_has_threads = False
+_forked_from_threads = False
+
+
+def _after_fork():
+    global _forked_from_threads
+    _forked_from_threads = _has_threads
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _threads(size):
+    """Number of threads for an array of some size."""
+    global _has_threads
+    if size < PARALLEL_SIZE or _forked_from_threads:
+        return 1
+    threads = numba.get_num_threads()
+    _has_threads = _has_threads or threads > 1
+    return threads
+
+
 def _run(schedules, x, temperature, out):
     outer, n, inner = x.shape
     rows = max(outer, len(temperature))
-    threads = numba.get_num_threads() if rows * n * inner >= PARALLEL_SIZE else 1
+    threads = _threads(rows * n * inner)
     if inner > 1:
         schedule = schedules.columns_parallel if threads > 1 else schedules.columns
         schedule(x, temperature, out)

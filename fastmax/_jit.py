@@ -12,6 +12,7 @@ slice has the same bits however the optimiser inlines, vectorises or loads the c
 import functools
 import hashlib
 import os
+import shutil
 import tempfile
 import types
 from pathlib import Path
@@ -46,17 +47,29 @@ def _writable(directory):
 
 @functools.cache
 def _cache_directory():
-    """First that can be written: NUMBA_CACHE_DIR, the package's __pycache__, the user's cache; or None."""
+    """First place that can be written: NUMBA_CACHE_DIR, the package's __pycache__, the user's cache; or None.
+
+    Each state of the package has a directory of its own there, and removes those of others.
+    """
     if not _PACKAGE.is_dir():  # imported from a zip archive: nothing to stamp
         return None
     own = f"{_PACKAGE.name}_{hashlib.sha256(os.fsencode(_PACKAGE)).hexdigest()[:16]}"
     chosen: Any = config.CACHE_DIR  # pyright: ignore[reportAttributeAccessIssue]
     if chosen:
-        candidates = [os.path.join(chosen, own)]
+        places = [Path(chosen, own)]
     else:
         user = AppDirs(appname="numba", appauthor=False).user_cache_dir
-        candidates = [os.fspath(_PACKAGE / "__pycache__"), os.path.join(user, own)]
-    return next(filter(_writable, candidates), None)
+        places = [_PACKAGE / "__pycache__" / "kernels", Path(user, own)]
+    for place in places:
+        directory = place / _package_digest()[:16]
+        if directory.is_dir() and _writable(directory):
+            return os.fspath(directory)
+        if _writable(directory):
+            for other in place.iterdir():
+                if other != directory:
+                    shutil.rmtree(other, ignore_errors=True)
+            return os.fspath(directory)
+    return None
 
 
 class _PackageLocator(_CacheLocator):

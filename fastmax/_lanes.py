@@ -212,20 +212,6 @@ def _convert(builder, value, llvm_type):
     return _splat(builder, value, llvm_type)
 
 
-@intrinsic
-def every(typingctx, condition):
-    """Whether a condition holds in all lanes."""
-
-    def codegen(context, builder, sig, args):
-        (mask,) = args
-        if not isinstance(mask.type, ir.VectorType):
-            return mask
-        bits = ir.IntType(mask.type.count)
-        return builder.icmp_unsigned("==", builder.bitcast(mask, bits), bits(-1))
-
-    return types.boolean(condition), codegen
-
-
 # -- from scalars to lanes and back ---------------------------------------------------------------
 
 
@@ -333,18 +319,12 @@ def load(typingctx, array, index):
 
 @intrinsic
 def store(typingctx, array, index, value):
-    """Write the lanes to entries ``index``, ``index + 1``, ... of a 1-d array of any stride."""
+    """Write the lanes to entries ``index``, ``index + 1``, ... of a 1-d array of the same layout."""
 
     def codegen(context, builder, sig, args):
         array, index, value = args
-        if sig.args[0].layout == "C" or not isinstance(sig.args[2], Lanes):
-            pointer = _pointer(context, builder, sig.args[0], array, index, value.type)
-            builder.store(value, pointer, align=sig.args[0].dtype.bitwidth // 8)
-        else:
-            for i in range(sig.args[2].count):
-                entry = builder.extract_element(value, _INDEX(i))
-                here = builder.add(index, index.type(i))
-                builder.store(entry, _pointer(context, builder, sig.args[0], array, here, entry.type))
+        pointer = _pointer(context, builder, sig.args[0], array, index, value.type)
+        builder.store(value, pointer, align=sig.args[0].dtype.bitwidth // 8)
         return context.get_dummy_value()
 
     return types.none(array, types.intp, value), codegen
@@ -380,19 +360,12 @@ def store_first(typingctx, array, index, count, value):
 
     def codegen(context, builder, sig, args):
         array, index, count, value = args
-        lanes = sig.args[3]
-        if not isinstance(lanes, Lanes):
-            builder.store(value, _pointer(context, builder, sig.args[0], array, index, value.type))
-        elif sig.args[0].layout == "C":
-            pointer = _pointer(context, builder, sig.args[0], array, index, value.type)
+        pointer = _pointer(context, builder, sig.args[0], array, index, value.type)
+        if isinstance(sig.args[3], Lanes):
             mask = _first_lanes(builder, count, value.type)
             _masked(builder, "store", ir.VoidType(), [value, pointer, mask], sig.args[0])
         else:
-            for i in range(lanes.count):
-                with builder.if_then(builder.icmp_unsigned("<", count.type(i), count)):
-                    entry = builder.extract_element(value, _INDEX(i))
-                    here = builder.add(index, index.type(i))
-                    builder.store(entry, _pointer(context, builder, sig.args[0], array, here, entry.type))
+            builder.store(value, pointer)
         return context.get_dummy_value()
 
     return types.none(array, types.intp, types.intp, value), codegen

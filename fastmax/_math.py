@@ -51,6 +51,8 @@ EXPONENT_ZERO = (1.5 * 2.0**23 + 127.0 + BIAS[0], 1.5 * 2.0**52 + 1023.0 + BIAS[
 
 # Range of c in which high and low are far from the ends of the exponent range.
 LARGEST_MULTIPLIER = (2.0**100, 2.0**900)
+# A rest of the terms below this, beside a single maximum, may miss some that lie below DEPTH.
+FAINT_REST = (2.0**-100, 2.0**-900)
 LARGEST = (3.4028234663852886e38, 1.7976931348623157e308)
 
 # Temperatures are scaled by a power of two within these exponents: beyond them all gaps are 0 or infinite.
@@ -88,7 +90,7 @@ EXP2_CURVATURE = (
 Scale = namedtuple("Scale", "row_max high low cutoff scaled prescale factor factor2")
 Scale.__doc__ = """How the terms of a slice follow from its entries; see `terms`."""
 
-Gap = namedtuple("Gap", "row_max prescale factor inverse cutoff log_sum")
+Gap = namedtuple("Gap", "row_max prescale factor inverse cutoff summand")
 Gap.__doc__ = """How (x - max) / T - log_sum follows from x; see `log_terms`."""
 
 
@@ -294,7 +296,7 @@ def gap_of(row_max, temperature, log_sum):
         spread(math.ldexp(1.0, third), row_max),
         spread(math.ldexp(inverse, exponent - 2 * third), row_max),
         cutoff,
-        spread(log_sum, row_max),
+        spread(0.0 - log_sum, row_max),  # no negation, which would turn the sign of a NaN as well
     )
 
 
@@ -306,7 +308,7 @@ def log_terms(x, gap):
     prescale = spread(gap.prescale, x)
     factor = spread(gap.factor, x)
     distance = select(x == row_max, zero, fma(x, prescale, -(row_max * prescale)))
-    value = fma((distance * factor) * factor, spread(gap.inverse, x), -spread(gap.log_sum, x))
+    value = fma((distance * factor) * factor, spread(gap.inverse, x), spread(gap.summand, x))
     return select(x < spread(gap.cutoff, x), spread(-math.inf, x), value)
 
 
@@ -314,22 +316,31 @@ def log_terms(x, gap):
 def logsumexp_value(row_max, temperature, sums):
     """Max + T log_sum."""
     log_sum = log_of_sum(row_max, sums)
-    top = np.float64(row_max)
+    top = np.float64(row_max) + 0.0  # which of several zeros is the maximum must not show
     if math.isnan(sums[1]):
         value = math.nan
     elif math.isinf(top) or temperature == 0.0:
         value = top
     elif temperature == math.inf:
         value = math.inf if log_sum > 0.0 else top
-    elif log_sum < 2.0**-60 and temperature > 1.0:
-        # T log_sum = T rest may be normal though the rest is not, so that it keeps its bias.
-        value = fma(temperature / np.float64(top_term(row_max)), rest_of(sums), top)
     elif temperature < 2.0**1000:
         value = fma(temperature, log_sum, top)
     else:
         # T log_sum alone may overflow where the result does not.
         value = fma(temperature * 0.015625, log_sum, top * 0.015625) * 64.0
     return spread(value, row_max)
+
+
+@jit
+def misses_faint_terms(row_max, temperature, sums):
+    """Whether T times terms that were dropped, or are subnormal, may show beside a maximum near 0."""
+    faint = np.float64(constant(FAINT_REST, row_max))
+    return (
+        1.0 < temperature < math.inf
+        and sums[0] == 1.0
+        and rest_of(sums) < faint * np.float64(top_term(row_max))
+        and abs(np.float64(row_max)) < temperature * (faint * 2.0**60)
+    )
 
 
 @jit

@@ -7,8 +7,11 @@ merged in order, so a sum does not depend on who computes which chunk.
 
 import math
 
+import numpy as np
+
 from fastmax._jit import jit
 from fastmax._lanes import (
+    fma,
     lane_count,
     load,
     load_first,
@@ -28,6 +31,7 @@ from fastmax._math import (
     log_terms,
     logsumexp_value,
     merge,
+    misses_faint_terms,
     reciprocal,
     scale_of,
     sum_lanes,
@@ -209,10 +213,10 @@ def sum_split_slice(x, row_max, scale, gap, weighted):
 
 @jit
 def softmax(x, temperature, out):
-    """Softmax of a slice: two reads and a write of memory, or one of each if it fits a cache."""
+    """Softmax of a slice: three reads of memory and a write, or one of each if it fits a cache."""
     n = len(x)
     scale = scale_of(maximum(x, 0, n), temperature)
-    stored = lane_count(out) == lane_count(x) and n * x.itemsize <= STORED_BYTES
+    stored = n * x.itemsize <= STORED_BYTES
     total, error = sum_slice(x, scale, out, stored)
     high, low = reciprocal(total, error)
     if stored:
@@ -223,7 +227,7 @@ def softmax(x, temperature, out):
 
 @jit
 def log_softmax(x, temperature, out):
-    """Logarithm of the softmax of a slice: two reads and a write."""
+    """Logarithm of the softmax of a slice: three reads and a write, or one of each from a cache."""
     row_max = maximum(x, 0, len(x))
     scale = scale_of(row_max, temperature)
     gap = gap_of(row_max, temperature, 0.0)
@@ -239,7 +243,41 @@ def logsumexp(x, temperature):
     scale = scale_of(row_max, temperature)
     gap = gap_of(row_max, temperature, 0.0)
     sums = sum_split_slice(x, row_max, scale, gap, False)
+    return logsumexp_of_sums(x, row_max, temperature, sums)
+
+
+@jit
+def logsumexp_of_sums(x, row_max, temperature, sums):
+    """Logsumexp of a slice from its `sum_split_terms`."""
+    if misses_faint_terms(row_max, temperature, sums):
+        return logsumexp_of_faint(x, row_max, temperature)
     return logsumexp_value(row_max, temperature, sums)
+
+
+@jit
+def logsumexp_of_faint(x, row_max, temperature):
+    """Max + T rest, where the terms of the rest are too small beside that of a single maximum.
+
+    They are summed beside the second largest entry, and that one's own term, exp((second - max) / T), is
+    the square of its term at the temperature 2 T.
+    """
+    second = -spread(math.inf, row_max)
+    for entry in x:
+        if second < entry < row_max:
+            second = entry
+    if second == -math.inf:
+        return row_max
+    scale = scale_of(second, temperature)
+    total = error = spread(0.0, row_max)
+    for entry in x:
+        if entry < row_max:
+            term, lost = terms(entry, scale)
+            total, error = add(total, error + lost, term)
+    root, root_lost = terms(second, scale_of(row_max, 2.0 * temperature))
+    top = np.float64(top_term(row_max))
+    rest = (np.float64(total) + np.float64(error)) / top
+    square = (np.float64(root) / top) * ((np.float64(root) + 2.0 * np.float64(root_lost)) / top * temperature)
+    return spread(fma(square, rest, np.float64(row_max)), row_max)
 
 
 @jit

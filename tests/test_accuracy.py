@@ -127,6 +127,16 @@ def test_subnormal_results_of_many_entries(dtype):
 
 
 @float_types
+@pytest.mark.parametrize("temperature", [1e-30, 1e-3, 1.0, 1e3, 1e30])
+def test_small_logarithms_of_sums_at_a_maximum_of_0(dtype, temperature):
+    """Where max(x) is 0, logsumexp is T log(sum), however small the logarithm is beside T."""
+    found = []
+    for gap in (1.0, 20.0, 60.0, 90.0, 104.0, 120.0, 160.0, 700.0, 750.0, 800.0):
+        found += faults(np.array([-gap * temperature, 0.0]).astype(dtype), temperature, ["vector"])
+    assert found == []
+
+
+@float_types
 @pytest.mark.parametrize("magnitude", [0.25, 0.5, 0.9, 1.0])
 def test_entries_near_the_ends_of_the_range(dtype, magnitude):
     largest = magnitude * float(np.finfo(dtype).max)

@@ -42,16 +42,16 @@ def by_slice(function, x, temperature, axis, where: ArrayLike = True):
 # --- signatures ---------------------------------------------------------------------------------
 
 
-@elementwise
-def test_signature_of_elementwise(function):
-    expected = "(x, /, temperature=1.0, *, axis=0, where=None, out=None)"
-    assert str(inspect.signature(function)) == expected
+ELEMENTWISE_SIGNATURE = "(x, /, temperature=1.0, *, axis=0, where=None, out=None)"
+REDUCTION_SIGNATURE = "(x, /, temperature=1.0, *, axis=0, where=None, keepdims=False, out=None)"
 
 
-@reductions
-def test_signature_of_reductions(function):
-    expected = "(x, /, temperature=1.0, *, axis=0, where=None, keepdims=False, out=None)"
-    assert str(inspect.signature(function)) == expected
+@every
+def test_signature(function):
+    signature = inspect.signature(function)
+    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    expected = ELEMENTWISE_SIGNATURE if function in ELEMENTWISE else REDUCTION_SIGNATURE
+    assert str(inspect.Signature(bare)) == expected
 
 
 @every
@@ -529,6 +529,16 @@ def test_in_place(function, axis, dtype, layout):
     x = layout(CUBE.astype(dtype))
     expected = function(x, 0.5, axis=axis)
     assert function(x, 0.5, axis=axis, out=x) is x
+    assert_same(x, expected)
+
+
+@elementwise
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_in_place_with_temperature_per_slice(function, axis):
+    x = CUBE.copy()
+    temperature = np.resize([0.0, 0.5, np.inf, 2.0], np.delete(x.shape, axis))
+    expected = function(x, temperature, axis=axis)
+    assert function(x, temperature, axis=axis, out=x) is x
     assert_same(x, expected)
 
 

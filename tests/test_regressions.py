@@ -1,0 +1,95 @@
+"""Faults that were found once, each with the smallest input that showed it."""
+
+import os
+import sys
+
+import numpy as np
+import oracle
+import pytest
+
+import fastmax
+
+FUNCTIONS = [getattr(fastmax, name) for name in oracle.FUNCTIONS]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("axis", [(1, 0), (-1, -2), (-1, 0)])
+def test_order_of_axes_does_not_matter(function, axis):
+    x = np.arange(6.0).reshape(2, 3)
+    temperature = [1.0, 2.0]
+    got = function(x, temperature, axis=axis)
+    flat = function(x.reshape(-1), temperature, axis=-1)
+    if got.ndim > 1:
+        first = (0, 1) if axis == (1, 0) else (-2, -1) if axis == (-1, -2) else (0, -1)
+        assert np.array_equal(got, function(x, temperature, axis=first))
+        got = np.moveaxis(got, first, (-2, -1)).reshape(2, 6)
+    assert np.array_equal(got, flat)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS[:2])
+def test_out_in_another_order_with_axes_unsorted(function):
+    x = np.random.default_rng(0).normal(size=(2, 3))
+    out = np.empty((2, 3), order="F")
+    function(x, axis=(1, 0), out=out)
+    assert np.array_equal(out, function(x, axis=None))
+
+
+def test_sign_of_a_zero_maximum_does_not_depend_on_its_place():
+    x = np.full(70_000, -0.0)
+    x[:16384] = 0.0
+    assert not np.signbit(fastmax.logsumexp(x, 0.0))
+    assert not np.signbit(fastmax.logsumexp(x[::-1], 0.0))
+
+
+def test_equal_terms_that_share_the_mass():
+    a, b = float.fromhex("-0x1.3d285ep+1"), float.fromhex("-0x1.595af4p-2")
+    x = np.array([0, a, b, b, a, a, b, b, b, b], np.float32)
+    exact = np.exp(x.astype(np.float64))
+    exact /= exact.sum()
+    error = np.abs(fastmax.softmax(x) - exact) / np.spacing(exact.astype(np.float32))
+    assert error.max() <= 2.0
+
+
+def test_underflow_in_float16_is_silent():
+    with np.errstate(all="raise"):
+        assert fastmax.softmax(np.array([0, -12, -30], np.float16))[2] == 0
+
+
+@pytest.mark.parametrize("k", [12, 24, 150])
+def test_converted_slices_have_the_same_bits_alone_and_in_a_batch(k):
+    x = np.random.default_rng(1).normal(size=(k, 3000)).astype(np.float32) * 5
+    where = np.ones(x.shape, bool)
+    where[0] = False
+    for array, mask in [(x, where), (x.astype(">f4"), None), ((100 * x).astype(np.int32), None)]:
+        batch = fastmax.softmax(array, 9.0, where=mask)
+        for j in range(0, 3000, 7):
+            alone = fastmax.softmax(array[:, j], 9.0, where=None if mask is None else mask[:, j])
+            assert np.array_equal(alone, batch[:, j])
+
+
+def test_nan_has_the_same_bits_alone_and_in_a_batch():
+    x = np.array([[1.0, 1.0], [np.nan, 2.0], [3.0, 4.0]])
+    alone = fastmax.log_softmax(x[:, 0])
+    assert alone.tobytes() == fastmax.log_softmax(x)[:, 0].tobytes()
+
+
+def test_a_masked_array_as_where_is_refused():
+    with pytest.raises(TypeError, match="where must not be a masked array"):
+        fastmax.softmax([1.0, 2.0], where=np.ma.array([True, True], mask=[False, True]))
+
+
+def test_strings_of_variable_length_are_refused_by_name():
+    with pytest.raises(TypeError, match="StringDType"):
+        fastmax.softmax(np.array(["1"], np.dtypes.StringDType()))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_of_a_parent_with_threads_computes():
+    x = np.random.default_rng(2).normal(size=(300, 400))
+    expected = fastmax.softmax(x)
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(fastmax.softmax(x), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
