@@ -378,7 +378,7 @@ def _transform(operation, x, temperature, axes, places, shape, out):
     """Result of the shape of x, or more if the temperature has more axes; in ``out`` unless it is None."""
     if shape == x.shape:
         order = _memory_order(x, axes)
-        if order is not None and (out is None or out.transpose(order).flags.c_contiguous):
+        if order is not None and (out is None or _is_packed(out, order)):
             if out is None:
                 out = np.empty_like(x)
             blocks = _blocks(x.shape, axes, order)
@@ -438,14 +438,17 @@ def _is_one_slice(x, axes):
     return x.size == math.prod(x.shape[i] for i in axes) and x.flags.c_contiguous and x.flags.aligned
 
 
+def _is_packed(array, order):
+    """Whether an array is aligned, and C-contiguous with its axes in the given order."""
+    return array.flags.aligned and array.transpose(order).flags.c_contiguous
+
+
 def _memory_order(x, axes):
     """Axes in the order of memory, if x is contiguous in it and the reduced axes are neighbours."""
-    if not x.flags.aligned:
-        return None
-    order = sorted(range(x.ndim), key=lambda i: -abs(x.strides[i]))
-    if x.flags.c_contiguous:
-        order = list(range(x.ndim))
-    elif not x.transpose(order).flags.c_contiguous:
+    order = list(range(x.ndim))
+    if not x.flags.c_contiguous:
+        order.sort(key=lambda i: -abs(x.strides[i]))
+    if not _is_packed(x, order):
         return None
     positions = sorted(order.index(i) for i in axes)
     if positions and positions[-1] - positions[0] >= len(positions):

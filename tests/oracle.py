@@ -214,7 +214,7 @@ def rounded(value, dtype):
         return np.dtype(dtype).type(float(value))
     exponent = _ulp_exponent(value, np.dtype(dtype))
     with mpmath.workprec(BITS):
-        units = float(mpmath.nint(mpmath.ldexp(value, -exponent)))
+        units = float(mpmath.mpf(mpmath.nint(mpmath.ldexp(value, -exponent))))
     with np.errstate(over="ignore"):
         return np.ldexp(units, exponent).astype(dtype)
 
