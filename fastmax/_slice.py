@@ -276,8 +276,9 @@ def logsumexp_of_faint(x, row_max, temperature):
     root, root_lost = terms(second, scale_of(row_max, 2.0 * temperature))
     top = np.float64(top_term(row_max))
     rest = (np.float64(total) + np.float64(error)) / top
-    square = (np.float64(root) / top) * ((np.float64(root) + 2.0 * np.float64(root_lost)) / top * temperature)
-    return spread(fma(square, rest, np.float64(row_max)), row_max)
+    # The square alone may be subnormal where T times it is not.
+    scaled_root = (np.float64(root) + 2.0 * np.float64(root_lost)) / top * temperature
+    return spread(fma(np.float64(root) / top * rest, scaled_root, np.float64(row_max)), row_max)
 
 
 @jit
