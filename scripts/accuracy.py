@@ -8,16 +8,10 @@ infinities, opposite extremes) and why_not_scipy.csv (the comparison of the READ
 """
 
 import argparse
-import csv
-import datetime
 import importlib
-import importlib.metadata
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import double_double as dd
@@ -29,6 +23,7 @@ from drawing import add_output_options, make_output_folder, report, save, use_st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
+from tables import header, show_table, write_table
 from tqdm import tqdm
 
 import fastmax
@@ -492,52 +487,6 @@ def show_error(value: float | str) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:,.0f}" if value < 1e5 else f"{value:.1e}"
 
 
-def show_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Print the rows in columns, text to the left and errors to the right."""
-    cells = [list(rows[0])]
-    for row in rows:
-        cells.append([show_error(v) if isinstance(v, float) else str(v) for v in row.values()])
-    numeric = [isinstance(value, float) for value in rows[0].values()]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    print(f"\n{title}\n")
-    for line in cells:
-        columns = zip(line, widths, numeric, strict=True)
-        print("  ".join(t.rjust(w) if right else t.ljust(w) for t, w, right in columns).rstrip())
-
-
-def processor() -> str:
-    """Return the name of the CPU."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def header(libraries: dict[str, Library | None]) -> list[str]:
-    """Return the machine, the versions and the date."""
-    versions = [f"fastmax {fastmax.__version__}", f"Python {platform.python_version()}"]
-    packages = ["numpy", "numba", "scipy", *(["torch"] if libraries["torch"] else [])]
-    versions += [f"{name} {importlib.metadata.version(name)}" for name in packages]
-    return [
-        f"date: {datetime.datetime.now(tz=datetime.UTC).date().isoformat()}",
-        f"machine: {processor()}, {os.cpu_count()} logical cores, {platform.system()}",
-        f"versions: {', '.join(versions)}",
-    ]
-
-
-def write_table(path: Path, comments: Sequence[str], rows: Sequence[dict[str, Any]]) -> Path:
-    """Write rows as CSV below comment lines; errors with 4 digits."""
-    with path.open("w", newline="") as file:
-        file.writelines(f"# {comment}\n" for comment in comments)
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(
-                {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
-            )
-    return path
-
-
 def draw_panel(ax: Axes, rows: list[dict[str, Any]], variable: str, names: Sequence[str], top: float) -> None:
     """Draw every library's error at each value of a variable; failures in a row at the top."""
     ticks = np.arange(len(rows))
@@ -615,10 +564,10 @@ def main() -> None:
     special = special_values(libraries)
     why = why_not_scipy(table, special, arguments.quick)
 
-    show_table("Worst error in ulp", summarise(table, list(libraries)))
-    show_table(f"softmax(x / T) at special values ({WRONG.strip()} = wrong)", special)
-    show_table("Why not scipy.special.softmax(x / T)? Times: multiples of fastmax's", why)
-    comments = header(libraries)
+    show_table("Worst error in ulp", summarise(table, list(libraries)), show_error)
+    show_table(f"softmax(x / T) at special values ({WRONG.strip()} = wrong)", special, show_error)
+    show_table("Why not scipy.special.softmax(x / T)? Times: multiples of fastmax's", why, show_error)
+    comments = header(["numpy", "numba", "scipy", *(["torch"] if libraries["torch"] else [])])
     names = {"accuracy": table, "special_values": special, "why_not_scipy": why}
     report([write_table(arguments.output / f"{name}.csv", comments, t) for name, t in names.items()])
     installed = [name for name, library in libraries.items() if library]
