@@ -1,6 +1,7 @@
 """The scripts run, say what they write, write the same each time, and refuse bad arguments."""
 
 import csv
+import importlib
 import os
 import re
 import subprocess
@@ -38,6 +39,13 @@ def run(script, *arguments):
 
 def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def read_table(content):
+    """Return the comment lines and the rows of a CSV file."""
+    lines = content.decode().splitlines()
+    comments = [line for line in lines if line.startswith("#")]
+    return comments, list(csv.DictReader(lines[len(comments) :]))
 
 
 @pytest.mark.parametrize("script", RUNNABLE)
@@ -111,12 +119,67 @@ def test_accuracy_is_measured_within_the_bars(tmp_path):
     written = files(tmp_path)
     assert {"accuracy.csv", "accuracy.png"} <= set(written)
     assert all(name in finished.stdout for name in written)
-    lines = written["accuracy.csv"].decode().splitlines()
-    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    _, rows = read_table(written["accuracy.csv"])
     assert {row["function"] for row in rows} == {"softmax", "log_softmax", "logsumexp"}
     for row in rows:
         bar = oracle.TOLERANCE[row["function"]][row["dtype"]]
         assert float(row["fastmax"]) <= bar, row
+
+
+# --- benchmark_cpu.py -----------------------------------------------------------------------------
+
+BRIEFLY = ("--rounds", 1, "--duration", 0.001, "--format", "png")
+
+
+def test_benchmark_compares_the_contenders(tmp_path):
+    chosen = ("--shapes", "3", "32x10", "--contenders", "fastmax", "numpy")
+    finished = start("benchmark_cpu.py", *chosen, *BRIEFLY, "--output", tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    written = files(tmp_path)
+    assert set(written) == {"benchmark_cpu.csv", "benchmark_cpu.png"}
+    assert all(name in finished.stdout for name in written)
+    comments, rows = read_table(written["benchmark_cpu.csv"])
+    assert [line.split(":")[0] for line in comments] == ["# date", "# machine", "# versions", "# threads"]
+    timed = {(row["shape"], row["dtype"], row["contender"]) for row in rows}
+    names = ["fastmax", "numpy", "copy"]
+    assert timed == {(s, d, n) for s in ["3", "32x10"] for d in ["float32", "float64"] for n in names}
+    assert all(float(row["seconds"]) > 0 for row in rows)
+    assert {row["copy_ratio"] for row in rows if row["contender"] == "copy"} == {"1"}
+    assert {row["fastmax_ratio"] for row in rows if row["contender"] == "fastmax"} == {"1"}
+
+
+@pytest.mark.parametrize("function", ["softmax", "log_softmax", "logsumexp", "entropy"])
+def test_benchmark_refuses_wrong_results(monkeypatch, function):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    contenders = importlib.import_module("contenders")
+    task = contenders.make_task(contenders.Case(function, (5, 5), 1, "float64"), 1)
+    with pytest.raises(ArithmeticError, match="slice 0 is wrong by nan"):
+        contenders.check(task, task.out)
+    right = getattr(fastmax, function)(task.x, axis=1)
+    contenders.check(task, right)
+    for wrong in (getattr(fastmax, function)(task.x, axis=0), np.full_like(right, right.mean())):
+        with pytest.raises(ArithmeticError, match="slice 0 is wrong by"):
+            contenders.check(task, wrong)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("benchmark_cpu.py", ["--shapes", "3x3"]),
+        ("benchmark_cpu.py", ["--shapes", "3", "--dtypes", "float16"]),
+        ("benchmark_cpu.py", ["--contenders", "tensorflow"]),
+        ("benchmark_cpu.py", ["--rounds", "0"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_benchmarks_refuse_bad_arguments(tmp_path, script, arguments):
+    output = [] if "--output" in arguments else ["--output", tmp_path]
+    finished = start(script, *arguments, *output)
+    assert finished.returncode == 2
+    last = finished.stderr.splitlines()[-1]
+    assert arguments[-2] in last
+    assert arguments[-1] in last
+    assert files(tmp_path) == {}
 
 
 # --- fit_exp2.py ----------------------------------------------------------------------------------
