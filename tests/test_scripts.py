@@ -126,7 +126,7 @@ def test_accuracy_is_measured_within_the_bars(tmp_path):
         assert float(row["fastmax"]) <= bar, row
 
 
-# --- benchmark_cpu.py -----------------------------------------------------------------------------
+# --- benchmark_cpu.py and scaling_cpu.py ----------------------------------------------------------
 
 BRIEFLY = ("--rounds", 1, "--duration", 0.001, "--format", "png")
 
@@ -162,6 +162,23 @@ def test_benchmark_refuses_wrong_results(monkeypatch, function):
             contenders.check(task, wrong)
 
 
+def test_scaling_sweeps_lengths_threads_and_sizes(tmp_path):
+    lengths = [1, 31, 32, 33]
+    sweeps = ("--lengths", *lengths, "--total", 2048)
+    finished = start("scaling_cpu.py", *sweeps, *BRIEFLY, "--output", tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert "largest step" in finished.stdout
+    written = files(tmp_path)
+    assert set(written) == {"scaling_cpu.csv", "scaling_cpu.png"}
+    assert all(name in finished.stdout for name in written)
+    _, rows = read_table(written["scaling_cpu.csv"])
+    assert {int(row["k"]) for row in rows if row["sweep"] == "length"} == set(lengths)
+    assert {row["layout"] for row in rows if row["sweep"] == "threads"} == {"rows", "columns", "vector"}
+    assert {int(row["size"]) for row in rows if row["sweep"] == "size"} == {1024, 2048}
+    assert {row["speedup"] for row in rows if row["threads"] == "1"} == {"1"}
+    assert all(float(row["copy_ratio"]) > 0 for row in rows)
+
+
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [
@@ -169,6 +186,10 @@ def test_benchmark_refuses_wrong_results(monkeypatch, function):
         ("benchmark_cpu.py", ["--shapes", "3", "--dtypes", "float16"]),
         ("benchmark_cpu.py", ["--contenders", "tensorflow"]),
         ("benchmark_cpu.py", ["--rounds", "0"]),
+        ("scaling_cpu.py", ["--threads", "1000000"]),
+        ("scaling_cpu.py", ["--duration", "0"]),
+        ("scaling_cpu.py", ["--lengths", "1.5"]),
+        ("scaling_cpu.py", ["--output", __file__]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
