@@ -284,24 +284,32 @@ def _transform_plain(operation, x, temperature, axis, out):
     result = np.empty_like(x) if out is None else out
     if x.ndim == 1 and x.size <= _SMALL:
         operation.slice(x, temperature, result)
-        return result
-    shape = _around(x.shape, axis)
-    _schedule(operation, x.reshape(shape), np.array([temperature]), result.reshape(shape))
+    elif x.ndim == 2 and axis % 2:
+        _schedule(operation)(x, None, _as_array_of_one(temperature), result)
+    else:
+        shape = _around(x.shape, axis)
+        _schedule(operation)(x.reshape(shape), None, _as_array_of_one(temperature), result.reshape(shape))
     return result
 
 
 def _reduce_plain(operation, x, temperature, axis):
     if x.ndim == 1 and x.size <= _SMALL:
         return x.dtype.type(operation.slice(x, temperature))
-    outer, n, inner = _around(x.shape, axis)
-    values = np.empty((outer, inner), x.dtype)
-    _schedule(operation, x.reshape(outer, n, inner), np.array([temperature]), values)
+    shape = _around(x.shape, axis)
+    values = np.empty(shape[::2], x.dtype)
+    _schedule(operation)(x.reshape(shape), None, _as_array_of_one(temperature), values)
     return values.reshape(x.shape[:axis] + x.shape[axis:][1:])[()]
 
 
+@functools.lru_cache(maxsize=64)
+def _as_array_of_one(temperature):
+    return np.array([temperature])
+
+
 def _around(shape, axis):
-    """Number of entries before, along and after an axis."""
-    return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis:][1:])
+    """Number of entries before, along and, unless that is 1, after an axis."""
+    inner = math.prod(shape[axis:][1:])
+    return (math.prod(shape[:axis]), shape[axis], inner)[: 2 if inner == 1 else 3]
 
 
 # -- the long way: every argument -----------------------------------------------------------------
@@ -309,7 +317,7 @@ def _around(shape, axis):
 
 def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
     """Check the arguments, run the operation, and give the result its shape and dtype."""
-    x, result_dtype, kernel_dtype = _as_array(x)
+    x, result_dtype = _as_array(x)
     temperature = _as_temperature(temperature)
     given, axes = _as_axes(axis, x.ndim)
     batch = _batch_shape(x, temperature, axes)
@@ -324,24 +332,13 @@ def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
         _check_out(out, shape, result_dtype, x)
         if np.may_share_memory(out, temperature):
             temperature = temperature.copy()
-    absent = None if where is None else ~_as_mask(where, x.shape)
-    x = _as_entries(x, kernel_dtype, absent, axes)
-
+    mask = None if where is None else _as_mask(where, x.shape)
     if x.size == 0 or 0 in shape:
-        result = np.full(shape, operation.absent, x.dtype)
-    elif operation.elementwise:
-        result = out if out is not None and out.dtype == x.dtype else None
-        result = _transform(operation, x, temperature, axes, places, shape, result)
-        if absent is not None:
-            last = range(-len(axes), 0)
-            entries = np.moveaxis(result, places, last)
-            np.copyto(entries, operation.absent, where=np.moveaxis(absent, axes, last))
+        result = np.full(shape, operation.absent, result_dtype)
     else:
-        values = _reduce(operation, x, temperature, axes, batch)
-        if absent is not None:
-            np.copyto(values, operation.absent, where=absent.all(axis=axes))
-        result = values.reshape(shape)
-
+        x = _as_entries(x, result_dtype, axes)
+        run = _transform if operation.elementwise else _reduce
+        result = run(operation, x, mask, temperature, axes, places, shape, batch, out)
     if out is None:
         with np.errstate(all="ignore"):  # float16 has subnormals and, for logarithms, -inf
             return result.astype(result_dtype, copy=False)[()]
@@ -362,9 +359,16 @@ def _schedules():
     return _cpu
 
 
-def _schedule(operation, x, temperature, out):
-    """Run contiguous slices on all threads."""
-    getattr(_schedules(), operation.name)(x, temperature, out)
+def _schedule(operation):
+    """Function that runs contiguous slices on all threads."""
+    return getattr(_schedules(), operation.name)
+
+
+def _as_stored(array):
+    """View under a dtype that kernels know: int16 stands for float16, uint16 for bfloat16."""
+    if array.dtype.itemsize > 2:
+        return array
+    return array.view(np.int16 if array.dtype == np.float16 else np.uint16)
 
 
 def _broadcast(operation, x, temperature, out=None):
@@ -374,63 +378,74 @@ def _broadcast(operation, x, temperature, out=None):
     return getattr(_gufunc, operation.name)(x, temperature, out)
 
 
-def _transform(operation, x, temperature, axes, places, shape, out):
-    """Result of the shape of x, or more if the temperature has more axes; in ``out`` unless it is None."""
-    if shape == x.shape:
-        order = _memory_order(x, axes)
-        if order is not None and (out is None or _is_packed(out, order)):
-            if out is None:
-                out = np.empty_like(x)
-            blocks = _blocks(x.shape, axes, order)
-            _schedule(
-                operation,
-                x.transpose(order).reshape(blocks),
-                _one_per_slice(temperature, x.shape, axes, order),
-                out.transpose(order).reshape(blocks),
-            )
-            return out
+def _transform(operation, x, mask, temperature, axes, places, shape, batch, out):
+    """Result of the shape of x, or more if the temperature has more axes; in ``out`` where that is possible."""
+    order = _memory_order(x, axes) if shape == x.shape else None
+    if order is not None and (out is None or _is_packed(out, order)):
+        result = np.empty_like(x) if out is None else out
+        blocks = _blocks(x.shape, axes, order)
+        _schedule(operation)(
+            _as_stored(x).transpose(order).reshape(blocks),
+            _mask_blocks(mask, order, blocks),
+            _one_per_slice(temperature, x.shape, axes, order),
+            _as_stored(result).transpose(order).reshape(blocks),
+        )
+        return result
+    x = _with_absent(_as_entries(x, _kernel_dtype(x.dtype), axes), mask)
     if _is_one_slice(x, axes):
         rows = np.empty((temperature.size, x.size), x.dtype)
-        _schedule(operation, x.reshape(1, -1, 1), temperature.reshape(-1), rows[:, :, np.newaxis])
+        _schedule(operation)(x.reshape(1, -1), None, temperature.reshape(-1), rows)
         reduced = [x.shape[i] for i in axes]
         rows = rows.reshape(*(n for i, n in enumerate(shape) if i not in places), *reduced)
-        rows = np.moveaxis(rows, range(-len(axes), 0), places)
-        if out is None:
-            return rows
-        out[...] = rows
-        return out
-    if out is None:
-        out = np.empty(shape, x.dtype)
-    entries = np.moveaxis(out, places, range(-len(axes), 0))
-    slices = _slices_last(x, axes)
-    if len(axes) == 1:
-        _broadcast(operation, slices, temperature, entries)
+        result = np.moveaxis(rows, range(-len(axes), 0), places)
     else:
-        entries[...] = _broadcast(operation, slices, temperature).reshape(entries.shape)
-    return out
+        result = out if out is not None and out.dtype == x.dtype else np.empty(shape, x.dtype)
+        entries = np.moveaxis(result, places, range(-len(axes), 0))
+        slices = _slices_last(x, axes)
+        if len(axes) == 1:
+            _broadcast(operation, slices, temperature, entries)
+        else:
+            entries[...] = _broadcast(operation, slices, temperature).reshape(entries.shape)
+    if mask is not None:
+        last = range(-len(axes), 0)
+        absent = np.moveaxis(~mask, axes, last)
+        np.copyto(np.moveaxis(result, places, last), operation.absent, where=absent)
+    return result
 
 
-def _reduce(operation, x, temperature, axes, batch):
-    """One value per slice, of the shape ``batch``."""
-    if batch == tuple(x.shape[i] for i in _kept(axes, range(x.ndim))):
-        order = _memory_order(x, axes)
-        if order is not None:
-            outer, n, inner = _blocks(x.shape, axes, order)
-            values = np.empty((outer, inner), x.dtype)
-            _schedule(
-                operation,
-                x.transpose(order).reshape(outer, n, inner),
-                _one_per_slice(temperature, x.shape, axes, order),
-                values,
-            )
-            kept = _kept(axes, order)
-            values = values.reshape([x.shape[i] for i in kept])
-            return values.transpose(np.argsort(kept))
-    if _is_one_slice(x, axes):
-        values = np.empty((temperature.size, 1), x.dtype)
-        _schedule(operation, x.reshape(1, -1, 1), temperature.reshape(-1), values)
-        return values.reshape(batch)
-    return np.asarray(_broadcast(operation, _slices_last(x, axes), temperature))
+def _reduce(operation, x, mask, temperature, axes, places, shape, batch, out):
+    """One value per slice, in the shape of the result."""
+    del places, out  # only `_transform` has use for them
+    order = _memory_order(x, axes)
+    if order is not None and batch == tuple(x.shape[i] for i in _kept(axes, range(x.ndim))):
+        blocks = _blocks(x.shape, axes, order)
+        values = np.empty(blocks[::2], x.dtype)
+        _schedule(operation)(
+            _as_stored(x).transpose(order).reshape(blocks),
+            _mask_blocks(mask, order, blocks),
+            _one_per_slice(temperature, x.shape, axes, order),
+            _as_stored(values),
+        )
+        kept = _kept(axes, order)
+        values = values.reshape([x.shape[i] for i in kept]).transpose(np.argsort(kept))
+    else:
+        x = _with_absent(_as_entries(x, _kernel_dtype(x.dtype), axes), mask)
+        if _is_one_slice(x, axes):
+            values = np.empty(temperature.size, x.dtype)
+            _schedule(operation)(x.reshape(1, -1), None, temperature.reshape(-1), values)
+            values = values.reshape(batch)
+        else:
+            values = np.asarray(_broadcast(operation, _slices_last(x, axes), temperature))
+    if mask is not None:
+        np.copyto(values, operation.absent, where=~mask.any(axis=axes))
+    return values.reshape(shape)
+
+
+def _mask_blocks(mask, order, blocks):
+    """The mask as the bytes that kernels read, in the blocks of x."""
+    if mask is None:
+        return None
+    return np.ascontiguousarray(mask.transpose(order)).reshape(blocks).view(np.uint8)
 
 
 def _is_one_slice(x, axes):
@@ -462,13 +477,14 @@ def _kept(axes, order):
 
 
 def _blocks(shape, axes, order):
-    """Number of entries before, in and after the reduced axes, in the given order."""
+    """Number of entries before, in and, unless that is 1, after the reduced axes, in the given order."""
     if not axes:
-        return math.prod(shape), 1, 1
+        return math.prod(shape), 1
     first = min(order.index(i) for i in axes)
     sizes = [shape[i] for i in order]
     stop = first + len(axes)
-    return math.prod(sizes[:first]), math.prod(sizes[first:stop]), math.prod(sizes[stop:])
+    inner = math.prod(sizes[stop:])
+    return (math.prod(sizes[:first]), math.prod(sizes[first:stop]), inner)[: 2 if inner == 1 else 3]
 
 
 def _one_per_slice(temperature, shape, axes, order):
@@ -490,30 +506,31 @@ def _slices_last(x, axes):
 
 
 def _as_array(x):
-    """Return x as an array, the dtype of its result, and the dtype of its kernel (float32 or float64)."""
+    """Return x as an array, and the dtype of its result."""
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError("x must not be a masked array; pass x.data with where=~np.ma.getmaskarray(x)")
     array = np.asarray(x)
     dtype = array.dtype
     if dtype.kind in "biu":
-        return array, _FLOAT64, _FLOAT64
+        return array, _FLOAT64
     if dtype.kind == "f" and dtype.itemsize <= 8:
-        dtype = dtype.newbyteorder("=")
-        return array, dtype, _FLOAT64 if dtype == _FLOAT64 else _FLOAT32
+        return array, dtype.newbyteorder("=")
     if dtype.name == "bfloat16":
-        return array, dtype, _FLOAT32
+        return array, dtype
     raise TypeError(f"x must be float16, bfloat16, float32, float64, bool or integers, got dtype {dtype}")
 
 
-def _as_entries(array, dtype, absent, axes):
-    """Return the array in the dtype of its kernel, with -inf for absent entries; a copy if need be.
+def _kernel_dtype(dtype):
+    """Dtype in which entries are computed."""
+    return _FLOAT64 if dtype == _FLOAT64 else _FLOAT32
+
+
+def _as_entries(array, dtype, axes):
+    """Return the array in a dtype; a copy if need be.
 
     A copy is packed, which must not make contiguous slices of others: their sums have another order.
     """
     x = array.astype(dtype, copy=False)
-    if absent is not None:
-        x = x.copy(order="K") if x is array else x
-        np.copyto(x, -math.inf, where=absent)
     if x is not array and len(axes) == 1:
         (axis,) = axes
         if array.strides[axis] != array.itemsize and x.strides[axis] == x.itemsize:
@@ -521,6 +538,16 @@ def _as_entries(array, dtype, absent, axes):
             spaced[...] = x
             return spaced
     return x
+
+
+def _with_absent(x, mask):
+    """Return a copy of x with -inf where the mask is False."""
+    if mask is None:
+        return x
+    copy = np.empty_like(x) if x.flags.forc else np.empty((*x.shape, 2), x.dtype)[..., 0]
+    np.copyto(copy, x)
+    np.copyto(copy, -math.inf, where=~mask)
+    return copy
 
 
 def _as_temperature(temperature):

@@ -1,518 +1,1235 @@
 """Schedules for a CPU: which thread takes which slices, and in what order memory is walked.
 
-Arrays come as C-contiguous (outer, n, inner), reduced over n; temperatures as one float64, or one for each
-of the outer * inner slices. Three schedules cover them:
+Arrays come as C-contiguous (outer, n) or (outer, n, inner), reduced over n; the mask is None or an array of
+bytes of that shape; temperatures are one float64, or one for each of the outer * inner slices. Schedules:
 
-- rows (inner = 1): a slice is contiguous, a thread takes whole slices; one row may meet many temperatures;
-- long rows: fewer rows than keep the threads busy, so that all threads share each row, chunk by chunk;
-- columns (inner > 1): neighbouring slices lie side by side, a thread takes `BLOCK` of them at a time, one
-  slice per lane, and walks memory in its own order.
+- rows: a thread takes whole slices, several short ones at a time; one row may meet many
+  temperatures;
+- long rows: too long for a core's cache, or too few to keep the threads busy; all threads share each row;
+- columns: neighbouring slices lie side by side, a thread takes a tile of them, one per lane;
+- long columns: too long for a tile; each is taken chunk by chunk, and threads share them.
 """
 
 import math
 import os
-from collections import namedtuple
 
 import numba
 import numpy as np
 from numba import prange
 
 from fastmax import _slice
-from fastmax._jit import jit, parallel_jit
-from fastmax._lanes import lane_count, load, load_first, spread, store, store_first
+from fastmax._jit import jit, kernel, parallel_kernel
+from fastmax._lanes import (
+    LANE_BYTES,
+    entries_of,
+    get,
+    lane_count,
+    load,
+    max_lanes,
+    pointer,
+    present,
+    put,
+    read,
+    spread,
+    store,
+    workspace,
+    write,
+)
 from fastmax._math import (
     Gap,
+    Guard,
     Scale,
-    add,
-    add_smaller,
-    entropy_value,
-    gap_of,
+    guarded_gap,
+    guarded_scale,
+    is_plain,
     larger,
     log_of_sum,
     log_terms,
     merge,
+    plain_gap,
+    plain_scale,
+    rate_of,
     reciprocal,
-    scale_of,
+    term_of,
     terms,
     times_pair,
-    top_term,
 )
-from fastmax._slice import CHUNK, STORED_BYTES, merge_split, split_terms, weighted_term
+from fastmax._slice import (
+    CHUNK,
+    Soon,
+    lane_maxima,
+    lane_split_sums,
+    lane_sums,
+    maxima_of,
+    merge_split,
+    sums_of,
+)
 
 # Entries from which waking the threads pays.
-PARALLEL_SIZE = 2**16
+PARALLEL_SIZE = 2**15
 
-# Columns that a thread takes at a time.
-BLOCK = 128
+# Terms of rows that a thread takes at a time: they and the rows themselves fit the first cache.
+GROUP = 2**11
+
+# Bytes of a row up to which a thread keeps its terms, in the second or third cache, until they are scaled.
+STORED_BYTES = 2**21
+
+# Bytes of a tile of columns: it is walked three times, from the second cache of a core.
+TILE_BYTES = 2**19
+
+# Entries of a column from which it is tall: a single vector of such columns fills a tile.
+TALL = 2**11
+
+
+class Kernel:
+    """A jitted function on one thread and on all; each is compiled when it is called."""
+
+    def __init__(self, function):
+        self._serial = kernel(function)
+        self._parallel = parallel_kernel(function)
+
+    def __call__(self, threads, *arguments):
+        return (self._parallel if threads > 1 else self._serial)(*arguments)
 
 
 # -- rows -----------------------------------------------------------------------------------------
+# Rows of at most one chunk are taken in groups, at most one row for each lane. What each lane has summed up is
+# kept in vectors side by side, one for each row and quantity, and merged for all rows of a group at once.
+
+# Vectors in the working memory beside those of the sums: maxima, high and low.
+_MAXIMA, _HIGH, _LOW, _VECTORS = 0, 1, 2, 3
+# Sums: total and error, or ties, rest, error, moment, its error, and zeros.
+_SUMS = 6
 
 
-def _softmax_rows(x, temperature, out):
-    x_step, step = min(len(x) - 1, 1), min(len(temperature) - 1, 1)
-    for i in prange(len(out)):
-        _slice.softmax(x[i * x_step], temperature[i * step], out[i])
+@jit
+def padded_size(n, work):
+    """Entries that a row takes in working memory: whole lanes."""
+    lanes = lane_count(work)
+    return -(-n // lanes) * lanes
 
 
-def _log_softmax_rows(x, temperature, out):
-    x_step, step = min(len(x) - 1, 1), min(len(temperature) - 1, 1)
-    for i in prange(len(out)):
-        _slice.log_softmax(x[i * x_step], temperature[i * step], out[i])
+@jit
+def group_size(n, work):
+    """Number of rows in a group."""
+    lanes = lane_count(work)
+    return min(lanes, max(1, GROUP // padded_size(n, work)))
 
 
-def _logsumexp_rows(x, temperature, out):
-    x_step, step = min(len(x) - 1, 1), min(len(temperature) - 1, 1)
-    for i in prange(len(out)):
-        out[i] = _slice.logsumexp(x[i * x_step], temperature[i * step])
+@jit
+def row_work(n, like):
+    """Working memory for a group of rows: vectors, sums of each row, and terms."""
+    lanes = lane_count(like)
+    terms = max(padded_size(n, like), GROUP)
+    return workspace((_VECTORS + _SUMS * lanes) * lanes + terms, like)
 
 
-def _entropy_rows(x, temperature, out):
-    x_step, step = min(len(x) - 1, 1), min(len(temperature) - 1, 1)
-    for i in prange(len(out)):
-        out[i] = _slice.entropy(x[i * x_step], temperature[i * step])
+@jit
+def sums_at(work, quantity):
+    """Where the sums of a quantity stand in working memory."""
+    lanes = lane_count(work)
+    return (_VECTORS + quantity * lanes) * lanes
+
+
+@jit
+def group_maxima(x, n, step, first, count, work):
+    """Write the maxima of rows, one per lane."""
+    lanes = lane_count(work)
+    at = sums_at(work, 0)
+    for r in range(count):
+        row = (first + r) * step
+        store(work, at + r * lanes, lane_maxima(x, row, row + n))
+    maxima_of(work, at, count)
+    store(work, _MAXIMA * lanes, load(work, at))
+
+
+@jit
+def group_sums(x, n, step, first, count, rate, temperature, work, results):
+    """Write the sums of rows, one per lane, and their terms; return the rate of the last."""
+    lanes = lane_count(work)
+    total, error = sums_at(work, 0), sums_at(work, 1)
+    terms = sums_at(work, _SUMS)
+    for r in range(count):
+        rate = rate_at(rate, temperature, first + r, work)
+        row_max = get(work, _MAXIMA * lanes + r)
+        row = (first + r) * step
+        soon = Soon(x, row + count * step, results, (first + r) * n, lanes)
+        if is_plain(row_max, rate):
+            scale = plain_scale(row_max, rate)
+            sums = lane_sums(x, row, row + n, scale, None, work, terms, soon)
+        else:
+            scale, guard = guarded_scale(row_max, rate.temperature)
+            sums = lane_sums(x, row, row + n, scale, guard, work, terms, soon)
+        store(work, total + r * lanes, sums[0])
+        store(work, error + r * lanes, sums[1])
+        terms += padded_size(n, work)
+    sums_of(work, total, error, count)
+    return rate
+
+
+@jit
+def group_split_sums(x, n, step, first, count, rate, temperature, weighted, work, results):
+    """Write the `lane_split_sums` of rows, one per lane; return the rate of the last."""
+    lanes = lane_count(work)
+    zero = spread(0.0, work)
+    for r in range(count):
+        rate = rate_at(rate, temperature, first + r, work)
+        row_max = get(work, _MAXIMA * lanes + r)
+        row = (first + r) * step
+        soon = Soon(x, row + count * step, results, (first + r) * n, lanes)
+        if is_plain(row_max, rate):
+            scale = plain_scale(row_max, rate)
+            sums = lane_split_sums(x, row, row + n, row_max, scale, None, weighted, soon)
+        else:
+            scale, guard = guarded_scale(row_max, rate.temperature)
+            sums = lane_split_sums(x, row, row + n, row_max, scale, guard, weighted, soon)
+        at = sums_at(work, 0) + r * lanes
+        store(work, at, sums[0])
+        store(work, at + lanes * lanes, sums[1])
+        store(work, at + 2 * lanes * lanes, sums[2])
+        store(work, at + 3 * lanes * lanes, sums[3])
+        store(work, at + 4 * lanes * lanes, sums[4])
+        store(work, at + 5 * lanes * lanes, zero)
+    sums_of(work, sums_at(work, 0), sums_at(work, 5), count)
+    sums_of(work, sums_at(work, 1), sums_at(work, 2), count)
+    if weighted is not None:
+        sums_of(work, sums_at(work, 3), sums_at(work, 4), count)
+    return rate
+
+
+@jit
+def split_sums_at(work, r):
+    """Sums of row r of a group."""
+    return (
+        get(work, sums_at(work, 0) + r),
+        get(work, sums_at(work, 1) + r),
+        get(work, sums_at(work, 2) + r),
+        get(work, sums_at(work, 3) + r),
+        get(work, sums_at(work, 4) + r),
+    )
+
+
+@jit
+def temperature_at(temperature, i):
+    """Temperature of slice i: its own, or the one of all."""
+    if len(temperature) == 1:
+        return temperature[0]
+    return temperature[min(i, len(temperature) - 1)]
+
+
+@jit
+def rate_at(rate, temperature, i, like):
+    """Rate of slice i, given that of another."""
+    own = temperature_at(temperature, i)
+    return rate if own == rate.temperature else rate_of(own, get(like, 0))
+
+
+@jit
+def row_step(x, n):
+    """Distance from one row to the next: 0 if there is one for all temperatures."""
+    return n if len(x) > 1 else 0
+
+
+@Kernel
+def softmax_rows(x, mask, temperature, out, parts):
+    """Softmax of rows of at most one chunk."""
+    rows, n = out.shape
+    for part in prange(parts):
+        work = row_work(n, x)
+        softmax_groups(x, mask, temperature, out, rows * part // parts, rows * (part + 1) // parts, work)
+
+
+@jit
+def softmax_groups(x, mask, temperature, out, first, stop, work):
+    """Softmax of some rows, group by group."""
+    n, step = out.shape[1], row_step(x, out.shape[1])
+    entries, results, w = entries_of(x, mask), pointer(out), pointer(work)
+    size, lanes = group_size(n, w), lane_count(w)
+    rate = rate_of(temperature_at(temperature, first), get(w, 0))
+    for start in range(first, stop, size):
+        count = min(size, stop - start)
+        group_maxima(entries, n, step, start, count, w)
+        rate = group_sums(entries, n, step, start, count, rate, temperature, w, results)
+        high, low = reciprocal(load(w, sums_at(w, 0)), load(w, sums_at(w, 1)))
+        store(w, _HIGH * lanes, high)
+        store(w, _LOW * lanes, low)
+        terms = sums_at(w, _SUMS)
+        for r in range(count):
+            row = (start + r) * step
+            high, low = get(w, _HIGH * lanes + r), get(w, _LOW * lanes + r)
+            shift = (start + r) * n - row
+            _slice.scale_stored(w, terms, entries, row, row + n, high, low, results, shift)
+            terms += padded_size(n, w)
+
+
+@Kernel
+def log_softmax_rows(x, mask, temperature, out, parts):
+    """Logarithm of the softmax of rows of at most one chunk."""
+    rows, n = out.shape
+    for part in prange(parts):
+        work = row_work(n, x)
+        log_softmax_groups(x, mask, temperature, out, rows * part // parts, rows * (part + 1) // parts, work)
+
+
+@jit
+def log_softmax_groups(x, mask, temperature, out, first, stop, work):
+    """Logarithm of the softmax of some rows, group by group."""
+    n, step = out.shape[1], row_step(x, out.shape[1])
+    entries, results, w = entries_of(x, mask), pointer(out), pointer(work)
+    size, lanes = group_size(n, w), lane_count(w)
+    rate = rate_of(temperature_at(temperature, first), get(w, 0))
+    for start in range(first, stop, size):
+        count = min(size, stop - start)
+        group_maxima(entries, n, step, start, count, w)
+        rate = group_split_sums(entries, n, step, start, count, rate, temperature, None, w, results)
+        for r in range(count):
+            rate = rate_at(rate, temperature, start + r, w)
+            row_max = get(w, _MAXIMA * lanes + r)
+            log_sum = log_of_sum(row_max, split_sums_at(w, r))
+            row = (start + r) * step
+            shift = (start + r) * n - row
+            _slice.write_log(entries, row, row + n, row_max, rate, log_sum, results, shift)
+
+
+@Kernel
+def value_rows(x, mask, temperature, out, parts, weighted):
+    """Logsumexp, or entropy unless ``weighted`` is None, of rows of at most one chunk."""
+    rows = len(out)
+    for part in prange(parts):
+        work = row_work(x.shape[1], x)
+        first, stop = rows * part // parts, rows * (part + 1) // parts
+        value_groups(x, mask, temperature, out, first, stop, weighted, work)
+
+
+@jit
+def value_groups(x, mask, temperature, out, first, stop, weighted, work):
+    """`value_rows` of some rows, group by group."""
+    n, step = x.shape[1], row_step(x, x.shape[1])
+    entries, w = entries_of(x, mask), pointer(work)
+    size, lanes = group_size(n, w), lane_count(w)
+    rate = rate_of(temperature_at(temperature, first), get(w, 0))
+    for start in range(first, stop, size):
+        count = min(size, stop - start)
+        group_maxima(entries, n, step, start, count, w)
+        rate = group_split_sums(entries, n, step, start, count, rate, temperature, weighted, w, entries)
+        for r in range(count):
+            row_max = get(w, _MAXIMA * lanes + r)
+            own = temperature_at(temperature, start + r)
+            sums = split_sums_at(w, r)
+            row = (start + r) * step
+            value = _slice.value_of_sums(entries, row, 1, n, row_max, own, sums, weighted)
+            put(pointer(out), start + r, value)
+
+
+# -- rows of more than a chunk --------------------------------------------------------------------
+
+
+@Kernel
+def softmax_wide_rows(x, mask, temperature, out, parts):
+    """Softmax of rows of more than a chunk, each by one thread."""
+    rows = len(out)
+    for part in prange(parts):
+        work = workspace(out.shape[1], x)
+        for i in range(rows * part // parts, rows * (part + 1) // parts):
+            softmax_wide_row(x, mask, temperature, out, i, work)
+
+
+@jit
+def softmax_wide_row(x, mask, temperature, out, i, work):
+    """Softmax of row i."""
+    n = out.shape[1]
+    row, step = i * row_step(x, n), row_step(x, n)
+    entries, results, w = entries_of(x, mask), pointer(out), pointer(work)
+    rate = rate_of(temperature_at(temperature, i), get(w, 0))
+    soon = Soon(entries, row + step, results, i * n, lane_count(entries))
+    _slice.softmax_of(entries, row, row + n, rate, w, 0, results, i * n - row, soon)
+
+
+@Kernel
+def log_softmax_wide_rows(x, mask, temperature, out, parts):
+    """Logarithm of the softmax of rows of more than a chunk, each by one thread."""
+    rows = len(out)
+    for part in prange(parts):
+        for i in range(rows * part // parts, rows * (part + 1) // parts):
+            log_softmax_wide_row(x, mask, temperature, out, i)
+
+
+@jit
+def log_softmax_wide_row(x, mask, temperature, out, i):
+    """Logarithm of the softmax of row i."""
+    n = out.shape[1]
+    row, step = i * row_step(x, n), row_step(x, n)
+    entries, results = entries_of(x, mask), pointer(out)
+    rate = rate_of(temperature_at(temperature, i), get(entries, 0))
+    soon = Soon(entries, row + step, results, i * n, lane_count(entries))
+    _slice.log_softmax_of(entries, row, row + n, rate, results, i * n - row, soon)
+
+
+@Kernel
+def value_wide_rows(x, mask, temperature, out, parts, weighted):
+    """Logsumexp, or entropy unless ``weighted`` is None, of rows of more than a chunk, each by one thread."""
+    rows = len(out)
+    for part in prange(parts):
+        for i in range(rows * part // parts, rows * (part + 1) // parts):
+            value_wide_row(x, mask, temperature, out, i, weighted)
+
+
+@jit
+def value_wide_row(x, mask, temperature, out, i, weighted):
+    """`value_wide_rows` of row i."""
+    n = x.shape[1]
+    row, step = i * row_step(x, n), row_step(x, n)
+    entries = entries_of(x, mask)
+    rate = rate_of(temperature_at(temperature, i), get(entries, 0))
+    soon = Soon(entries, row + step, entries, row + step, lane_count(entries))
+    value = _slice.value_of(entries, row, row + n, rate, weighted, soon)
+    put(pointer(out), i, value)
 
 
 # -- long rows ------------------------------------------------------------------------------------
 
 
 @jit
-def chunk_of(task, n):
+def chunk_of(task, n, like):
     """Row, number, start and stop of the chunk that a task stands for."""
-    chunks = -(-n // CHUNK)
-    start = task % chunks * CHUNK
-    return task // chunks, task % chunks, start, min(n, start + CHUNK)
+    chunk = CHUNK * lane_count(like)
+    chunks = -(-n // chunk)
+    start = task % chunks * chunk
+    return task // chunks, task % chunks, start, min(n, start + chunk)
 
 
-@parallel_jit
-def long_maxima(x):
+@jit
+def chunk_count(n, like):
+    """Number of chunks of a row."""
+    return -(-n // (CHUNK * lane_count(like)))
+
+
+@Kernel
+def long_maxima(x, mask):
     """Maximum of each row."""
     rows, n = x.shape
-    chunks = -(-n // CHUNK)
-    partial = np.empty((rows, chunks), x.dtype)
+    chunks = chunk_count(n, x)
+    partial = workspace(rows * chunks, x)
     for task in prange(rows * chunks):
-        row, number, start, stop = chunk_of(task, n)
-        partial[row, number] = _slice.maximum(x[row], start, stop)
-    maxima = np.empty(rows, x.dtype)
+        row, _, start, stop = chunk_of(np.intp(task), n, x)
+        partial[task] = _slice.maximum(entries_of(x, mask), row * n + start, row * n + stop)
+    maxima = workspace(rows, x)
     for row in range(rows):
-        maxima[row] = _slice.maximum(partial[row], 0, chunks)
+        maxima[row] = _slice.maximum(partial, row * chunks, (row + 1) * chunks)
     return maxima
 
 
-@parallel_jit
-def long_reciprocals(x, temperature, maxima):
+@Kernel
+def long_reciprocals(x, mask, temperature, maxima):
     """1 / sum of the terms of each row, as a pair."""
     rows, n = x.shape
-    chunks = -(-n // CHUNK)
-    step = min(len(temperature) - 1, 1)
-    partial = np.empty((rows, chunks, 2), x.dtype)
+    chunks = chunk_count(n, x)
+    totals, errors = workspace(rows * chunks, x), workspace(rows * chunks, x)
     for task in prange(rows * chunks):
-        row, number, start, stop = chunk_of(task, n)
-        scale = scale_of(maxima[row], temperature[row * step])
-        total, error = _slice.sum_terms(x[row], start, stop, scale, x[row], False)
-        partial[row, number, 0] = total
-        partial[row, number, 1] = error
-    pairs = np.empty((rows, 2), x.dtype)
+        row, _, start, stop = chunk_of(np.intp(task), n, x)
+        own = temperature_at(temperature, row)
+        sums = chunk_sums(entries_of(x, mask), row * n + start, row * n + stop, maxima[row], own)
+        totals[task], errors[task] = sums
+    high, low = workspace(rows, x), workspace(rows, x)
     for row in range(rows):
         total = error = spread(0.0, maxima[row])
-        for number in range(chunks):
-            part = partial[row, number]
-            total, error = merge(total, error, part[0], part[1])
-        pairs[row, 0], pairs[row, 1] = reciprocal(total, error)
-    return pairs
+        for task in range(row * chunks, (row + 1) * chunks):
+            total, error = merge(total, error, totals[task], errors[task])
+        high[row], low[row] = reciprocal(total, error)
+    return high, low
 
 
-@parallel_jit
-def long_write(x, temperature, maxima, reciprocals, out):
+@jit
+def chunk_sums(x, start, stop, row_max, temperature):
+    """Sum of the terms of a chunk."""
+    rate = rate_of(temperature, row_max)
+    if is_plain(row_max, rate):
+        return _slice.sum_terms(x, start, stop, plain_scale(row_max, rate), None, None, 0, None)
+    scale, guard = guarded_scale(row_max, temperature)
+    return _slice.sum_terms(x, start, stop, scale, guard, None, 0, None)
+
+
+@Kernel
+def long_write(x, mask, temperature, maxima, high, low, out):
     """Write the terms of each row times its reciprocal."""
     rows, n = x.shape
-    step = min(len(temperature) - 1, 1)
-    for task in prange(rows * -(-n // CHUNK)):
-        row, _, start, stop = chunk_of(task, n)
-        scale = scale_of(maxima[row], temperature[row * step])
-        high, low = reciprocals[row, 0], reciprocals[row, 1]
-        _slice.write_terms(x[row], start, stop, scale, high, low, out[row])
+    for task in prange(rows * chunk_count(n, x)):
+        row, _, start, stop = chunk_of(np.intp(task), n, x)
+        own = temperature_at(temperature, row)
+        start, stop = row * n + start, row * n + stop
+        chunk_write(entries_of(x, mask), start, stop, maxima[row], own, high[row], low[row], pointer(out))
 
 
-@parallel_jit
-def long_split_sums(x, temperature, maxima, weighted):
+@jit
+def chunk_write(x, start, stop, row_max, temperature, high, low, out):
+    """Write the terms of a chunk times a reciprocal."""
+    rate = rate_of(temperature, row_max)
+    if is_plain(row_max, rate):
+        _slice.write_terms(x, start, stop, plain_scale(row_max, rate), None, high, low, out, 0)
+    else:
+        scale, guard = guarded_scale(row_max, temperature)
+        _slice.write_terms(x, start, stop, scale, guard, high, low, out, 0)
+
+
+@Kernel
+def long_split_sums(x, mask, temperature, maxima, weighted):
     """`sum_split_terms` of each row."""
     rows, n = x.shape
-    chunks = -(-n // CHUNK)
-    step = min(len(temperature) - 1, 1)
-    partial = np.empty((rows, chunks, 5), x.dtype)
+    chunks = chunk_count(n, x)
+    partial = workspace(rows * chunks * 5, x).reshape(rows * chunks, 5)
     for task in prange(rows * chunks):
-        row, number, start, stop = chunk_of(task, n)
-        row_max = maxima[row]
-        scale = scale_of(row_max, temperature[row * step])
-        gap = gap_of(row_max, temperature[row * step], 0.0)
-        part = _slice.sum_split_terms(x[row], start, stop, row_max, scale, gap, weighted)
-        for k in range(5):
-            partial[row, number, k] = part[k]
-    sums = np.zeros((rows, 5), x.dtype)
+        row, _, start, stop = chunk_of(np.intp(task), n, x)
+        rate = rate_of(temperature_at(temperature, row), maxima[row])
+        start, stop = row * n + start, row * n + stop
+        part = _slice.split_sums(entries_of(x, mask), start, stop, maxima[row], rate, weighted, None)
+        for quantity in range(5):
+            partial[task, quantity] = part[quantity]
+    sums = workspace(rows * 5, x).reshape(rows, 5)
     for row in range(rows):
-        for number in range(chunks):
-            merged = merge_split(sums_at(sums, row), sums_at(partial[row], number))
-            for k in range(5):
-                sums[row, k] = merged[k]
+        zero = spread(0.0, maxima[row])
+        merged = zero, zero, zero, zero, zero
+        for task in range(row * chunks, (row + 1) * chunks):
+            merged = merge_split(merged, five(partial, task))
+        for quantity in range(5):
+            sums[row, quantity] = merged[quantity]
     return sums
 
 
-@jit(inline="always")
-def sums_at(sums, i):
+@jit
+def five(sums, i):
     """Row of an array of sums as a tuple."""
     return sums[i, 0], sums[i, 1], sums[i, 2], sums[i, 3], sums[i, 4]
 
 
-@parallel_jit
-def long_write_log(x, temperature, maxima, sums, out):
+@Kernel
+def long_write_log(x, mask, temperature, maxima, sums, out):
     """Write the logarithms of each row."""
     rows, n = x.shape
-    step = min(len(temperature) - 1, 1)
-    for task in prange(rows * -(-n // CHUNK)):
-        row, _, start, stop = chunk_of(task, n)
-        log_sum = log_of_sum(maxima[row], sums_at(sums, row))
-        gap = gap_of(maxima[row], temperature[row * step], log_sum)
-        _slice.write_log_terms(x[row], start, stop, gap, out[row])
+    for task in prange(rows * chunk_count(n, x)):
+        row, _, start, stop = chunk_of(np.intp(task), n, x)
+        rate = rate_of(temperature_at(temperature, row), maxima[row])
+        log_sum = log_of_sum(maxima[row], five(sums, row))
+        start, stop = row * n + start, row * n + stop
+        _slice.write_log(entries_of(x, mask), start, stop, maxima[row], rate, log_sum, pointer(out), 0)
 
 
-@jit
-def long_logsumexps(x, temperature, maxima, sums, out):
-    """Logsumexp of each row, from its sums."""
-    step = min(len(temperature) - 1, 1)
-    for row in range(len(maxima)):
-        own = temperature[row * step]
-        out[row] = _slice.logsumexp_of_sums(x[row], maxima[row], own, sums_at(sums, row))
+@kernel
+def long_values(x, mask, temperature, maxima, sums, out, weighted):
+    """Logsumexp of each row from its sums, or entropy unless ``weighted`` is None."""
+    rows, n = x.shape
+    for row in range(rows):
+        own = temperature_at(temperature, row)
+        entries = entries_of(x, mask)
+        value = _slice.value_of_sums(entries, row * n, 1, n, maxima[row], own, five(sums, row), weighted)
+        put(pointer(out), row, value)
 
 
-@jit
-def long_entropies(maxima, sums, out):
-    """Entropy of each row, from its sums."""
-    for row in range(len(maxima)):
-        out[row] = entropy_value(maxima[row], sums_at(sums, row))
+def softmax_long_rows(threads, x, mask, temperature, out):
+    """Softmax of rows that all threads share."""
+    maxima = long_maxima(threads, x, mask)
+    high, low = long_reciprocals(threads, x, mask, temperature, maxima)
+    long_write(threads, x, mask, temperature, maxima, high, low, out)
 
 
-def _softmax_long(x, temperature, out):
-    maxima = long_maxima(x)
-    long_write(x, temperature, maxima, long_reciprocals(x, temperature, maxima), out)
+def log_softmax_long_rows(threads, x, mask, temperature, out):
+    """Logarithm of the softmax of rows that all threads share."""
+    maxima = long_maxima(threads, x, mask)
+    sums = long_split_sums(threads, x, mask, temperature, maxima, None)
+    long_write_log(threads, x, mask, temperature, maxima, sums, out)
 
 
-def _log_softmax_long(x, temperature, out):
-    maxima = long_maxima(x)
-    sums = long_split_sums(x, temperature, maxima, False)
-    long_write_log(x, temperature, maxima, sums, out)
-
-
-def _logsumexp_long(x, temperature, out):
-    maxima = long_maxima(x)
-    sums = long_split_sums(x, temperature, maxima, False)
-    long_logsumexps(x, temperature, maxima, sums, out)
-
-
-def _entropy_long(x, temperature, out):
-    maxima = long_maxima(x)
-    sums = long_split_sums(x, temperature, maxima, True)
-    long_entropies(maxima, sums, out)
+def value_long_rows(threads, x, mask, temperature, out, weighted):
+    """Logsumexp, or entropy unless ``weighted`` is None, of rows that all threads share."""
+    maxima = long_maxima(threads, x, mask)
+    sums = long_split_sums(threads, x, mask, temperature, maxima, weighted)
+    long_values(x, mask, temperature, maxima, sums, out, weighted)
 
 
 # -- columns --------------------------------------------------------------------------------------
-# A block is x[:, first : first + width] of an (n, inner) array. Its state, some numbers for each column,
-# is kept in arrays of shape (numbers, BLOCK), which stay in the first cache.
+# A tile of columns is copied into working memory, where each vector of columns is contiguous: the passes of a
+# slice then take a column in each lane. Where it lies, lines of a tile are often a power of two apart, of which
+# a cache keeps no more than eight. Numbers for each column, their fields, stand before the tile.
 
-
-@jit(inline="always")
-def read(row, j, count):
-    """Lanes from entry j on, 0 in those from ``count`` on."""
-    if count >= lane_count(row):
-        return load(row, j)
-    return load_first(row, j, count, spread(0.0, row))
-
-
-@jit(inline="always")
-def write(row, j, count, value):
-    """Write the first ``count`` lanes from entry j on."""
-    if count >= lane_count(row):
-        store(row, j, value)
-    else:
-        store_first(row, j, count, value)
+# Fields of a column: those of Scale and Guard, or of Gap and Guard, and 1 / sum.
+_FIELDS = 10
+_RECIPROCAL = 8
 
 
 @jit
-def block_maxima(x, first, width):
-    """Maximum of each column; 0 beyond the block's width."""
-    maxima = np.zeros(BLOCK, x.dtype)
-    maxima[:width] = -math.inf
-    for i in range(len(x)):
-        row = x[i]
-        for j in range(0, width, lane_count(x)):
-            store(maxima, j, larger(read(row, first + j, width - j), load(maxima, j)))
+def field(quantity, j, width):
+    """Where a field of the columns from j on stands."""
+    return quantity * width + j
+
+
+@jit
+def tile_width(n, inner, tasks, like):
+    """Columns of a tile: whole lanes that fit the tile's bytes, and tiles enough for all tasks."""
+    lanes = lane_count(like)
+    fit = TILE_BYTES // (n * lanes * like.itemsize)
+    share = -(-inner // (lanes * tasks))
+    return lanes * max(1, min(fit, share, 32))
+
+
+@jit
+def pack(x, base, inner, n, count, work, at):
+    """Copy n rows of ``count`` columns to working memory, vector by vector of columns."""
+    lanes = lane_count(work)
+    zero = spread(0.0, work)
+    for i in range(n):
+        row, to = base + i * inner, at + i * lanes
+        for j in range(0, count, lanes):
+            store(work, to + j * n, read(x, row + j, count - j, zero))
+
+
+@jit
+def are_plain(row_max, temperature, rate):
+    """Whether all lanes are plain slices at one temperature."""
+    return len(temperature) == 1 and max_lanes(larger(row_max, -row_max)) <= rate.limit
+
+
+@jit
+def write_scales(row_max, temperature, first, work, j, width):
+    """Write a scale and guard for each lane; the guard of a plain slice changes nothing."""
+    store(work, field(0, j, width), row_max)
+    for k in range(lane_count(work)):
+        top = get(work, field(0, j + k, width))
+        rate = rate_of(temperature_at(temperature, first + k), top)
+        if is_plain(top, rate):
+            scale, guard = plain_scale(top, rate), no_guard(top)
+        else:
+            scale, guard = guarded_scale(top, rate.temperature)
+        put(work, field(0, j + k, width), scale.row_max)
+        put(work, field(1, j + k, width), scale.high)
+        put(work, field(2, j + k, width), scale.low)
+        put(work, field(3, j + k, width), scale.lowest)
+        write_guard(guard, work, j + k, width)
+
+
+@jit
+def no_guard(like):
+    """Guard that changes nothing."""
+    one = spread(1.0, like)
+    return Guard(one, one, one, -spread(math.inf, like))
+
+
+@jit
+def write_guard(guard, work, j, width):
+    """Write the guard of one column."""
+    put(work, field(4, j, width), guard.prescale)
+    put(work, field(5, j, width), guard.factor)
+    put(work, field(6, j, width), guard.factor2)
+    put(work, field(7, j, width), guard.cutoff)
+
+
+@jit
+def read_scale(work, j, width):
+    """Scales of the columns from j on."""
+    return Scale(
+        load(work, field(0, j, width)),
+        load(work, field(1, j, width)),
+        load(work, field(2, j, width)),
+        load(work, field(3, j, width)),
+    )
+
+
+@jit
+def read_guard(work, j, width):
+    """Guards of the columns from j on."""
+    return Guard(
+        load(work, field(4, j, width)),
+        load(work, field(5, j, width)),
+        load(work, field(6, j, width)),
+        load(work, field(7, j, width)),
+    )
+
+
+@jit
+def write_gaps(row_max, log_sums, temperature, first, work, j, width):
+    """Write a gap and guard for each lane; ``log_sums`` is where the logarithms of the sums stand."""
+    store(work, field(0, j, width), row_max)
+    for k in range(lane_count(work)):
+        top = get(work, field(0, j + k, width))
+        log_sum = get(work, log_sums + k)
+        rate = rate_of(temperature_at(temperature, first + k), top)
+        if is_plain(top, rate):
+            gap, guard = plain_gap(top, rate, log_sum), no_guard(top)
+        else:
+            gap, guard = guarded_gap(top, rate.temperature, log_sum)
+        put(work, field(1, j + k, width), gap.inverse)
+        put(work, field(2, j + k, width), gap.summand)
+        write_guard(guard, work, j + k, width)
+
+
+@jit
+def read_gap(work, j, width):
+    """Gaps of the columns from j on."""
+    row_max = load(work, field(0, j, width))
+    return Gap(row_max, load(work, field(1, j, width)), load(work, field(2, j, width)))
+
+
+@jit
+def rows_later(soon, count):
+    """What will be needed after so many rows of a tile."""
+    if soon is None:
+        return None
+    return Soon(soon.x, soon.at + count * soon.step, soon.out, soon.to + count * soon.step, soon.step)
+
+
+@jit
+def column_sums(work, at, n, scale, guard, soon):
+    """Sums of the terms of columns, which take the place of the entries."""
+    lanes = lane_count(work)
+    total = error = spread(0.0, work)
+    for start in range(0, n, CHUNK):
+        first, last = at + start * lanes, at + min(n, start + CHUNK) * lanes
+        part, part_error = lane_sums(work, first, last, scale, guard, work, first, rows_later(soon, start))
+        total, error = merge(total, error, part, part_error)
+    return total, error
+
+
+@jit
+def column_split_sums(work, at, n, row_max, scale, guard, weighted, soon):
+    """`lane_split_sums` of columns."""
+    lanes = lane_count(work)
+    zero = spread(0.0, work)
+    sums = zero, zero, zero, zero, zero
+    for start in range(0, n, CHUNK):
+        first, last = at + start * lanes, at + min(n, start + CHUNK) * lanes
+        ahead = rows_later(soon, start)
+        part = lane_split_sums(work, first, last, row_max, scale, guard, weighted, ahead)
+        sums = merge_split(sums, part)
+    return sums
+
+
+@Kernel
+def softmax_columns(x, mask, temperature, out, parts):
+    """Softmax of columns that fit a tile."""
+    outer, n, inner = x.shape
+    width = tile_width(n, inner, parts, workspace(1, x))
+    tiles = -(-inner // width)
+    for part in prange(parts):
+        work = workspace((_FIELDS + n) * width, x)
+        for task in range(part, outer * tiles, parts):
+            softmax_tile(x, mask, temperature, out, task // tiles, task % tiles * width, width, parts, work)
+
+
+@jit
+def softmax_tile(x, mask, temperature, out, i, first, width, parts, work):
+    """Softmax of a tile of columns."""
+    n, inner = x.shape[1:]
+    entries, results, w = entries_of(x, mask), pointer(out), pointer(work)
+    lanes = lane_count(w)
+    count = min(width, inner - first)
+    base = i * n * inner + first
+    tile = _FIELDS * width
+    pack(entries, base, inner, n, count, w, tile)
+    rate = rate_of(temperature_at(temperature, 0), get(w, 0))
+    for j in range(0, count, lanes):
+        at = tile + j * n
+        row_max = lane_maxima(w, at, at + n * lanes)
+        soon = Soon(entries, base + parts * width + j, results, base + j, inner)
+        if are_plain(row_max, temperature, rate):
+            total, error = column_sums(w, at, n, plain_scale(row_max, rate), None, soon)
+        else:
+            write_scales(row_max, temperature, i * inner + first + j, w, j, width)
+            scale, guard = read_scale(w, j, width), read_guard(w, j, width)
+            total, error = column_sums(w, at, n, scale, guard, soon)
+        high, low = reciprocal(total, error)
+        store(w, field(_RECIPROCAL, j, width), high)
+        store(w, field(_RECIPROCAL + 1, j, width), low)
+    zero = spread(0.0, w)
+    for k in range(n):
+        row, terms = base + k * inner, tile + k * lanes
+        for j in range(0, count, lanes):
+            high, low = load(w, field(_RECIPROCAL, j, width)), load(w, field(_RECIPROCAL + 1, j, width))
+            value = times_pair(load(w, terms + j * n), high, low)
+            write(results, row + j, count - j, present(entries, row + j, count - j, value, zero))
+
+
+@Kernel
+def log_softmax_columns(x, mask, temperature, out, parts):
+    """Logarithm of the softmax of columns that fit a tile."""
+    outer, n, inner = x.shape
+    width = tile_width(n, inner, parts, workspace(1, x))
+    tiles = -(-inner // width)
+    for part in prange(parts):
+        work = workspace((_FIELDS + n) * width, x)
+        for task in range(part, outer * tiles, parts):
+            log_softmax_tile(
+                x, mask, temperature, out, task // tiles, task % tiles * width, width, parts, work
+            )
+
+
+@jit
+def log_softmax_tile(x, mask, temperature, out, i, first, width, parts, work):
+    """Logarithm of the softmax of a tile of columns."""
+    n, inner = x.shape[1:]
+    entries, results, w = entries_of(x, mask), pointer(out), pointer(work)
+    lanes = lane_count(w)
+    count = min(width, inner - first)
+    base = i * n * inner + first
+    tile = _FIELDS * width
+    pack(entries, base, inner, n, count, w, tile)
+    rate = rate_of(temperature_at(temperature, 0), get(w, 0))
+    plain = True
+    for j in range(0, count, lanes):
+        row_max = lane_maxima(w, tile + j * n, tile + j * n + n * lanes)
+        plain = plain and are_plain(row_max, temperature, rate)
+        soon = Soon(entries, base + parts * width + j, results, base + j, inner)
+        number = i * inner + first + j
+        split_tile_sums(w, tile + j * n, n, row_max, temperature, number, rate, None, j, width, soon)
+        log_sums = field(_RECIPROCAL, j, width)
+        for k in range(lanes):
+            top = get(w, field(0, j + k, width))
+            log_sum = log_of_sum(top, column_sums_at(w, j + k, width))
+            put(w, log_sums + k, spread(log_sum, top))
+        write_gaps(row_max, log_sums, temperature, i * inner + first + j, w, j, width)
+    for k in range(n):
+        write_log_row(entries, results, base + k * inner, w, tile + k * lanes, n, count, width, plain)
+
+
+@jit
+def write_log_row(x, out, row, work, at, n, count, width, plain):
+    """Write the logarithms of a row of a tile."""
+    lanes = lane_count(work)
+    lowest = -spread(math.inf, work)
+    for j in range(0, count, lanes):
+        entries = load(work, at + j * n)
+        if plain:
+            value = log_terms(entries, read_gap(work, j, width), None)
+        else:
+            value = log_terms(entries, read_gap(work, j, width), read_guard(work, j, width))
+        write(out, row + j, count - j, present(x, row + j, count - j, value, lowest))
+
+
+@jit
+def split_tile_sums(work, at, n, row_max, temperature, first, rate, weighted, j, width, soon):
+    """Write the maxima and the `column_split_sums` of the columns from j on to the first six fields."""
+    if are_plain(row_max, temperature, rate):
+        scale = plain_scale(row_max, rate)
+        sums = column_split_sums(work, at, n, row_max, scale, None, weighted, soon)
+    else:
+        write_scales(row_max, temperature, first, work, j, width)
+        scale, guard = read_scale(work, j, width), read_guard(work, j, width)
+        sums = column_split_sums(work, at, n, row_max, scale, guard, weighted, soon)
+    store(work, field(0, j, width), row_max)
+    store(work, field(1, j, width), sums[0])
+    store(work, field(2, j, width), sums[1])
+    store(work, field(3, j, width), sums[2])
+    store(work, field(4, j, width), sums[3])
+    store(work, field(5, j, width), sums[4])
+
+
+@jit
+def column_sums_at(work, j, width):
+    """Sums of column j that `split_tile_sums` wrote."""
+    return (
+        get(work, field(1, j, width)),
+        get(work, field(2, j, width)),
+        get(work, field(3, j, width)),
+        get(work, field(4, j, width)),
+        get(work, field(5, j, width)),
+    )
+
+
+@Kernel
+def value_columns(x, mask, temperature, out, parts, weighted):
+    """Logsumexp, or entropy unless ``weighted`` is None, of columns that fit a tile."""
+    outer, n, inner = x.shape
+    width = tile_width(n, inner, parts, workspace(1, x))
+    tiles = -(-inner // width)
+    for part in prange(parts):
+        work = workspace((_FIELDS + n) * width, x)
+        for task in range(part, outer * tiles, parts):
+            first = task % tiles * width
+            value_tile(x, mask, temperature, out, task // tiles, first, width, parts, weighted, work)
+
+
+@jit
+def value_tile(x, mask, temperature, out, i, first, width, parts, weighted, work):
+    """`value_columns` of a tile of columns."""
+    n, inner = x.shape[1:]
+    entries, results, w = entries_of(x, mask), pointer(out), pointer(work)
+    lanes = lane_count(w)
+    count = min(width, inner - first)
+    base = i * n * inner + first
+    tile = _FIELDS * width
+    pack(entries, base, inner, n, count, w, tile)
+    rate = rate_of(temperature_at(temperature, 0), get(w, 0))
+    for j in range(0, count, lanes):
+        at, number = tile + j * n, i * inner + first + j
+        row_max = lane_maxima(w, at, at + n * lanes)
+        soon = Soon(entries, base + parts * width + j, entries, base + parts * width + j, inner)
+        split_tile_sums(w, at, n, row_max, temperature, number, rate, weighted, j, width, soon)
+        for k in range(min(lanes, count - j)):
+            top, sums = get(w, field(0, j + k, width)), column_sums_at(w, j + k, width)
+            own = temperature_at(temperature, number + k)
+            value = _slice.value_of_sums(entries, base + j + k, inner, n, top, own, sums, weighted)
+            put(results, number + k, value)
+
+
+# -- long columns: chunks of rows, of which each thread takes some -----------------------------------
+# Numbers for each column are arrays (outer, chunks, inner), or (outer, inner) when the chunks are merged.
+
+
+@jit
+def strip_of(task, shape, width):
+    """Outer index, chunk, its rows, and first column and number of columns of the strip of a task."""
+    _, n, inner = shape
+    chunks, strips = -(-n // CHUNK), -(-inner // width)
+    chunk = task // strips % chunks
+    first = task % strips * width
+    rows = min(CHUNK, n - chunk * CHUNK)
+    return task // strips // chunks, chunk, rows, first, min(width, inner - first)
+
+
+@jit
+def strip_width(inner, like):
+    """Columns of a strip: at most eight vectors."""
+    lanes = lane_count(like)
+    return min(8 * lanes, -(-inner // lanes) * lanes)
+
+
+@jit
+def strip_count(shape, width):
+    """Number of strips."""
+    outer, n, inner = shape
+    return outer * -(-n // CHUNK) * -(-inner // width)
+
+
+@Kernel
+def tall_maxima(x, mask):
+    """Maximum of each column."""
+    outer, n, inner = x.shape
+    chunks, width = -(-n // CHUNK), strip_width(inner, x)
+    partial = workspace(outer * chunks * inner, x)
+    for task in prange(strip_count(x.shape, width)):
+        i, chunk, rows, first, count = strip_of(np.intp(task), x.shape, width)
+        row = (i * n + chunk * CHUNK) * inner + first
+        strip_maxima(x, mask, row, inner, rows, count, partial, (i * chunks + chunk) * inner + first)
+    maxima = workspace(outer * inner, x)
+    for i in range(outer):
+        strip_maxima(partial, None, i * chunks * inner, inner, chunks, inner, maxima, i * inner)
     return maxima
 
 
 @jit
-def block_scales(maxima, temperature, width):
-    """Scale of each column: one for all but for the maximum, and where that will not do, one each.
-
-    Returns the common scale, whether it will do, and an array of all fields of each.
-    """
-    common = scale_of(spread(0.0, maxima[0]), temperature[0])
-    shared = len(temperature) == 1 and not common.scaled
-    for k in range(width):
-        shared = shared and not math.isinf(maxima[k])
-    scales = np.empty((7, BLOCK), maxima.dtype)
-    if not shared:
-        step = min(len(temperature) - 1, 1)
-        lanes = lane_count(maxima)
-        for k in range(-(-width // lanes) * lanes):
-            own = min(k, width - 1)
-            scale = scale_of(maxima[own], temperature[own * step])
-            scales[0, k], scales[1, k] = scale.row_max, scale.high
-            scales[2, k], scales[3, k] = scale.low, scale.cutoff
-            scales[4, k] = scale.prescale
-            scales[5, k], scales[6, k] = scale.factor, scale.factor2
-    return common, shared, scales
+def strip_maxima(x, mask, row, inner, rows, count, out, to):
+    """Maximum of each column over some rows."""
+    zero = spread(0.0, x)
+    entries, results, lanes = entries_of(x, mask), pointer(out), lane_count(x)
+    lowest = spread(-math.inf, x)
+    for j in range(0, count, lanes):
+        write(results, to + j, count - j, lowest)
+    for i in range(rows):
+        for j in range(0, count, lanes):
+            value = larger(
+                read(entries, row + i * inner + j, count - j, zero), read(results, to + j, count - j, zero)
+            )
+            write(results, to + j, count - j, value)
 
 
-@jit(inline="always")
-def get_scale(common, shared, scales, maxima, j):
-    """Scales of the columns from j on, one per lane."""
-    row_max = load(maxima, j)
-    if shared:
-        return Scale(
-            row_max,
-            spread(common.high, row_max),
-            spread(common.low, row_max),
-            spread(common.cutoff, row_max),
-            False,
-            row_max,
-            row_max,
-            row_max,
-        )
-    return Scale(
-        load(scales[0], j),
-        load(scales[1], j),
-        load(scales[2], j),
-        load(scales[3], j),
-        True,
-        load(scales[4], j),
-        load(scales[5], j),
-        load(scales[6], j),
-    )
-
-
-@jit(inline="always")
-def get_gap(gaps, j):
-    """Load the gaps of the columns from j on, one per lane."""
-    return Gap(
-        load(gaps[0], j),
-        load(gaps[1], j),
-        load(gaps[2], j),
-        load(gaps[3], j),
-        load(gaps[4], j),
-        load(gaps[5], j),
-    )
+@Kernel
+def tall_reciprocals(x, mask, temperature, maxima):
+    """1 / sum of the terms of each column, as a pair."""
+    outer, n, inner = x.shape
+    chunks, width = -(-n // CHUNK), strip_width(inner, x)
+    totals, errors = workspace(outer * chunks * inner, x), workspace(outer * chunks * inner, x)
+    for task in prange(strip_count(x.shape, width)):
+        work = workspace((_FIELDS + CHUNK) * width, x)
+        strip_sums(x, mask, temperature, maxima, np.intp(task), width, work, totals, errors)
+    high, low = workspace(outer * inner, x), workspace(outer * inner, x)
+    for i in range(outer):
+        merge_strips(totals, errors, i, chunks, inner, high, low)
+    return high, low
 
 
 @jit
-def block_gaps(maxima, temperature, log_sums, width):
-    """Gap of each column."""
-    gaps = np.zeros((6, BLOCK), maxima.dtype)
-    step = min(len(temperature) - 1, 1)
-    for k in range(width):
-        gap = gap_of(maxima[k], temperature[k * step], log_sums[k])
-        gaps[0, k], gaps[1, k], gaps[2, k] = gap.row_max, gap.prescale, gap.factor
-        gaps[3, k], gaps[4, k], gaps[5, k] = gap.inverse, gap.cutoff, gap.summand
-    return gaps
+def strip_sums(x, mask, temperature, maxima, task, width, work, totals, errors):
+    """Sums of the terms of each column over the rows of a strip."""
+    zero = spread(0.0, x)
+    i, chunk, rows, first, count = strip_of(task, x.shape, width)
+    n, inner = x.shape[1:]
+    w, lanes = pointer(work), lane_count(work)
+    tile = _FIELDS * width
+    pack(entries_of(x, mask), (i * n + chunk * CHUNK) * inner + first, inner, rows, count, w, tile)
+    rate = rate_of(temperature_at(temperature, 0), get(w, tile))
+    for j in range(0, count, lanes):
+        at, to = tile + j * rows, (i * -(-n // CHUNK) + chunk) * inner + first + j
+        row_max = read(pointer(maxima), i * inner + first + j, count - j, zero)
+        if are_plain(row_max, temperature, rate):
+            total, error = column_sums(w, at, rows, plain_scale(row_max, rate), None, None)
+        else:
+            write_scales(row_max, temperature, i * inner + first + j, w, j, width)
+            scale, guard = read_scale(w, j, width), read_guard(w, j, width)
+            total, error = column_sums(w, at, rows, scale, guard, None)
+        write(pointer(totals), to, count - j, total)
+        write(pointer(errors), to, count - j, error)
 
 
 @jit
-def softmax_block(x, first, width, temperature, out):
-    """Softmax of the columns of a block."""
-    n, lanes = len(x), lane_count(x)
-    maxima = block_maxima(x, first, width)
-    common, shared, scales = block_scales(maxima, temperature, width)
-    stored = n * width * x.itemsize <= STORED_BYTES
-    totals, errors = np.zeros(BLOCK, x.dtype), np.zeros(BLOCK, x.dtype)
-    part, part_errors = np.empty(BLOCK, x.dtype), np.empty(BLOCK, x.dtype)
-    for start in range(0, n, CHUNK):
-        part[:] = top_term(maxima[0])
-        part_errors[:] = 0.0
-        for i in range(start, min(n, start + CHUNK)):
-            for j in range(0, width, lanes):
-                scale = get_scale(common, shared, scales, maxima, j)
-                term, lost = terms(read(x[i], first + j, width - j), scale)
-                if stored:
-                    write(out[i], first + j, width - j, term)
-                total, error = add_smaller(load(part, j), load(part_errors, j) + lost, term)
-                store(part, j, total)
-                store(part_errors, j, error)
-        for j in range(0, width, lanes):
-            part_sum = load(part, j) - top_term(x)
-            total, error = merge(load(totals, j), load(errors, j), part_sum, load(part_errors, j))
-            store(totals, j, total)
-            store(errors, j, error)
-    for j in range(0, width, lanes):
-        high, low = reciprocal(load(totals, j), load(errors, j))
-        store(totals, j, high)
-        store(errors, j, low)
-    for i in range(n):
-        for j in range(0, width, lanes):
-            if stored:
-                term = read(out[i], first + j, width - j)
+def merge_strips(totals, errors, i, chunks, inner, high, low):
+    """Merge the sums of all chunks of some columns into 1 / sum."""
+    zero = spread(0.0, high)
+    lanes = lane_count(high)
+    for j in range(0, inner, lanes):
+        count = inner - j
+        total = error = spread(0.0, high)
+        for at in range(i * chunks * inner + j, (i + 1) * chunks * inner, inner):
+            part, part_error = read(pointer(totals), at, count, zero), read(pointer(errors), at, count, zero)
+            total, error = merge(total, error, part, part_error)
+        part, part_error = reciprocal(total, error)
+        write(pointer(high), i * inner + j, count, part)
+        write(pointer(low), i * inner + j, count, part_error)
+
+
+@Kernel
+def tall_write(x, mask, temperature, maxima, high, low, out):
+    """Write the terms of each column times its reciprocal."""
+    width = strip_width(x.shape[2], x)
+    for task in prange(strip_count(x.shape, width)):
+        work = workspace(_FIELDS * width, x)
+        write_strip(x, mask, temperature, maxima, high, low, np.intp(task), width, work, out)
+
+
+@jit
+def write_strip(x, mask, temperature, maxima, high, low, task, width, work, out):
+    """Write the terms of a strip times the reciprocals of its columns."""
+    zero = spread(0.0, x)
+    i, chunk, rows, first, count = strip_of(task, x.shape, width)
+    n, inner = x.shape[1:]
+    entries, results, w, lanes = entries_of(x, mask), pointer(out), pointer(work), lane_count(work)
+    rate = rate_of(temperature_at(temperature, 0), maxima[0])
+    plain = True
+    for j in range(0, count, lanes):
+        column = i * inner + first + j
+        row_max = read(pointer(maxima), column, count - j, zero)
+        plain = plain and are_plain(row_max, temperature, rate)
+        write_scales(row_max, temperature, column, w, j, width)
+        store(w, field(_RECIPROCAL, j, width), read(pointer(high), column, count - j, zero))
+        store(w, field(_RECIPROCAL + 1, j, width), read(pointer(low), column, count - j, zero))
+    for k in range(rows):
+        row = (i * n + chunk * CHUNK + k) * inner + first
+        for j in range(0, count, lanes):
+            scale, values = read_scale(w, j, width), read(entries, row + j, count - j, zero)
+            if plain:
+                power, excess, _ = terms(values, scale, None)
             else:
-                scale = get_scale(common, shared, scales, maxima, j)
-                term, _ = terms(read(x[i], first + j, width - j), scale)
-            value = times_pair(term, load(totals, j), load(errors, j))
-            write(out[i], first + j, width - j, value)
+                power, excess, _ = terms(values, scale, read_guard(w, j, width))
+            inverse = load(w, field(_RECIPROCAL, j, width)), load(w, field(_RECIPROCAL + 1, j, width))
+            value = times_pair(term_of(power, excess), inverse[0], inverse[1])
+            write(results, row + j, count - j, present(entries, row + j, count - j, value, zero))
 
 
-@jit
-def block_split_sums(x, first, width, temperature, maxima, weighted):
-    """`sum_split_terms` of each column."""
-    n, lanes = len(x), lane_count(x)
-    common, shared, scales = block_scales(maxima, temperature, width)
-    gaps = block_gaps(maxima, temperature, np.zeros(width), width)
-    sums = np.zeros((5, BLOCK), x.dtype)
-    for start in range(0, n, CHUNK):
-        part = np.zeros((5, BLOCK), x.dtype)
-        for i in range(start, min(n, start + CHUNK)):
-            for j in range(0, width, lanes):
-                entries = read(x[i], first + j, width - j)
-                scale = get_scale(common, shared, scales, maxima, j)
-                top, term, lost = split_terms(entries, load(maxima, j), scale)
-                store(part[0], j, load(part[0], j) + top)
-                rest, error = add(load(part[1], j), load(part[2], j) + lost, term)
-                store(part[1], j, rest)
-                store(part[2], j, error)
-                if weighted:
-                    weighted_terms = weighted_term(entries, term, get_gap(gaps, j))
-                    moment, error = add(load(part[3], j), load(part[4], j), weighted_terms)
-                    store(part[3], j, moment)
-                    store(part[4], j, error)
-        for k in range(width):
-            merged = merge_split(sums_at(sums.T, k), sums_at(part.T, k))
-            for m in range(5):
-                sums[m, k] = merged[m]
+@Kernel
+def tall_split_sums(x, mask, temperature, maxima, weighted):
+    """`lane_split_sums` of each column: an array (outer, 5, inner)."""
+    outer, n, inner = x.shape
+    chunks, width = -(-n // CHUNK), strip_width(inner, x)
+    partial = workspace(outer * chunks * 5 * inner, x)
+    for task in prange(strip_count(x.shape, width)):
+        work = workspace((_FIELDS + CHUNK) * width, x)
+        strip_split_sums(x, mask, temperature, maxima, np.intp(task), width, weighted, work, partial)
+    sums = workspace(outer * 5 * inner, x)
+    for i in range(outer):
+        merge_split_strips(partial, i, chunks, inner, sums)
     return sums
 
 
 @jit
-def log_softmax_block(x, first, width, temperature, out):
-    """Logarithm of the softmax of the columns of a block."""
-    maxima = block_maxima(x, first, width)
-    sums = block_split_sums(x, first, width, temperature, maxima, False)
-    log_sums = np.empty(width)
-    for k in range(width):
-        log_sums[k] = log_of_sum(maxima[k], sums_at(sums.T, k))
-    gaps = block_gaps(maxima, temperature, log_sums, width)
-    for i in range(len(x)):
-        for j in range(0, width, lane_count(x)):
-            value = log_terms(read(x[i], first + j, width - j), get_gap(gaps, j))
-            write(out[i], first + j, width - j, value)
+def strip_split_sums(x, mask, temperature, maxima, task, width, weighted, work, partial):
+    """`lane_split_sums` of each column over the rows of a strip."""
+    zero = spread(0.0, x)
+    i, chunk, rows, first, count = strip_of(task, x.shape, width)
+    n, inner = x.shape[1:]
+    w, lanes = pointer(work), lane_count(work)
+    tile = _FIELDS * width
+    pack(entries_of(x, mask), (i * n + chunk * CHUNK) * inner + first, inner, rows, count, w, tile)
+    rate = rate_of(temperature_at(temperature, 0), get(w, tile))
+    for j in range(0, count, lanes):
+        column = i * inner + first + j
+        row_max = read(pointer(maxima), column, count - j, zero)
+        split_tile_sums(
+            w, tile + j * rows, rows, row_max, temperature, column, rate, weighted, j, width, None
+        )
+        for quantity in range(5):
+            to = ((i * -(-n // CHUNK) + chunk) * 5 + quantity) * inner + first + j
+            value = load(w, field(1 + quantity, j, width))
+            write(pointer(partial), to, count - j, value)
 
 
 @jit
-def logsumexp_block(x, first, width, temperature, out):
-    """Logsumexp of the columns of a block."""
-    step = min(len(temperature) - 1, 1)
-    maxima = block_maxima(x, first, width)
-    sums = block_split_sums(x, first, width, temperature, maxima, False)
-    for k in range(width):
-        own = temperature[k * step]
-        column = x[:, first + k]
-        out[first + k] = _slice.logsumexp_of_sums(column, maxima[k], own, sums_at(sums.T, k))
+def merge_split_strips(partial, i, chunks, inner, sums):
+    """Merge the sums of all chunks of some columns."""
+    lanes = lane_count(sums)
+    for j in range(0, inner, lanes):
+        zero = spread(0.0, sums)
+        merged = zero, zero, zero, zero, zero
+        for chunk in range(chunks):
+            merged = merge_split(merged, five_lanes(partial, (i * chunks + chunk) * 5 * inner + j, inner))
+        for quantity in range(5):
+            to = (i * 5 + quantity) * inner + j
+            write(pointer(sums), to, inner - j, merged[quantity])
 
 
 @jit
-def entropy_block(x, first, width, temperature, out):
-    """Entropy of the softmax of the columns of a block."""
-    maxima = block_maxima(x, first, width)
-    sums = block_split_sums(x, first, width, temperature, maxima, True)
-    for k in range(width):
-        out[first + k] = entropy_value(maxima[k], sums_at(sums.T, k))
+def five_lanes(sums, at, inner):
+    """Sums of the columns whose first stands at an index."""
+    zero = spread(0.0, sums)
+    p, count = pointer(sums), inner - at % inner
+    return (
+        read(p, at, count, zero),
+        read(p, at + inner, count, zero),
+        read(p, at + 2 * inner, count, zero),
+        read(p, at + 3 * inner, count, zero),
+        read(p, at + 4 * inner, count, zero),
+    )
 
 
 @jit
-def temperatures_of(temperature, start, width):
-    """Temperatures of the slices from ``start`` on, or the one of them all."""
-    if len(temperature) == 1:
-        return temperature
-    return temperature[start : start + width]
+def five_of_column(sums, at, inner):
+    """Sums of the column whose first stands at an index."""
+    return sums[at], sums[at + inner], sums[at + 2 * inner], sums[at + 3 * inner], sums[at + 4 * inner]
+
+
+@Kernel
+def tall_write_log(x, mask, temperature, maxima, sums, out):
+    """Write the logarithms of each column."""
+    width = strip_width(x.shape[2], x)
+    for task in prange(strip_count(x.shape, width)):
+        work = workspace(_FIELDS * width, x)
+        write_log_strip(x, mask, temperature, maxima, sums, np.intp(task), width, work, out)
 
 
 @jit
-def block_of(task, inner):
-    """Outer index, first column and width of the block that a task stands for."""
-    blocks = -(-inner // BLOCK)
-    first = task % blocks * BLOCK
-    return task // blocks, first, min(BLOCK, inner - first)
+def write_log_strip(x, mask, temperature, maxima, sums, task, width, work, out):
+    """Write the logarithms of a strip."""
+    zero = spread(0.0, x)
+    i, chunk, rows, first, count = strip_of(task, x.shape, width)
+    n, inner = x.shape[1:]
+    entries, results, w, lanes = entries_of(x, mask), pointer(out), pointer(work), lane_count(work)
+    rate = rate_of(temperature_at(temperature, 0), maxima[0])
+    plain = True
+    for j in range(0, count, lanes):
+        column = i * inner + first + j
+        row_max = read(pointer(maxima), column, count - j, zero)
+        plain = plain and are_plain(row_max, temperature, rate)
+        for k in range(lanes):
+            own = min(first + j + k, inner - 1)
+            log_sum = log_of_sum(maxima[i * inner + own], five_of_column(sums, i * 5 * inner + own, inner))
+            put(w, field(_RECIPROCAL, j + k, width), spread(log_sum, maxima[0]))
+        write_gaps(row_max, field(_RECIPROCAL, j, width), temperature, column, w, j, width)
+    lowest = -spread(math.inf, w)
+    for k in range(rows):
+        row = (i * n + chunk * CHUNK + k) * inner + first
+        for j in range(0, count, lanes):
+            values = read(entries, row + j, count - j, zero)
+            if plain:
+                value = log_terms(values, read_gap(w, j, width), None)
+            else:
+                value = log_terms(values, read_gap(w, j, width), read_guard(w, j, width))
+            write(results, row + j, count - j, present(entries, row + j, count - j, value, lowest))
 
 
-def _softmax_columns(x, temperature, out):
-    outer, _, inner = x.shape
-    for task in prange(outer * -(-inner // BLOCK)):
-        i, first, width = block_of(task, inner)
-        own = temperatures_of(temperature, i * inner + first, width)
-        softmax_block(x[i], first, width, own, out[i])
+@Kernel
+def tall_values(x, mask, temperature, maxima, sums, out, weighted):
+    """Logsumexp of each column from its sums, or entropy unless ``weighted`` is None."""
+    outer, n, inner = x.shape
+    for task in prange(outer * inner):
+        column = np.intp(task)
+        i, k = column // inner, column % inner
+        own = temperature_at(temperature, column)
+        five = five_of_column(sums, i * 5 * inner + k, inner)
+        entries = entries_of(x, mask)
+        top = maxima[column]
+        value = _slice.value_of_sums(entries, i * n * inner + k, inner, n, top, own, five, weighted)
+        put(pointer(out), column, value)
 
 
-def _log_softmax_columns(x, temperature, out):
-    outer, _, inner = x.shape
-    for task in prange(outer * -(-inner // BLOCK)):
-        i, first, width = block_of(task, inner)
-        own = temperatures_of(temperature, i * inner + first, width)
-        log_softmax_block(x[i], first, width, own, out[i])
+def softmax_tall_columns(threads, x, mask, temperature, out):
+    """Softmax of columns that all threads share."""
+    maxima = tall_maxima(threads, x, mask)
+    high, low = tall_reciprocals(threads, x, mask, temperature, maxima)
+    tall_write(threads, x, mask, temperature, maxima, high, low, out)
 
 
-def _logsumexp_columns(x, temperature, out):
-    outer, _, inner = x.shape
-    for task in prange(outer * -(-inner // BLOCK)):
-        i, first, width = block_of(task, inner)
-        own = temperatures_of(temperature, i * inner + first, width)
-        logsumexp_block(x[i], first, width, own, out[i])
+def log_softmax_tall_columns(threads, x, mask, temperature, out):
+    """Logarithm of the softmax of columns that all threads share."""
+    maxima = tall_maxima(threads, x, mask)
+    sums = tall_split_sums(threads, x, mask, temperature, maxima, None)
+    tall_write_log(threads, x, mask, temperature, maxima, sums, out)
 
 
-def _entropy_columns(x, temperature, out):
-    outer, _, inner = x.shape
-    for task in prange(outer * -(-inner // BLOCK)):
-        i, first, width = block_of(task, inner)
-        own = temperatures_of(temperature, i * inner + first, width)
-        entropy_block(x[i], first, width, own, out[i])
+def value_tall_columns(threads, x, mask, temperature, out, weighted):
+    """Logsumexp, or entropy unless ``weighted`` is None, of columns that all threads share."""
+    maxima = tall_maxima(threads, x, mask)
+    sums = tall_split_sums(threads, x, mask, temperature, maxima, weighted)
+    tall_values(threads, x, mask, temperature, maxima, sums, out, weighted)
 
 
 # -- the choice -----------------------------------------------------------------------------------
 
-Schedules = namedtuple("Schedules", "rows rows_parallel long columns columns_parallel")
 
-
-def _compile(rows, long, columns):
-    return Schedules(jit(rows), parallel_jit(rows), long, jit(columns), parallel_jit(columns))
-
-
-_SOFTMAX = _compile(_softmax_rows, _softmax_long, _softmax_columns)
-_LOG_SOFTMAX = _compile(_log_softmax_rows, _log_softmax_long, _log_softmax_columns)
-_LOGSUMEXP = _compile(_logsumexp_rows, _logsumexp_long, _logsumexp_columns)
-_ENTROPY = _compile(_entropy_rows, _entropy_long, _entropy_columns)
-
-
-def softmax(x, temperature, out):
+def softmax(x, mask, temperature, out):
     """Write the softmax over axis 1 of ``x`` to ``out``, which has its shape and may be ``x``."""
-    _run(_SOFTMAX, x, temperature, out)
+    _run(
+        softmax_rows,
+        softmax_wide_rows,
+        softmax_long_rows,
+        softmax_columns,
+        softmax_tall_columns,
+        x,
+        mask,
+        temperature,
+        out,
+    )
 
 
-def log_softmax(x, temperature, out):
+def log_softmax(x, mask, temperature, out):
     """Write the logarithm of the softmax over axis 1 of ``x`` to ``out``."""
-    _run(_LOG_SOFTMAX, x, temperature, out)
+    _run(
+        log_softmax_rows,
+        log_softmax_wide_rows,
+        log_softmax_long_rows,
+        log_softmax_columns,
+        log_softmax_tall_columns,
+        x,
+        mask,
+        temperature,
+        out,
+    )
 
 
-def logsumexp(x, temperature, out):
+def logsumexp(x, mask, temperature, out):
     """Write the logsumexp over axis 1 of ``x`` to ``out``, which has the shape (outer, inner)."""
-    _run(_LOGSUMEXP, x, temperature, out)
+    _run(
+        value_rows,
+        value_wide_rows,
+        value_long_rows,
+        value_columns,
+        value_tall_columns,
+        x,
+        mask,
+        temperature,
+        out,
+        None,
+    )
 
 
-def entropy(x, temperature, out):
+def entropy(x, mask, temperature, out):
     """Write the entropy of the softmax over axis 1 of ``x`` to ``out``, of shape (outer, inner)."""
-    _run(_ENTROPY, x, temperature, out)
+    _run(
+        value_rows,
+        value_wide_rows,
+        value_long_rows,
+        value_columns,
+        value_tall_columns,
+        x,
+        mask,
+        temperature,
+        out,
+        True,
+    )
 
 
 # GNU OpenMP kills a forked child that starts threads if its parent had any: such a child works on one.
@@ -539,18 +1256,21 @@ def _threads(size):
     return threads
 
 
-def _run(schedules, x, temperature, out):
-    outer, n, inner = x.shape
-    rows = max(outer, len(temperature))
-    threads = _threads(rows * n * inner)
-    if inner > 1:
-        schedule = schedules.columns_parallel if threads > 1 else schedules.columns
-        schedule(x, temperature, out)
+def _run(rows, wide_rows, long_rows, columns, tall_columns, x, mask, temperature, out, *options):
+    """Run the schedule that suits the shape: (outer, n), or (outer, n, inner)."""
+    outer, n = x.shape[:2]
+    slices = max(outer, len(temperature))
+    threads = _threads(max(x.size, slices * n))
+    if x.ndim == 3:
+        if n > TALL:
+            tall_columns(threads, x, mask, temperature, out, *options)
+        else:
+            columns(threads, x, mask, temperature, out, threads, *options)
         return
-    if threads == 1:
-        schedule = schedules.rows
-    elif rows == outer and rows < 4 * threads and n > 2 * CHUNK:
-        schedule = schedules.long
+    chunk = CHUNK * LANE_BYTES // max(x.itemsize, 4)
+    if n <= chunk and (slices > 1 or threads == 1):
+        rows(threads, x, mask, temperature, out, min(threads, slices), *options)
+    elif slices > outer or (n * x.itemsize <= STORED_BYTES and slices >= 10 * threads):
+        wide_rows(threads, x, mask, temperature, out, min(threads, slices), *options)
     else:
-        schedule = schedules.rows_parallel
-    schedule(x.reshape(outer, n), temperature, out.reshape(out.shape[:-1]))
+        long_rows(threads, x, mask, temperature, out, *options)

@@ -12,6 +12,7 @@ slice has the same bits however the optimiser inlines, vectorises or loads the c
 import functools
 import hashlib
 import os
+import pickle
 import shutil
 import tempfile
 import types
@@ -20,9 +21,11 @@ from typing import Any
 
 import numba
 from numba.core import config
-from numba.core.caching import CacheImpl, FunctionCache, _CacheLocator
+from numba.core.caching import CacheImpl, FunctionCache, IndexDataCacheFile, _CacheLocator
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.runtime.nrt import rtsys
 from numba.misc.appdirs import AppDirs
+from numba.np.ufunc import wrappers
 
 _PACKAGE = Path(__file__).parent
 
@@ -96,11 +99,43 @@ CacheImpl._locator_classes.insert(0, _PackageLocator)
 CACHED = _cache_directory() is not None
 
 
-class _KernelCache(FunctionCache):
+class _KernelFiles(IndexDataCacheFile):
+    """One file for each kernel and signature, named after them.
+
+    Numba numbers them in an index, which two processes that write at once leave wrong. A damaged file counts as
+    absent.
+    """
+
+    def _path(self, key):
+        digest = hashlib.sha256(repr((numba.__version__, key)).encode()).hexdigest()
+        return self._index_path.removesuffix("nbi") + f"{digest[:16]}.nbc"
+
+    def save(self, key, data):
+        data = self._dump(data)
+        with self._open_for_write(self._path(key)) as file:
+            file.write(hashlib.sha256(data).digest() + data)
+
+    def load(self, key):
+        try:
+            content = Path(self._path(key)).read_bytes()
+        except OSError:
+            return None
+        digest, data = content[:32], content[32:]
+        return pickle.loads(data) if hashlib.sha256(data).digest() == digest else None
+
+
+class _Cache:
     """Loads a kernel without loading all that Numba can compile: 0.1 s for the first call, not 0.4 s.
 
     Of what Numba would set up, machine code that is ready needs the runtime (memory, exceptions) alone.
     """
+
+    def __init__(self, py_func):
+        super().__init__(py_func)
+        locator = self._impl.locator
+        self._cache_file = _KernelFiles(
+            self._cache_path, self._impl.filename_base, locator.get_source_stamp()
+        )
 
     def load_overload(self, sig, target_context):
         rtsys.initialize(target_context)
@@ -108,18 +143,49 @@ class _KernelCache(FunctionCache):
             return self._load_overload(sig, target_context)
 
 
+class _KernelCache(_Cache, FunctionCache):
+    pass
+
+
+class _WrapperCache(_Cache, wrappers.GufWrapperCache):
+    pass
+
+
 def jit(function=None, **options) -> Any:
-    """``numba.njit`` with this package's cache; division by zero follows IEEE 754."""
+    """``numba.njit`` in which division by zero follows IEEE 754."""
     if function is None:
         return functools.partial(jit, **options)
-    dispatcher: Any = numba.njit(error_model="numpy", **options)(function)
+    return numba.njit(error_model="numpy", **options)(function)
+
+
+def kernel(function=None, **options) -> Any:
+    """`jit` for a function that is called from Python: its machine code is cached, with all that it calls."""
+    if function is None:
+        return functools.partial(kernel, **options)
+    dispatcher = jit(function, **options)
     if CACHED:
         dispatcher._cache = _KernelCache(dispatcher.py_func)
     return dispatcher
 
 
-def parallel_jit(function):
-    """`jit` with ``prange`` over threads; under a name of its own, by which the cache tells the two apart."""
+def parallel_kernel(function):
+    """`kernel` with ``prange`` over threads; under a name of its own, by which the cache tells the two apart."""
     copy = types.FunctionType(function.__code__, function.__globals__, function.__name__)
     copy.__qualname__ = f"{function.__qualname__}_parallel"
-    return jit(copy, parallel=True)
+    return kernel(copy, parallel=True)
+
+
+def gufunc(function, layout, signature):
+    """``numba.guvectorize`` with this package's cache, which Numba has no option to choose."""
+    if not CACHED:
+        return numba.guvectorize([signature], layout)(function)
+    result: Any = numba.guvectorize(layout, cache=True)(function)
+    result.gufunc_builder.nb_func.cache = _KernelCache(function)
+    with global_compiler_lock:
+        usual, wrappers.GufWrapperCache = wrappers.GufWrapperCache, _WrapperCache
+        try:
+            result.add(signature)
+            result.disable_compile()
+            return result.build_ufunc()
+        finally:
+            wrappers.GufWrapperCache = usual

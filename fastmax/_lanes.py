@@ -1,12 +1,16 @@
 """Lanes: a SIMD vector as a value in Numba code.
 
 Arithmetic on lanes is written as arithmetic on a float is, and one source serves both: a contiguous slice
-is read 16 float32 or 8 float64 lanes at a time, a strided one entry by entry as plain floats. LLVM lays
-the lanes onto the registers that a processor has (one AVX-512, two AVX2 or four NEON registers). What
-runs is what is written: no loop waits for the auto-vectoriser, no sum for leave to change its order.
+is read many lanes at a time, a strided one entry by entry as plain floats. What runs is what is written: no
+loop waits for the auto-vectoriser, no sum for leave to change its order.
 
-The lane type of an array is fixed by its type: C-contiguous arrays give lanes, arrays of layout ``A`` give
-floats.
+A value fills two registers of AVX-512 or AVX2, four of NEON: LLVM interleaves their instructions, which the
+scheduler of a processor, looking some 100 instructions ahead, cannot do with the long chain that makes one
+term (a float32 term costs 0.24 ns from two registers and 0.41 ns from one, on Zen 4 with AVX-512).
+
+The lane type of an array is fixed by its type: C-contiguous arrays, and pointers into them, give lanes,
+arrays of layout ``A`` give floats. Pointers are what loops over short rows use: an array that is passed or
+sliced is counted by reference, with an atomic instruction.
 """
 
 import operator
@@ -14,17 +18,28 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba.core import types
+from llvmlite.binding import get_host_cpu_features
+from numba.core import config, types
 from numba.core.cgutils import get_or_insert_function
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic as numba_intrinsic
-from numba.extending import lower_builtin, models, register_model
+from numba.extending import lower_builtin, models, overload, register_model
+
+from fastmax._jit import jit
 
 # What it makes is called with other arguments than the function that it decorates.
 intrinsic: Any = numba_intrinsic
 
-# Registers of 64 bytes: on AVX2 and NEON, LLVM splits them, which unrolls the loops for free.
-_COUNT = {types.float32: 16, types.float64: 8}
+
+def _has_avx512():
+    """Whether the processor that Numba compiles for has AVX-512."""
+    if config.CPU_NAME or config.CPU_FEATURES:  # pyright: ignore[reportAttributeAccessIssue]
+        return "+avx512f" in (config.CPU_FEATURES or "")  # pyright: ignore[reportAttributeAccessIssue]
+    return get_host_cpu_features().get("avx512f", False)
+
+
+LANE_BYTES = 128 if _has_avx512() else 64
+_COUNT = {types.float32: LANE_BYTES // 4, types.float64: LANE_BYTES // 8}
 _SCALAR = {
     types.float32: ir.FloatType(),
     types.float64: ir.DoubleType(),
@@ -65,9 +80,14 @@ def _lanes(dtype, count):
 
 
 def _lanes_of(like):
-    """The lane type of an array; a lane type or a float stands for itself."""
-    if isinstance(like, types.Array):
-        return _lanes(like.dtype, _COUNT[like.dtype] if like.layout == "C" else 1)
+    """The lane type of an array or pointer(s); a lane type or a float stands for itself."""
+    if isinstance(like, types.BaseTuple):  # entries and their mask
+        return _lanes_of(like[0])
+    if isinstance(like, types.Array) and like.layout != "C":
+        return like.dtype
+    if isinstance(like, types.CPointer | types.Array):
+        dtype = types.float32 if like.dtype in (types.int16, types.uint16) else like.dtype
+        return _lanes(dtype, _COUNT[dtype])
     return like
 
 
@@ -98,7 +118,9 @@ def _call(builder, name, return_type, arguments, fastmath=()):
 
 
 def _pointer(context, builder, array_type, array, index, llvm_type):
-    """Address of entry ``index`` of a 1-d array, as a pointer to ``llvm_type``."""
+    """Address of entry ``index`` of a 1-d array, or from a pointer, as a pointer to ``llvm_type``."""
+    if isinstance(array_type, types.CPointer):
+        return builder.bitcast(builder.gep(array, [index]), llvm_type.as_pointer())
     struct = context.make_array(array_type)(context, builder, array)
     if array_type.layout == "C":
         address = builder.gep(struct.data, [index])
@@ -283,6 +305,50 @@ upper_half = _half(upper=True)
 
 
 @intrinsic
+def fold(typingctx, a, b, group):
+    """Lower and upper halves of each group of lanes of a and b, side by side.
+
+    Folding vectors by twos, by groups of all lanes, then of half of them, down to groups of 2, gives one
+    vector with a lane for each.
+    """
+
+    def codegen(context, builder, sig, args):
+        a, b, group = args
+        count = a.type.count
+        end = builder.append_basic_block("fold.end")
+        pairs = []
+        while count > 1:
+            block = builder.append_basic_block(f"fold.{count}")
+            pairs.append((count, block))
+            count //= 2
+        switch = builder.switch(group, pairs[0][1])
+        for size, block in pairs[1:]:
+            switch.add_case(group.type(size), block)
+        halves = []
+        for size, block in pairs:
+            builder.position_at_end(block)
+            halves.append([_halves(builder, a, b, size, start) for start in (0, size // 2)])
+            builder.branch(end)
+        builder.position_at_end(end)
+        result = []
+        for half in range(2):
+            merged = builder.phi(a.type)
+            for (_, block), values in zip(pairs, halves, strict=True):
+                merged.add_incoming(values[half], block)
+            result.append(merged)
+        return context.make_tuple(builder, sig.return_type, result)
+
+    return types.UniTuple(a, 2)(a, b, types.intp), codegen
+
+
+def _halves(builder, a, b, size, start):
+    """Of each group of ``size`` lanes, the half that begins at ``start``."""
+    picked = [i for i in range(2 * a.type.count) if start <= i % size < start + size // 2]
+    mask = ir.Constant(ir.VectorType(_INDEX, a.type.count), [_INDEX(i) for i in picked])
+    return builder.shuffle_vector(a, b, mask)
+
+
+@intrinsic
 def max_lanes(typingctx, lanes):
     """Return the largest of all lanes, none of which may be NaN."""
     if not isinstance(lanes, Lanes):
@@ -296,6 +362,19 @@ def max_lanes(typingctx, lanes):
 
 
 # -- memory ---------------------------------------------------------------------------------------
+# Entries are read from an array, a pointer, or a pair of pointers (entries, mask), where those whose byte in
+# the mask is 0 are read as -inf. int16 stands for float16 and uint16 for bfloat16: both become float32 lanes
+# when they are read, and are rounded to nearest, ties to even, when they are written.
+
+
+@intrinsic
+def pointer(typingctx, array):
+    """Pointer to the first entry of a C-contiguous array, which the caller keeps alive."""
+
+    def codegen(context, builder, sig, args):
+        return context.make_array(array)(context, builder, args[0]).data
+
+    return types.CPointer(array.dtype)(array), codegen
 
 
 @intrinsic
@@ -304,37 +383,82 @@ def as_contiguous(typingctx, array):
     return array.copy(layout="C")(array), lambda context, builder, sig, args: args[0]
 
 
+def workspace(size, like):
+    """Array of the dtype of the lanes of ``like``, not initialised; only for jitted code."""
+
+
+@overload(workspace)
+def _workspace(size, like):
+    dtype = np.float64 if _dtype(_lanes_of(like)) == types.float64 else np.float32
+    return lambda size, like: np.empty(size, dtype)
+
+
+def entries_of(x, mask):
+    """Pointer to x, or the pair of pointers to x and its mask; only for jitted code."""
+
+
+@overload(entries_of)
+def _entries_of(x, mask):
+    if isinstance(mask, types.NoneType):
+        return lambda x, mask: pointer(x)
+    return lambda x, mask: (pointer(x), pointer(mask))
+
+
 @intrinsic
-def load(typingctx, array, index):
-    """Entries ``index``, ``index + 1``, ... of a 1-d array, one for each lane."""
-    lanes = _lanes_of(array)
+def get(typingctx, array, index):
+    """Entry ``index``, as the one lane of a load."""
+    dtype = _dtype(_lanes_of(array))
 
     def codegen(context, builder, sig, args):
-        llvm_type = _llvm_type(lanes)
-        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], llvm_type)
-        return builder.load(pointer, align=array.dtype.bitwidth // 8)
+        one = ir.VectorType(_SCALAR[dtype], 1)
+        return builder.extract_element(_read(context, builder, sig.args[0], *args, one), _INDEX(0))
 
-    return lanes(array, types.intp), codegen
+    return dtype(array, types.intp), codegen
 
 
 @intrinsic
-def store(typingctx, array, index, value):
-    """Write the lanes to entries ``index``, ``index + 1``, ... of a 1-d array of the same layout."""
+def put(typingctx, array, index, value):
+    """Write entry ``index``, as the one lane of a store; ``value`` has the type that `get` returns."""
+    dtype = _dtype(_lanes_of(array))
 
     def codegen(context, builder, sig, args):
         array, index, value = args
-        pointer = _pointer(context, builder, sig.args[0], array, index, value.type)
-        builder.store(value, pointer, align=sig.args[0].dtype.bitwidth // 8)
+        one = ir.Constant(ir.VectorType(_SCALAR[dtype], 1), ir.Undefined)
+        _write(context, builder, sig.args[0], array, index, builder.insert_element(one, value, _INDEX(0)))
         return context.get_dummy_value()
 
-    return types.none(array, types.intp, value), codegen
+    return types.none(array, types.intp, dtype), codegen
 
 
-def _first_lanes(builder, count, llvm_type):
-    """Mask of the lanes below ``count``."""
-    indices = ir.VectorType(count.type, llvm_type.count)
-    numbers = ir.Constant(indices, [count.type(i) for i in range(llvm_type.count)])
-    return builder.icmp_unsigned("<", numbers, _splat(builder, count, indices))
+@intrinsic
+def prefetch(typingctx, array, index):
+    """Ask for the lanes from entry ``index`` on to be in the second cache; they may be beyond the array."""
+
+    def codegen(context, builder, sig, args):
+        array_type, array, index = sig.args[0], *args
+        if isinstance(array_type, types.BaseTuple):
+            array_type, array = array_type[0], builder.extract_value(array, 0)
+        byte = ir.IntType(8).as_pointer()
+        address = _pointer(context, builder, array_type, array, index, byte.pointee)
+        function_type = ir.FunctionType(ir.VoidType(), [byte, _INDEX, _INDEX, _INDEX])
+        function = get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+        for line in range(0, _lanes_of(array_type).count * array_type.dtype.bitwidth // 8, 64):
+            arguments = [builder.gep(address, [_SIZE(line)]), _INDEX(0), _INDEX(2), _INDEX(1)]
+            builder.call(function, arguments)
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp), codegen
+
+
+@intrinsic
+def load(typingctx, array, index):
+    """Entries ``index``, ``index + 1``, ..., one for each lane."""
+    lanes = _lanes_of(array)
+
+    def codegen(context, builder, sig, args):
+        return _read(context, builder, sig.args[0], args[0], args[1], _llvm_type(lanes))
+
+    return lanes(array, types.intp), codegen
 
 
 @intrinsic
@@ -345,13 +469,24 @@ def load_first(typingctx, array, index, count, filler):
     def codegen(context, builder, sig, args):
         array, index, count, filler = args
         llvm_type = _llvm_type(lanes)
-        pointer = _pointer(context, builder, sig.args[0], array, index, llvm_type)
         if not isinstance(lanes, Lanes):
-            return builder.load(pointer)
-        mask = _first_lanes(builder, count, llvm_type)
-        return _masked(builder, "load", llvm_type, [pointer, mask, filler], sig.args[0])
+            return _read(context, builder, sig.args[0], array, index, llvm_type)
+        first = _first_lanes(builder, count, llvm_type)
+        value = _read(context, builder, sig.args[0], array, index, llvm_type, first)
+        return builder.select(first, value, filler)
 
     return lanes(array, types.intp, types.intp, lanes), codegen
+
+
+@intrinsic
+def store(typingctx, array, index, value):
+    """Write the lanes to entries ``index``, ``index + 1``, ..."""
+
+    def codegen(context, builder, sig, args):
+        _write(context, builder, sig.args[0], *args)
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, value), codegen
 
 
 @intrinsic
@@ -360,27 +495,127 @@ def store_first(typingctx, array, index, count, value):
 
     def codegen(context, builder, sig, args):
         array, index, count, value = args
-        pointer = _pointer(context, builder, sig.args[0], array, index, value.type)
-        if isinstance(sig.args[3], Lanes):
-            mask = _first_lanes(builder, count, value.type)
-            _masked(builder, "store", ir.VoidType(), [value, pointer, mask], sig.args[0])
-        else:
-            builder.store(value, pointer)
+        lanes = isinstance(sig.args[3], Lanes)
+        first = _first_lanes(builder, count, value.type) if lanes else None
+        _write(context, builder, sig.args[0], array, index, value, first)
         return context.get_dummy_value()
 
     return types.none(array, types.intp, types.intp, value), codegen
 
 
-def _masked(builder, name, return_type, arguments, array_type):
-    """Call llvm.masked.load(pointer, mask, filler) or llvm.masked.store(value, pointer, mask)."""
-    at = next(i for i, argument in enumerate(arguments) if isinstance(argument.type, ir.PointerType))
-    vector = return_type if name == "load" else arguments[0].type
-    alignment = _INDEX(array_type.dtype.bitwidth // 8)
-    arguments = [*arguments[: at + 1], alignment, *arguments[at + 1 :]]
-    element = {"float": "f32", "double": "f64"}[str(vector.element)]
+@jit(inline="always")
+def read(x, i, count, filler):
+    """Lanes from an index on, of which the first ``count`` are read; the others hold ``filler``."""
+    if count >= lane_count(x):
+        return load(x, i)
+    return load_first(x, i, count, filler)
+
+
+@jit(inline="always")
+def write(x, i, count, value):
+    """Write the lanes from an index on, or only the first ``count``."""
+    if count >= lane_count(x):
+        store(x, i, value)
+    else:
+        store_first(x, i, count, value)
+
+
+@intrinsic
+def present(typingctx, array, index, count, value, absent):
+    """``value``, or ``absent`` in those of the first ``count`` lanes that the mask of the entries leaves out."""
+
+    def codegen(context, builder, sig, args):
+        array, index, count, value, absent = args
+        if not isinstance(sig.args[0], types.BaseTuple):
+            return value
+        first = _first_lanes(builder, count, value.type)
+        return builder.select(
+            _mask(context, builder, sig.args[0], array, index, value.type.count, first), value, absent
+        )
+
+    return value(array, types.intp, types.intp, value, value), codegen
+
+
+def _first_lanes(builder, count, llvm_type):
+    """Mask of the lanes below ``count``."""
+    indices = ir.VectorType(_INDEX, llvm_type.count)
+    numbers = ir.Constant(indices, [_INDEX(i) for i in range(llvm_type.count)])
+    return builder.icmp_signed("<", numbers, _splat(builder, builder.trunc(count, _INDEX), indices))
+
+
+def _stored_type(array_type, llvm_type):
+    """LLVM type of lanes as they lie in memory."""
+    if array_type.dtype in _SCALAR:
+        return llvm_type
+    return ir.VectorType(ir.IntType(array_type.dtype.bitwidth), llvm_type.count)
+
+
+def _read(context, builder, array_type, array, index, llvm_type, first=None):
+    """Lanes from an index on; if ``first`` is given, only those that it marks, 0 in the others."""
+    if isinstance(array_type, types.BaseTuple):
+        mask = _mask(context, builder, array_type, array, index, llvm_type.count, first)
+        entries = builder.extract_value(array, 0)
+        value = _read(context, builder, array_type[0], entries, index, llvm_type, first)
+        return builder.select(mask, value, _constant(llvm_type, -float("inf")))
+    value = _load(context, builder, array_type, array, index, _stored_type(array_type, llvm_type), first)
+    if array_type.dtype == types.int16:
+        return builder.fpext(builder.bitcast(value, ir.VectorType(ir.HalfType(), llvm_type.count)), llvm_type)
+    if array_type.dtype == types.uint16:
+        bits = builder.zext(value, ir.VectorType(_INDEX, llvm_type.count))
+        return builder.bitcast(builder.shl(bits, _constant(bits.type, 16)), llvm_type)
+    return value
+
+
+def _write(context, builder, array_type, array, index, value, first=None):
+    """Write lanes from an index on; if ``first`` is given, only those that it marks."""
+    stored = _stored_type(array_type, value.type)
+    if array_type.dtype == types.int16:
+        value = builder.bitcast(
+            builder.fptrunc(value, ir.VectorType(ir.HalfType(), value.type.count)), stored
+        )
+    elif array_type.dtype == types.uint16:
+        value = builder.trunc(_bfloat16_bits(builder, value), stored)
+    pointer = _pointer(context, builder, array_type, array, index, stored)
+    alignment = array_type.dtype.bitwidth // 8
+    if first is None:
+        builder.store(value, pointer, align=alignment)
+    else:
+        _masked(builder, "store", ir.VoidType(), stored, [value, pointer, _INDEX(alignment), first])
+
+
+def _bfloat16_bits(builder, value):
+    """Bits of float32 lanes rounded to bfloat16, in the low half."""
+    bits = builder.bitcast(value, ir.VectorType(_INDEX, value.type.count))
+    half = _constant(bits.type, 16)
+    odd = builder.and_(builder.lshr(bits, half), _constant(bits.type, 1))
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, _constant(bits.type, 0x7FFF))), half)
+    quiet = builder.or_(builder.lshr(bits, half), _constant(bits.type, 0x40))
+    return builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
+
+
+def _mask(context, builder, pair_type, pair, index, count, first):
+    """Lanes of the mask in a pair (entries, mask)."""
+    bytes_type = ir.VectorType(ir.IntType(8), count)
+    mask = builder.extract_value(pair, 1)
+    value = _load(context, builder, pair_type[1], mask, index, bytes_type, first)
+    return builder.icmp_unsigned("!=", value, _constant(bytes_type, 0))
+
+
+def _load(context, builder, array_type, array, index, stored, first):
+    pointer = _pointer(context, builder, array_type, array, index, stored)
+    alignment = array_type.dtype.bitwidth // 8
+    if first is None:
+        return builder.load(pointer, align=alignment)
+    zero = ir.Constant(stored, None)
+    return _masked(builder, "load", stored, stored, [pointer, _INDEX(alignment), first, zero])
+
+
+def _masked(builder, name, return_type, stored, arguments):
+    """Call llvm.masked.load(pointer, alignment, mask, filler) or .store(value, pointer, alignment, mask)."""
+    element = {"float": "f32", "double": "f64"}.get(str(stored.element), str(stored.element))
     function = get_or_insert_function(
         builder.module,
         ir.FunctionType(return_type, [argument.type for argument in arguments]),
-        f"llvm.masked.{name}.v{vector.count}{element}.p0",
+        f"llvm.masked.{name}.v{stored.count}{element}.p0",
     )
     return builder.call(function, arguments)

@@ -38,6 +38,7 @@ from fastmax._lanes import (
 
 LOG2_E_HIGH = 1.4426950408889634
 LOG2_E_LOW = 2.0355273740931033e-17
+LOG_2 = 0.6931471805599453
 
 # Terms lie between 2**(BIAS - DEPTH) and 2**BIAS: DEPTH reaches below the smallest subnormal by so much that
 # 2**24 dropped terms together stay under half of it, and 2**31 terms of 2**BIAS do not overflow.
@@ -48,6 +49,9 @@ TOP_TERM = (2.0 ** BIAS[0], 2.0 ** BIAS[1])
 # An integer added to EXPONENT_ZERO stands, with BIAS and the format's own bias (127, 1023) added, in the low
 # bits of the sum; a shift makes it an exponent field.
 EXPONENT_ZERO = (1.5 * 2.0**23 + 127.0 + BIAS[0], 1.5 * 2.0**52 + 1023.0 + BIAS[1])
+
+# Largest |max c| of a plain slice: the exponent of its lowest term is then off by at most 2**-1.
+LARGEST_PRODUCT = (2.0**24, 2.0**52)
 
 # Range of c in which high and low are far from the ends of the exponent range.
 LARGEST_MULTIPLIER = (2.0**100, 2.0**900)
@@ -87,10 +91,16 @@ EXP2_CURVATURE = (
     ),
 )
 
-Scale = namedtuple("Scale", "row_max high low cutoff scaled prescale factor factor2")
+Rate = namedtuple("Rate", "temperature high low inverse depth limit")
+Rate.__doc__ = """What the scales of slices at one temperature share; see `rate_of`."""
+
+Scale = namedtuple("Scale", "row_max high low lowest")
 Scale.__doc__ = """How the terms of a slice follow from its entries; see `terms`."""
 
-Gap = namedtuple("Gap", "row_max prescale factor inverse cutoff summand")
+Guard = namedtuple("Guard", "prescale factor factor2 cutoff")
+Guard.__doc__ = """What `terms` and `log_terms` take beside the scale or gap of a slice that is not plain."""
+
+Gap = namedtuple("Gap", "row_max inverse summand")
 Gap.__doc__ = """How (x - max) / T - log_sum follows from x; see `log_terms`."""
 
 
@@ -107,61 +117,86 @@ def multiplier(temperature, like):
 
 
 @jit
-def scale_of(row_max, temperature):
-    """Scale of a slice from its maximum (NaN left out; -inf if there is none) and T in [0, inf]."""
+def rate_of(temperature, like):
+    """Return c for T in [0, inf], how far below the maximum terms are cut off, and which maxima are plain.
+
+    A slice is plain if the absolute value of its maximum is at most the limit. At T = 0, T = inf, and where
+    c or its reciprocal may overflow, no slice is.
+    """
+    high = low = inverse = depth = spread(0.0, like)
+    limit = -spread(1.0, like)
+    if 0.0 < temperature < math.inf:
+        high, low = multiplier(temperature, like)
+        extreme = constant(LARGEST_MULTIPLIER, like)
+        if high < extreme and high * extreme > spread(1.0, like):
+            inverse = spread(1.0 / temperature, like)
+            depth = constant(DEPTH, like) / high
+            limit = constant(LARGEST_PRODUCT, like) / high
+    return Rate(temperature, high, low, inverse, depth, limit)
+
+
+@jit
+def is_plain(row_max, rate):
+    """Whether `plain_scale` does for a slice, from its maximum (NaN left out; -inf if there is none)."""
+    return abs(row_max) <= rate.limit
+
+
+@jit
+def plain_scale(row_max, rate):
+    """Scale of a plain slice."""
+    return Scale(
+        row_max, spread(rate.high, row_max), spread(rate.low, row_max), row_max - spread(rate.depth, row_max)
+    )
+
+
+@jit
+def guarded_scale(row_max, temperature):
+    """Scale and guard for any slice: any T in [0, inf], maxima that are infinite or large beside T."""
     one = spread(1.0, row_max)
     largest = constant(LARGEST, row_max)
     high = low = cutoff = spread(0.0, row_max)
     prescale, factor, factor2 = one, one, one
-    scaled = False
     if 0.0 < temperature < math.inf:
-        high, low = multiplier(temperature, row_max)
-        extreme = constant(LARGEST_MULTIPLIER, row_max)
-        scaled = not (high < extreme and high * extreme > one)
-        if scaled:
-            # T = fraction * 2**exponent, and dividing by the power of two takes two exact steps. At a
-            # large T x - max could overflow, its quarter cannot, and what this rounds away is nothing to T.
-            fraction, exponent = math.frexp(temperature)
-            high, low = multiplier(fraction, row_max)
-            if exponent > 0:
-                prescale = spread(0.25, row_max)
-                exponent -= 2
-            limit = int(constant(LARGEST_EXPONENT, row_max))
-            exponent = min(max(-exponent, -limit), limit)
-            factor = spread(math.ldexp(1.0, exponent // 2), row_max)
-            factor2 = spread(math.ldexp(1.0, exponent - exponent // 2), row_max)
+        # T = fraction * 2**exponent, and dividing by the power of two takes two exact steps. At a large T
+        # x - max could overflow, its quarter cannot, and what this rounds away is nothing to T.
+        fraction, exponent = math.frexp(temperature)
+        high, low = multiplier(fraction, row_max)
+        if exponent > 0:
+            prescale = spread(0.25, row_max)
+            exponent -= 2
+        limit = int(constant(LARGEST_EXPONENT, row_max))
+        exponent = min(max(-exponent, -limit), limit)
+        factor = spread(math.ldexp(1.0, exponent // 2), row_max)
+        factor2 = spread(math.ldexp(1.0, exponent - exponent // 2), row_max)
         cutoff = -constant(DEPTH, row_max) / high
     elif temperature == math.inf:
-        scaled = True
         prescale = spread(0.25, row_max)
         cutoff = -largest
     if math.isinf(row_max):
         # Halved and capped at the largest number, +inf is above all others and -inf stays below.
         high = low = cutoff = spread(0.0, row_max)
         prescale, factor, factor2 = spread(0.5, row_max), one, one
-        scaled = True
-    if scaled:
-        row_max = select(row_max > largest, largest, row_max * prescale)
-        row_max = select(row_max < -largest, -largest, row_max)
-    return Scale(row_max, high, low, cutoff, scaled, prescale, factor, factor2)
+    row_max = select(row_max > largest, largest, row_max * prescale)
+    row_max = select(row_max < -largest, -largest, row_max)
+    scale = Scale(row_max, high, low, -spread(math.inf, row_max))
+    return scale, Guard(prescale, factor, factor2, cutoff)
 
 
-@jit(inline="always")
-def terms(x, scale):
-    """2**((x - max) c + BIAS), or 0 below the cutoff, and what its rounding took away.
-
-    Sums take both: where equal entries share most of the mass, their rounding errors would not average out.
-    """
-    if scale.scaled:
+@jit(forceinline=True)
+def terms(x, scale, guard):
+    """2**((x - max) c + BIAS) as power * (1 + excess), and (x - max) c; ``guard`` is None for plain slices."""
+    if guard is not None:
         largest = constant(LARGEST, x)
-        x = select(x > largest, largest, x * spread(scale.prescale, x))
+        x = select(x > largest, largest, x * spread(guard.prescale, x))
+    lowest = spread(scale.lowest, x)
+    x = select(lowest > x, lowest, x)
     row_max = spread(scale.row_max, x)
     distance = x - row_max
     virtual = x - distance
     distance_lost = (x - (distance + virtual)) + (virtual - row_max)
-    if scale.scaled:
-        distance = (distance * spread(scale.factor, x)) * spread(scale.factor2, x)
-        distance_lost = (distance_lost * spread(scale.factor, x)) * spread(scale.factor2, x)
+    if guard is not None:
+        distance = (distance * spread(guard.factor, x)) * spread(guard.factor2, x)
+        distance_lost = (distance_lost * spread(guard.factor, x)) * spread(guard.factor2, x)
     high = spread(scale.high, x)
     exponent_zero = constant(EXPONENT_ZERO, x)
     product = distance * high
@@ -172,11 +207,18 @@ def terms(x, scale):
     curvature = (fraction * fraction) * polynomial(fraction, EXP2_CURVATURE)
     excess = fma(fraction, constant(EXP2_SLOPE, x), curvature)
     power = power_of_two(exponent)
-    term = fma(excess, power, power)
-    lost = fma(excess, power, power - term)
-    zero = spread(0.0, x)
-    dropped = distance < spread(scale.cutoff, x)
-    return select(dropped, zero, term), select(dropped, zero, lost)
+    if guard is not None:
+        zero = spread(0.0, x)
+        dropped = distance < spread(guard.cutoff, x)
+        power, excess = select(dropped, zero, power), select(dropped, zero, excess)
+        product = select(dropped, zero, product)
+    return power, excess, product
+
+
+@jit(inline="always")
+def term_of(power, excess):
+    """Term that `terms` gave in two parts, rounded."""
+    return fma(excess, power, power)
 
 
 @jit(inline="always")
@@ -186,28 +228,32 @@ def top_term(like):
 
 
 # -- sums: a pair total + error, as in Ogita, Rump & Oishi (2005) -------------------------------------
+# What an addition of a term rounds away goes to the error, and with it what the rounding of the term itself
+# took: where equal entries share most of the mass, their errors would not average out. With part for the
+# share of the term in the new total, this is power - part, which is exact, + excess * power.
 
 
 @jit(inline="always")
-def add(total, error, term):
-    """Add a term; what the addition rounds away (two-sum) goes to the error."""
-    result = total + term
+def add(total, error, power, excess):
+    """Add a term (two-sum)."""
+    result = total + term_of(power, excess)
     part = result - total
-    return result, error + ((total - (result - part)) + (term - part))
+    return result, error + ((total - (result - part)) + fma(excess, power, power - part))
 
 
 @jit(inline="always")
-def add_smaller(total, error, term):
+def add_smaller(total, error, power, excess):
     """`add` for a term that is not larger than the total."""
-    result = total + term
-    return result, error + (term - (result - total))
+    result = total + term_of(power, excess)
+    return result, error + fma(excess, power, (total - result) + power)
 
 
 @jit(inline="always")
 def merge(total, error, total2, error2):
     """Add one pair to another."""
-    total, error = add(total, error, total2)
-    return total, error + error2
+    result = total + total2
+    part = result - total
+    return result, error + ((total - (result - part)) + (total2 - part)) + error2
 
 
 @jit(inline="always")
@@ -218,7 +264,8 @@ def halve(total, error):
 
 @jit
 def sum_lanes(total, error):
-    """Merge the pairs of all lanes into one; there are at most 16."""
+    """Merge the pairs of all lanes into one; there are at most 32."""
+    total, error = halve(total, error)
     total, error = halve(total, error)
     total, error = halve(total, error)
     total, error = halve(total, error)
@@ -259,7 +306,7 @@ def log_of_sum(row_max, sums):
     """Logarithm of sum(exp((x - max) / T)), from the entries equal to the maximum and the rest apart.
 
     ``sums`` = (ties, rest, error, moment, moment_error): the number of entries equal to the maximum, the sum
-    of the terms of the others, and the sum of these times (x - max) / T. With log1p nothing is lost when the
+    of the terms of the others, and the sum of these times (x - max) c. With log1p nothing is lost when the
     rest is tiny.
     """
     if row_max == -math.inf:
@@ -269,8 +316,17 @@ def log_of_sum(row_max, sums):
 
 
 @jit
-def gap_of(row_max, temperature, log_sum):
-    """Coefficients of `log_terms`; from T = 1 on for a quarter of x, as x - max might overflow."""
+def plain_gap(row_max, rate, log_sum):
+    """Coefficients of `log_terms` for a plain slice."""
+    summand = spread(0.0, row_max) - spread(
+        log_sum, row_max
+    )  # a negation would turn the sign of a NaN as well
+    return Gap(row_max, spread(rate.inverse, row_max), summand)
+
+
+@jit
+def guarded_gap(row_max, temperature, log_sum):
+    """Coefficients of `log_terms` for any slice; from T = 1 on for a quarter of x, as x - max might overflow."""
     inverse = 0.0
     exponent = 0
     prescale = 1.0
@@ -290,26 +346,27 @@ def gap_of(row_max, temperature, log_sum):
         exponent = min(max(-exponent, -limit), limit)
         inverse = 1.0 / fraction
     third = exponent // 3
-    return Gap(
-        row_max,
-        spread(prescale, row_max),
-        spread(math.ldexp(1.0, third), row_max),
-        spread(math.ldexp(inverse, exponent - 2 * third), row_max),
-        cutoff,
-        spread(0.0 - log_sum, row_max),  # no negation, which would turn the sign of a NaN as well
-    )
+    factor = spread(math.ldexp(1.0, third), row_max)
+    inverse = spread(math.ldexp(inverse, exponent - 2 * third), row_max)
+    gap = Gap(row_max, inverse, spread(0.0 - log_sum, row_max))
+    return gap, Guard(spread(prescale, row_max), factor, factor, cutoff)
 
 
-@jit(inline="always")
-def log_terms(x, gap):
-    """(x - max) / T - log_sum, or -inf below the cutoff."""
-    zero = spread(0.0, x)
+@jit(forceinline=True)
+def log_terms(x, gap, guard):
+    """(x - max) / T - log_sum, or -inf below the cutoff; ``guard`` is None for plain slices."""
     row_max = spread(gap.row_max, x)
-    prescale = spread(gap.prescale, x)
-    factor = spread(gap.factor, x)
-    distance = select(x == row_max, zero, fma(x, prescale, -(row_max * prescale)))
-    value = fma((distance * factor) * factor, spread(gap.inverse, x), spread(gap.summand, x))
-    return select(x < spread(gap.cutoff, x), spread(-math.inf, x), value)
+    inverse, summand = spread(gap.inverse, x), spread(gap.summand, x)
+    if guard is None:
+        value = fma(x - row_max, inverse, summand)
+    else:
+        zero = spread(0.0, x)
+        prescale = spread(guard.prescale, x)
+        distance = select(x == row_max, zero, fma(x, prescale, -(row_max * prescale)))
+        distance = (distance * spread(guard.factor, x)) * spread(guard.factor2, x)
+        value = fma(distance, inverse, summand)
+        value = select(x < spread(guard.cutoff, x), spread(-math.inf, x), value)
+    return value
 
 
 @jit
@@ -347,5 +404,5 @@ def misses_faint_terms(row_max, temperature, sums):
 def entropy_value(row_max, sums):
     """log_sum - sum(p (x - max) / T): both parts are positive, so nothing cancels."""
     total = np.float64(sums[0]) * np.float64(top_term(row_max)) + rest_of(sums)
-    moment = np.float64(sums[3]) + np.float64(sums[4])
+    moment = (np.float64(sums[3]) + np.float64(sums[4])) * LOG_2
     return spread(log_of_sum(row_max, sums) - moment / total, row_max)

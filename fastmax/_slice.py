@@ -1,180 +1,222 @@
 """One slice on one thread: the passes over its entries that the schedules put together.
 
 A pass takes entries ``start`` to ``stop`` of a 1-d array, many lanes at a time if the array's type is
-C-contiguous, else one by one. Entry i is summed in lane i mod lanes, and chunks of `CHUNK` entries are
-merged in order, so a sum does not depend on who computes which chunk.
+C-contiguous, else one by one. Entry i is summed in lane i mod lanes, lanes are merged by halves, and chunks
+of `CHUNK` entries a lane in order, so a sum does not depend on who computes which chunk.
 """
 
 import math
+from collections import namedtuple
 
 import numpy as np
 
-from fastmax._jit import jit
+from fastmax._jit import jit, kernel
 from fastmax._lanes import (
     fma,
+    fold,
+    get,
     lane_count,
     load,
-    load_first,
     max_lanes,
+    prefetch,
+    present,
+    read,
     select,
     spread,
     store,
-    store_first,
+    write,
 )
 from fastmax._math import (
     add,
     add_smaller,
     entropy_value,
-    gap_of,
+    guarded_gap,
+    guarded_scale,
+    is_plain,
     larger,
     log_of_sum,
     log_terms,
     logsumexp_value,
     merge,
     misses_faint_terms,
+    plain_gap,
+    plain_scale,
+    rate_of,
     reciprocal,
-    scale_of,
     sum_lanes,
+    term_of,
     terms,
     times_pair,
     top_term,
 )
 
-# Entries whose sum is one link of the chain: few enough that the errors of a chunk, summed plainly, stay
-# exact to a thousandth of an ulp in float32, and enough to make a task for a thread.
-CHUNK = 16384
+# Entries per lane whose sum is one link of the chain: few enough that the errors of a chunk, summed plainly,
+# stay exact to a thousandth of an ulp in float32, and enough to make a task for a thread.
+CHUNK = 512
 
-# Bytes of a slice up to which its terms stay in the cache of a core until they are scaled: they are stored
-# and read again. Longer slices compute them twice, which spares a trip to memory.
-STORED_BYTES = 2**19
+
+Soon = namedtuple("Soon", "x at out to step")
+Soon.__doc__ = """What will be needed next: x from ``at`` and out from ``to`` on, with so many entries to the next
+lanes. To fetch it while terms are computed makes rows in memory take 0.6 to 0.8 of the time."""
+
+
+# -- passes: each lane for itself -----------------------------------------------------------------
+
+
+@jit
+def lane_maxima(x, start, stop):
+    """Largest entry in each lane, NaN left out; -inf if there is none."""
+    lanes = lane_count(x)
+    lowest = spread(-math.inf, x)
+    a = b = lowest
+    i = start
+    while i <= stop - 4 * lanes:
+        a = larger(larger(load(x, i), load(x, i + lanes)), a)
+        b = larger(larger(load(x, i + 2 * lanes), load(x, i + 3 * lanes)), b)
+        i += 4 * lanes
+    while i < stop:
+        a = larger(read(x, i, stop - i, lowest), a)
+        i += lanes
+    return larger(a, b)
+
+
+@jit
+def lane_sums(x, start, stop, scale, guard, stored, at, soon):
+    """Sum of the terms as a pair; the terms are written to ``stored`` from ``at`` on, unless that is None.
+
+    The sum starts from a number that no term exceeds, for which `add_smaller` does. ``soon`` is None or what
+    to fetch from memory meanwhile.
+    """
+    lanes = lane_count(x)
+    total = top_term(x)
+    error = spread(0.0, x)
+    at -= start
+    i = start
+    while i < stop:
+        if soon is not None:
+            ahead = (i - start) // lanes * soon.step
+            prefetch(soon.x, soon.at + ahead)
+            prefetch(soon.out, soon.to + ahead)
+        power, excess, _ = terms(read(x, i, stop - i, spread(-math.inf, x)), scale, guard)
+        if stored is not None:
+            write(stored, at + i, stop - i, term_of(power, excess))
+        total, error = add_smaller(total, error, power, excess)
+        i += lanes
+    return total - top_term(x), error
+
+
+@jit
+def scale_stored(stored, at, x, start, stop, high, low, out, shift):
+    """Write the stored terms of entries of x times high + low to ``out``, at an index shifted by so much."""
+    lanes = lane_count(x)
+    high, low, zero = spread(high, x), spread(low, x), spread(0.0, x)
+    at -= start
+    i = start
+    while i < stop:
+        value = times_pair(read(stored, at + i, stop - i, zero), high, low)
+        write(out, i + shift, stop - i, present(x, i, stop - i, value, zero))
+        i += lanes
+
+
+@jit
+def write_terms(x, start, stop, scale, guard, high, low, out, shift):
+    """Write the terms times high + low to ``out``, at an index shifted by so much."""
+    lanes = lane_count(x)
+    high, low, zero = spread(high, x), spread(low, x), spread(0.0, x)
+    i = start
+    while i < stop:
+        power, excess, _ = terms(read(x, i, stop - i, zero), scale, guard)
+        value = times_pair(term_of(power, excess), high, low)
+        write(out, i + shift, stop - i, present(x, i, stop - i, value, zero))
+        i += lanes
+
+
+@jit
+def write_log_terms(x, start, stop, gap, guard, out, shift):
+    """Write (x - max) / T - log_sum to ``out``, at an index shifted by so much."""
+    lanes = lane_count(x)
+    lowest = spread(-math.inf, x)
+    i = start
+    while i < stop:
+        value = log_terms(read(x, i, stop - i, lowest), gap, guard)
+        write(out, i + shift, stop - i, present(x, i, stop - i, value, lowest))
+        i += lanes
+
+
+@jit
+def lane_split_sums(x, start, stop, row_max, scale, guard, weighted, soon):
+    """Return ties, sum of the other terms (a pair), their sum times (x - max) c (a pair).
+
+    The last is 0 if ``weighted`` is None; ``soon`` is as in `lane_sums`.
+    """
+    lanes = lane_count(x)
+    zero, one = spread(0.0, x), spread(1.0, x)
+    ties = rest = error = moment = moment_error = zero
+    top = spread(row_max, x)
+    i = start
+    while i < stop:
+        if soon is not None:
+            ahead = (i - start) // lanes * soon.step
+            prefetch(soon.x, soon.at + ahead)
+            prefetch(soon.out, soon.to + ahead)
+        # NaN equals nothing, so the filler cannot be a tie; it is no term either.
+        entries = read(x, i, stop - i, spread(-math.inf, x))
+        power, excess, product = terms(entries, scale, guard)
+        ties = ties + select(entries == top, one, zero)
+        power, excess = select(entries == top, zero, power), select(entries == top, zero, excess)
+        rest, error = add(rest, error, power, excess)
+        if weighted is not None:
+            moment, moment_error = merge(moment, moment_error, term_of(power, excess) * product, zero)
+        i += lanes
+    return ties, rest, error, moment, moment_error
+
+
+# -- merging --------------------------------------------------------------------------------------
 
 
 @jit
 def maximum(x, start, stop):
     """Largest entry, NaN left out; -inf if there is none."""
-    lanes = lane_count(x)
-    lowest = spread(-math.inf, x)
-    a = b = c = d = lowest
-    i = start
-    while i <= stop - 4 * lanes:  # four chains, for one would wait for itself
-        a = larger(load(x, i), a)
-        b = larger(load(x, i + lanes), b)
-        c = larger(load(x, i + 2 * lanes), c)
-        d = larger(load(x, i + 3 * lanes), d)
-        i += 4 * lanes
-    while i <= stop - lanes:
-        a = larger(load(x, i), a)
-        i += lanes
-    if i < stop:
-        b = larger(load_first(x, i, stop - i, lowest), b)
-    return max_lanes(larger(larger(a, b), larger(c, d)))
+    return max_lanes(lane_maxima(x, start, stop))
 
 
 @jit
-def sum_terms(x, start, stop, scale, out, stored):
-    """Sum of the terms as a pair; the terms are written to ``out`` if they are to be stored.
-
-    The sum starts from a number that no term exceeds, for which `add_smaller` does.
-    """
-    lanes = lane_count(x)
-    total = top_term(x)
-    error = spread(0.0, x)
-    i = start
-    while i <= stop - lanes:
-        term, lost = terms(load(x, i), scale)
-        if stored:
-            store(out, i, term)
-        total, error = add_smaller(total, error + lost, term)
-        i += lanes
-    if i < stop:
-        term, lost = terms(load_first(x, i, stop - i, spread(-math.inf, x)), scale)
-        if stored:
-            store_first(out, i, stop - i, term)
-        total, error = add_smaller(total, error + lost, term)
-    return sum_lanes(total - top_term(x), error)
+def later(soon, count):
+    """What will be needed after so many entries of a contiguous slice."""
+    if soon is None:
+        return None
+    return Soon(soon.x, soon.at + count, soon.out, soon.to + count, soon.step)
 
 
 @jit
-def scale_stored(out, start, stop, high, low):
-    """Multiply the stored terms by high + low."""
-    lanes = lane_count(out)
-    i = start
-    while i <= stop - lanes:
-        store(out, i, times_pair(load(out, i), spread(high, out), spread(low, out)))
-        i += lanes
-    if i < stop:
-        term = load_first(out, i, stop - i, spread(0.0, out))
-        store_first(out, i, stop - i, times_pair(term, spread(high, out), spread(low, out)))
+def sum_terms(x, start, stop, scale, guard, stored, at, soon):
+    """`lane_sums` over all chunks of a slice, merged."""
+    chunk = CHUNK * lane_count(x)
+    total = error = spread(0.0, scale.row_max)
+    for first in range(start, stop, chunk):
+        last = min(stop, first + chunk)
+        part, part_error = lane_sums(
+            x, first, last, scale, guard, stored, at + first - start, later(soon, first - start)
+        )
+        part, part_error = sum_lanes(part, part_error)
+        total, error = merge(total, error, part, part_error)
+    return total, error
 
 
 @jit
-def write_terms(x, start, stop, scale, high, low, out):
-    """Write the terms times high + low."""
-    lanes = lane_count(x)
-    i = start
-    while i <= stop - lanes:
-        term, _ = terms(load(x, i), scale)
-        store(out, i, times_pair(term, spread(high, x), spread(low, x)))
-        i += lanes
-    if i < stop:
-        term, _ = terms(load_first(x, i, stop - i, spread(0.0, x)), scale)
-        store_first(out, i, stop - i, times_pair(term, spread(high, x), spread(low, x)))
-
-
-@jit
-def write_log_terms(x, start, stop, gap, out):
-    """Write (x - max) / T - log_sum."""
-    lanes = lane_count(x)
-    i = start
-    while i <= stop - lanes:
-        store(out, i, log_terms(load(x, i), gap))
-        i += lanes
-    if i < stop:
-        value = log_terms(load_first(x, i, stop - i, spread(0.0, x)), gap)
-        store_first(out, i, stop - i, value)
-
-
-@jit
-def split_terms(x, row_max, scale):
-    """1 for each entry equal to the maximum, and the terms (and what was lost of them) of the others."""
-    zero = spread(0.0, x)
-    top = x == spread(row_max, x)
-    term, lost = terms(x, scale)
-    return select(top, spread(1.0, x), zero), select(top, zero, term), select(top, zero, lost)
-
-
-@jit
-def weighted_term(x, term, gap):
-    """Term * (x - max) / T, 0 where the term is."""
-    zero = spread(0.0, x)
-    return select(term > zero, term * log_terms(x, gap), zero)
-
-
-@jit
-def sum_split_terms(x, start, stop, row_max, scale, gap, weighted):
-    """Return ties, sum of the other terms (a pair), their sum times (x - max) / T (a pair).
-
-    The last is left 0 unless it is asked for.
-    """
-    lanes = lane_count(x)
-    ties = rest = error = moment = moment_error = spread(0.0, x)
-    i = start
-    while i < stop:
-        if i <= stop - lanes:
-            entries = load(x, i)
-        else:
-            # NaN equals nothing, so the filler cannot be a tie; it is no term either.
-            entries = load_first(x, i, stop - i, spread(-math.inf, x))
-        top, term, lost = split_terms(entries, row_max, scale)
-        ties = ties + top
-        rest, error = add(rest, error + lost, term)
-        if weighted:
-            moment, moment_error = add(moment, moment_error, weighted_term(entries, term, gap))
-        i += lanes
-    ties, _ = sum_lanes(ties, spread(0.0, x))
-    rest, error = sum_lanes(rest, error)
-    moment, moment_error = sum_lanes(moment, moment_error)
-    return ties, rest, error, moment, moment_error
+def sum_split_terms(x, start, stop, row_max, scale, guard, weighted, soon):
+    """`lane_split_sums` over all chunks of a slice, merged."""
+    chunk = CHUNK * lane_count(x)
+    zero = spread(0.0, row_max)
+    sums = zero, zero, zero, zero, zero
+    for first in range(start, stop, chunk):
+        last = min(stop, first + chunk)
+        part = lane_split_sums(x, first, last, row_max, scale, guard, weighted, later(soon, first - start))
+        ties, _ = sum_lanes(part[0], spread(0.0, x))
+        rest, error = sum_lanes(part[1], part[2])
+        moment, moment_error = sum_lanes(part[3], part[4])
+        sums = merge_split(sums, (ties, rest, error, moment, moment_error))
+    return sums
 
 
 @jit
@@ -185,107 +227,151 @@ def merge_split(a, b):
     return a[0] + b[0], rest, error, moment, moment_error
 
 
-# -- a whole slice --------------------------------------------------------------------------------
+@jit
+def maxima_of(work, at, count):
+    """Maxima of up to as many slices as there are lanes, from the `lane_maxima` of each; one per lane."""
+    lanes = lane_count(work)
+    group = lanes
+    while group > 1:
+        for i in range(0, count * lanes, 2 * lanes):
+            lower, upper = fold(load(work, at + i), load(work, at + i + lanes), group)
+            store(work, at + i // 2, larger(lower, upper))
+        group, count = group // 2, (count + 1) // 2
 
 
 @jit
-def sum_slice(x, scale, out, stored):
-    """`sum_terms` over all chunks of a slice."""
-    n = len(x)
-    total = error = spread(0.0, scale.row_max)
-    for start in range(0, n, CHUNK):
-        part, part_error = sum_terms(x, start, min(n, start + CHUNK), scale, out, stored)
-        total, error = merge(total, error, part, part_error)
-    return total, error
+def sums_of(work, totals, errors, count):
+    """Sums of up to as many slices as there are lanes, from the `lane_sums` of each; one per lane.
+
+    Pairs are merged in the order of `sum_lanes`, which takes one slice and six times the instructions.
+    """
+    lanes = lane_count(work)
+    group = lanes
+    while group > 1:
+        for i in range(0, count * lanes, 2 * lanes):
+            at, to = totals + i, errors + i
+            lower, upper = fold(load(work, at), load(work, at + lanes), group)
+            lower_error, upper_error = fold(load(work, to), load(work, to + lanes), group)
+            total, error = merge(lower, lower_error, upper, upper_error)
+            store(work, totals + i // 2, total)
+            store(work, errors + i // 2, error)
+        group, count = group // 2, (count + 1) // 2
+
+
+# -- a whole slice: entries start to stop, or a 1-d array ----------------------------------------------
 
 
 @jit
-def sum_split_slice(x, row_max, scale, gap, weighted):
-    """`sum_split_terms` over all chunks of a slice."""
-    n = len(x)
-    zero = spread(0.0, row_max)
-    sums = zero, zero, zero, zero, zero
-    for start in range(0, n, CHUNK):
-        stop = min(n, start + CHUNK)
-        sums = merge_split(sums, sum_split_terms(x, start, stop, row_max, scale, gap, weighted))
-    return sums
-
-
-@jit
-def softmax(x, temperature, out):
-    """Softmax of a slice: three reads of memory and a write, or one of each if it fits a cache."""
-    n = len(x)
-    scale = scale_of(maximum(x, 0, n), temperature)
-    stored = n * x.itemsize <= STORED_BYTES
-    total, error = sum_slice(x, scale, out, stored)
-    high, low = reciprocal(total, error)
-    if stored:
-        scale_stored(out, 0, n, high, low)
+def softmax_of(x, start, stop, rate, stored, at, out, shift, soon):
+    """Write the softmax of a slice to ``out``, at an index shifted by so much, by way of ``stored``."""
+    row_max = maximum(x, start, stop)
+    if is_plain(row_max, rate):
+        scale = plain_scale(row_max, rate)
+        total, error = sum_terms(x, start, stop, scale, None, stored, at, soon)
     else:
-        write_terms(x, 0, n, scale, high, low, out)
+        scale, guard = guarded_scale(row_max, rate.temperature)
+        total, error = sum_terms(x, start, stop, scale, guard, stored, at, soon)
+    high, low = reciprocal(total, error)
+    scale_stored(stored, at, x, start, stop, high, low, out, shift)
 
 
 @jit
-def log_softmax(x, temperature, out):
-    """Logarithm of the softmax of a slice: three reads and a write, or one of each from a cache."""
-    row_max = maximum(x, 0, len(x))
-    scale = scale_of(row_max, temperature)
-    gap = gap_of(row_max, temperature, 0.0)
-    sums = sum_split_slice(x, row_max, scale, gap, False)
-    log_sum = log_of_sum(row_max, sums)
-    write_log_terms(x, 0, len(x), gap_of(row_max, temperature, log_sum), out)
+def split_sums(x, start, stop, row_max, rate, weighted, soon):
+    """`sum_split_terms` at the temperature of a rate."""
+    if is_plain(row_max, rate):
+        scale = plain_scale(row_max, rate)
+        return sum_split_terms(x, start, stop, row_max, scale, None, weighted, soon)
+    scale, guard = guarded_scale(row_max, rate.temperature)
+    return sum_split_terms(x, start, stop, row_max, scale, guard, weighted, soon)
 
 
 @jit
-def logsumexp(x, temperature):
-    """T log(sum(exp(x / T))) of a slice."""
-    row_max = maximum(x, 0, len(x))
-    scale = scale_of(row_max, temperature)
-    gap = gap_of(row_max, temperature, 0.0)
-    sums = sum_split_slice(x, row_max, scale, gap, False)
-    return logsumexp_of_sums(x, row_max, temperature, sums)
+def write_log(x, start, stop, row_max, rate, log_sum, out, shift):
+    """`write_log_terms` at the temperature of a rate."""
+    if is_plain(row_max, rate):
+        write_log_terms(x, start, stop, plain_gap(row_max, rate, log_sum), None, out, shift)
+    else:
+        gap, guard = guarded_gap(row_max, rate.temperature, log_sum)
+        write_log_terms(x, start, stop, gap, guard, out, shift)
 
 
 @jit
-def logsumexp_of_sums(x, row_max, temperature, sums):
-    """Logsumexp of a slice from its `sum_split_terms`."""
-    if misses_faint_terms(row_max, temperature, sums):
-        return logsumexp_of_faint(x, row_max, temperature)
-    return logsumexp_value(row_max, temperature, sums)
+def log_softmax_of(x, start, stop, rate, out, shift, soon):
+    """Write the logarithm of the softmax of a slice to ``out``, at an index shifted by so much."""
+    row_max = maximum(x, start, stop)
+    log_sum = log_of_sum(row_max, split_sums(x, start, stop, row_max, rate, None, soon))
+    write_log(x, start, stop, row_max, rate, log_sum, out, shift)
 
 
 @jit
-def logsumexp_of_faint(x, row_max, temperature):
+def value_of(x, start, stop, rate, weighted, soon):
+    """Logsumexp of a slice or, unless ``weighted`` is None, the entropy of its softmax."""
+    row_max = maximum(x, start, stop)
+    sums = split_sums(x, start, stop, row_max, rate, weighted, soon)
+    return value_of_sums(x, start, 1, stop - start, row_max, rate.temperature, sums, weighted)
+
+
+@jit
+def value_of_sums(x, start, step, count, row_max, temperature, sums, weighted):
+    """`value_of` the entries start, start + step, ... from their sums."""
+    if weighted is not None:
+        value = entropy_value(row_max, sums)
+    elif misses_faint_terms(row_max, temperature, sums):
+        value = logsumexp_of_faint(x, start, step, count, row_max, temperature)
+    else:
+        value = logsumexp_value(row_max, temperature, sums)
+    return value
+
+
+@jit
+def logsumexp_of_faint(x, start, step, count, row_max, temperature):
     """Max + T rest, where the terms of the rest are too small beside that of a single maximum.
 
     They are summed beside the second largest entry, and that one's own term, exp((second - max) / T), is
     the square of its term at the temperature 2 T.
     """
     second = -spread(math.inf, row_max)
-    for entry in x:
+    for i in range(count):
+        entry = get(x, start + i * step)
         if second < entry < row_max:
             second = entry
     if second == -math.inf:
         return row_max
-    scale = scale_of(second, temperature)
+    scale, guard = guarded_scale(second, temperature)
     total = error = spread(0.0, row_max)
-    for entry in x:
+    for i in range(count):
+        entry = get(x, start + i * step)
         if entry < row_max:
-            term, lost = terms(entry, scale)
-            total, error = add(total, error + lost, term)
-    root, root_lost = terms(second, scale_of(row_max, 2.0 * temperature))
+            power, excess, _ = terms(entry, scale, guard)
+            total, error = add(total, error, power, excess)
+    scale, guard = guarded_scale(row_max, 2.0 * temperature)
+    power, excess, _ = terms(second, scale, guard)
     top = np.float64(top_term(row_max))
     rest = (np.float64(total) + np.float64(error)) / top
     # The square alone may be subnormal where T times it is not.
-    scaled_root = (np.float64(root) + 2.0 * np.float64(root_lost)) / top * temperature
-    return spread(fma(np.float64(root) / top * rest, scaled_root, np.float64(row_max)), row_max)
+    root = np.float64(power) / top * (1.0 + np.float64(excess))
+    return spread(fma(root * rest, root * temperature, np.float64(row_max)), row_max)
 
 
-@jit
+@kernel
+def softmax(x, temperature, out):
+    """Softmax of a 1-d array."""
+    softmax_of(x, 0, len(x), rate_of(temperature, get(x, 0)), out, 0, out, 0, None)
+
+
+@kernel
+def log_softmax(x, temperature, out):
+    """Logarithm of the softmax of a 1-d array."""
+    log_softmax_of(x, 0, len(x), rate_of(temperature, get(x, 0)), out, 0, None)
+
+
+@kernel
+def logsumexp(x, temperature):
+    """T log(sum(exp(x / T))) of a 1-d array."""
+    return value_of(x, 0, len(x), rate_of(temperature, get(x, 0)), None, None)
+
+
+@kernel
 def entropy(x, temperature):
-    """Entropy of the softmax of a slice."""
-    row_max = maximum(x, 0, len(x))
-    scale = scale_of(row_max, temperature)
-    gap = gap_of(row_max, temperature, 0.0)
-    sums = sum_split_slice(x, row_max, scale, gap, True)
-    return entropy_value(row_max, sums)
+    """Entropy of the softmax of a 1-d array."""
+    return value_of(x, 0, len(x), rate_of(temperature, get(x, 0)), True, None)
