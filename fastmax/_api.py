@@ -14,8 +14,8 @@ from fastmax import _slice
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT64 = np.dtype(np.float64)
 
-# Entries up to which a vector goes straight to its kernel.
-_SMALL = 4096
+# Entries up to which a vector goes straight to its kernel, on one thread (see PARALLEL_SLICE in `_cpu`).
+_SMALL = 2**17
 
 # name: of the function in `_cpu` and `_gufunc`; slice: its kernel for one vector; elementwise: whether the
 # result has the shape of x, else one value per slice; absent: the value of an entry where `where` is False,
@@ -379,7 +379,7 @@ def _broadcast(operation, x, temperature, out=None):
 
 
 def _transform(operation, x, mask, temperature, axes, places, shape, batch, out):
-    """Result of the shape of x, or more if the temperature has more axes; in ``out`` where that is possible."""
+    """Result of the shape of x, or more if the temperature has more axes; in ``out`` if that is possible."""
     order = _memory_order(x, axes) if shape == x.shape else None
     if order is not None and (out is None or _is_packed(out, order)):
         result = np.empty_like(x) if out is None else out
@@ -394,7 +394,7 @@ def _transform(operation, x, mask, temperature, axes, places, shape, batch, out)
     x = _with_absent(_as_entries(x, _kernel_dtype(x.dtype), axes), mask)
     if _is_one_slice(x, axes):
         rows = np.empty((temperature.size, x.size), x.dtype)
-        _schedule(operation)(x.reshape(1, -1), None, temperature.reshape(-1), rows)
+        _schedule(operation)(x.reshape(1, -1), None, _flat(temperature), rows)
         reduced = [x.shape[i] for i in axes]
         rows = rows.reshape(*(n for i, n in enumerate(shape) if i not in places), *reduced)
         result = np.moveaxis(rows, range(-len(axes), 0), places)
@@ -432,7 +432,7 @@ def _reduce(operation, x, mask, temperature, axes, places, shape, batch, out):
         x = _with_absent(_as_entries(x, _kernel_dtype(x.dtype), axes), mask)
         if _is_one_slice(x, axes):
             values = np.empty(temperature.size, x.dtype)
-            _schedule(operation)(x.reshape(1, -1), None, temperature.reshape(-1), values)
+            _schedule(operation)(x.reshape(1, -1), None, _flat(temperature), values)
             values = values.reshape(batch)
         else:
             values = np.asarray(_broadcast(operation, _slices_last(x, axes), temperature))
@@ -490,10 +490,15 @@ def _blocks(shape, axes, order):
 def _one_per_slice(temperature, shape, axes, order):
     """One temperature, or one for each slice in the given order of axes."""
     if temperature.size == 1:
-        return temperature.reshape(1)
+        return _flat(temperature)
     kept = sorted(axes_kept := _kept(axes, order))
     full = np.broadcast_to(temperature, [shape[i] for i in kept])
-    return full.transpose([kept.index(i) for i in axes_kept]).reshape(-1)
+    return _flat(full.transpose([kept.index(i) for i in axes_kept]))
+
+
+def _flat(temperature):
+    """Temperatures in a row, in an array of the one kind for which kernels are compiled."""
+    return np.require(temperature.reshape(-1), requirements=["C", "A", "W"])
 
 
 def _slices_last(x, axes):
@@ -618,6 +623,8 @@ def _as_mask(where, shape):
     mask = np.asarray(where)
     if mask.dtype != np.bool_:
         raise TypeError(f"where must be boolean, got dtype {mask.dtype}")
+    if mask.shape == shape:
+        return mask
     try:
         return np.broadcast_to(mask, shape)
     except ValueError:

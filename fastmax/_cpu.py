@@ -65,8 +65,10 @@ from fastmax._slice import (
     sums_of,
 )
 
-# Entries from which waking the threads pays.
-PARALLEL_SIZE = 2**15
+# Entries from which all threads take 0.8 of the time of one or less, on two cores: rows, columns, one slice.
+PARALLEL_ROWS = 2**14
+PARALLEL_COLUMNS = 2**16
+PARALLEL_SLICE = 2**17
 
 # Terms of rows that a thread takes at a time: they and the rows themselves fit the first cache.
 GROUP = 2**11
@@ -93,8 +95,9 @@ class Kernel:
 
 
 # -- rows -----------------------------------------------------------------------------------------
-# Rows of at most one chunk are taken in groups, at most one row for each lane. What each lane has summed up is
-# kept in vectors side by side, one for each row and quantity, and merged for all rows of a group at once.
+# Rows of at most one chunk are taken in groups, at most one row for each lane. What each lane has summed up
+# is kept in vectors side by side, one for each row and quantity, and merged for all rows of a group at once:
+# about 12 instructions a row, not 64. Beside its entries a row costs some 28 ns, most of it in calls.
 
 # Vectors in the working memory beside those of the sums: maxima, high and low.
 _MAXIMA, _HIGH, _LOW, _VECTORS = 0, 1, 2, 3
@@ -117,11 +120,17 @@ def group_size(n, work):
 
 
 @jit
-def row_work(n, like):
-    """Working memory for a group of rows: vectors, sums of each row, and terms."""
+def row_work_size(n, like):
+    """Entries of working memory for a group of rows: vectors, sums of each row, and terms."""
     lanes = lane_count(like)
-    terms = max(padded_size(n, like), GROUP)
-    return workspace((_VECTORS + _SUMS * lanes) * lanes + terms, like)
+    return (_VECTORS + _SUMS * lanes) * lanes + max(padded_size(n, like), GROUP)
+
+
+@jit
+def part_of(work, part, parts):
+    """Share of one thread in working memory; it is allocated by the calling one, which keeps its pages."""
+    size = len(work) // parts
+    return work[part * size : (part + 1) * size]
 
 
 @jit
@@ -234,9 +243,11 @@ def row_step(x, n):
 def softmax_rows(x, mask, temperature, out, parts):
     """Softmax of rows of at most one chunk."""
     rows, n = out.shape
-    for part in prange(parts):
-        work = row_work(n, x)
-        softmax_groups(x, mask, temperature, out, rows * part // parts, rows * (part + 1) // parts, work)
+    work = workspace(parts * row_work_size(n, x), x)
+    for i in prange(parts):
+        part = np.intp(i)
+        first, stop = rows * part // parts, rows * (part + 1) // parts
+        softmax_groups(x, mask, temperature, out, first, stop, part_of(work, part, parts))
 
 
 @jit
@@ -266,9 +277,11 @@ def softmax_groups(x, mask, temperature, out, first, stop, work):
 def log_softmax_rows(x, mask, temperature, out, parts):
     """Logarithm of the softmax of rows of at most one chunk."""
     rows, n = out.shape
-    for part in prange(parts):
-        work = row_work(n, x)
-        log_softmax_groups(x, mask, temperature, out, rows * part // parts, rows * (part + 1) // parts, work)
+    work = workspace(parts * row_work_size(n, x), x)
+    for i in prange(parts):
+        part = np.intp(i)
+        first, stop = rows * part // parts, rows * (part + 1) // parts
+        log_softmax_groups(x, mask, temperature, out, first, stop, part_of(work, part, parts))
 
 
 @jit
@@ -295,10 +308,12 @@ def log_softmax_groups(x, mask, temperature, out, first, stop, work):
 def value_rows(x, mask, temperature, out, parts, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of rows of at most one chunk."""
     rows = len(out)
-    for part in prange(parts):
-        work = row_work(x.shape[1], x)
+    work = workspace(parts * row_work_size(x.shape[1], x), x)
+    for i in prange(parts):
+        part = np.intp(i)
         first, stop = rows * part // parts, rows * (part + 1) // parts
-        value_groups(x, mask, temperature, out, first, stop, weighted, work)
+        own = part_of(work, part, parts)
+        value_groups(x, mask, temperature, out, first, stop, weighted, own)
 
 
 @jit
@@ -328,10 +343,12 @@ def value_groups(x, mask, temperature, out, first, stop, weighted, work):
 def softmax_wide_rows(x, mask, temperature, out, parts):
     """Softmax of rows of more than a chunk, each by one thread."""
     rows = len(out)
-    for part in prange(parts):
-        work = workspace(out.shape[1], x)
+    work = workspace(parts * out.shape[1], x)
+    for k in prange(parts):
+        part = np.intp(k)
+        own = part_of(work, part, parts)
         for i in range(rows * part // parts, rows * (part + 1) // parts):
-            softmax_wide_row(x, mask, temperature, out, i, work)
+            softmax_wide_row(x, mask, temperature, out, i, own)
 
 
 @jit
@@ -546,9 +563,10 @@ def value_long_rows(threads, x, mask, temperature, out, weighted):
 
 
 # -- columns --------------------------------------------------------------------------------------
-# A tile of columns is copied into working memory, where each vector of columns is contiguous: the passes of a
-# slice then take a column in each lane. Where it lies, lines of a tile are often a power of two apart, of which
-# a cache keeps no more than eight. Numbers for each column, their fields, stand before the tile.
+# A tile of columns is copied into working memory, where each vector of columns is contiguous: the passes of
+# a slice then take a column in each lane. Where it lies, lines of a tile are often a power of two apart, of
+# which a cache keeps no more than eight. Numbers for each column, their fields, stand before the tile.
+# Threads take turns in tiles: the lines of neighbours share pages of memory.
 
 # Fields of a column: those of Scale and Guard, or of Gap and Guard, and 1 / sum.
 _FIELDS = 10
@@ -707,10 +725,12 @@ def softmax_columns(x, mask, temperature, out, parts):
     outer, n, inner = x.shape
     width = tile_width(n, inner, parts, workspace(1, x))
     tiles = -(-inner // width)
+    work = workspace(parts * (_FIELDS + n) * width, x)
     for part in prange(parts):
-        work = workspace((_FIELDS + n) * width, x)
-        for task in range(part, outer * tiles, parts):
-            softmax_tile(x, mask, temperature, out, task // tiles, task % tiles * width, width, parts, work)
+        own = part_of(work, np.intp(part), parts)
+        for task in range(np.intp(part), outer * tiles, parts):
+            i, first = task // tiles, task % tiles * width
+            softmax_tile(x, mask, temperature, out, i, first, width, parts, own)
 
 
 @jit
@@ -752,12 +772,12 @@ def log_softmax_columns(x, mask, temperature, out, parts):
     outer, n, inner = x.shape
     width = tile_width(n, inner, parts, workspace(1, x))
     tiles = -(-inner // width)
+    work = workspace(parts * (_FIELDS + n) * width, x)
     for part in prange(parts):
-        work = workspace((_FIELDS + n) * width, x)
-        for task in range(part, outer * tiles, parts):
-            log_softmax_tile(
-                x, mask, temperature, out, task // tiles, task % tiles * width, width, parts, work
-            )
+        own = part_of(work, np.intp(part), parts)
+        for task in range(np.intp(part), outer * tiles, parts):
+            i, first = task // tiles, task % tiles * width
+            log_softmax_tile(x, mask, temperature, out, i, first, width, parts, own)
 
 
 @jit
@@ -838,11 +858,12 @@ def value_columns(x, mask, temperature, out, parts, weighted):
     outer, n, inner = x.shape
     width = tile_width(n, inner, parts, workspace(1, x))
     tiles = -(-inner // width)
+    work = workspace(parts * (_FIELDS + n) * width, x)
     for part in prange(parts):
-        work = workspace((_FIELDS + n) * width, x)
-        for task in range(part, outer * tiles, parts):
-            first = task % tiles * width
-            value_tile(x, mask, temperature, out, task // tiles, first, width, parts, weighted, work)
+        own = part_of(work, np.intp(part), parts)
+        for task in range(np.intp(part), outer * tiles, parts):
+            i, first = task // tiles, task % tiles * width
+            value_tile(x, mask, temperature, out, i, first, width, parts, weighted, own)
 
 
 @jit
@@ -1246,10 +1267,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _threads(size):
+def _threads(size, enough):
     """Number of threads for an array of some size."""
     global _has_threads
-    if size < PARALLEL_SIZE or _forked_from_threads:
+    if size < enough or _forked_from_threads:
         return 1
     threads = numba.get_num_threads()
     _has_threads = _has_threads or threads > 1
@@ -1258,19 +1279,22 @@ def _threads(size):
 
 def _run(rows, wide_rows, long_rows, columns, tall_columns, x, mask, temperature, out, *options):
     """Run the schedule that suits the shape: (outer, n), or (outer, n, inner)."""
-    outer, n = x.shape[:2]
+    outer, n, *inner = x.shape
     slices = max(outer, len(temperature))
-    threads = _threads(max(x.size, slices * n))
-    if x.ndim == 3:
+    size = max(x.size, slices * n)
+    if inner:
+        threads = _threads(size, PARALLEL_COLUMNS)
         if n > TALL:
             tall_columns(threads, x, mask, temperature, out, *options)
         else:
             columns(threads, x, mask, temperature, out, threads, *options)
-        return
-    chunk = CHUNK * LANE_BYTES // max(x.itemsize, 4)
-    if n <= chunk and (slices > 1 or threads == 1):
-        rows(threads, x, mask, temperature, out, min(threads, slices), *options)
-    elif slices > outer or (n * x.itemsize <= STORED_BYTES and slices >= 10 * threads):
-        wide_rows(threads, x, mask, temperature, out, min(threads, slices), *options)
+    elif slices > 1 and n <= CHUNK * LANE_BYTES // max(x.itemsize, 4):
+        threads = min(_threads(size, PARALLEL_ROWS), slices)
+        rows(threads, x, mask, temperature, out, threads, *options)
     else:
-        long_rows(threads, x, mask, temperature, out, *options)
+        threads = _threads(size, PARALLEL_SLICE)
+        if slices > outer or (n * x.itemsize <= STORED_BYTES and slices >= 10 * threads):
+            threads = min(threads, slices)
+            wide_rows(threads, x, mask, temperature, out, threads, *options)
+        else:
+            long_rows(threads, x, mask, temperature, out, *options)

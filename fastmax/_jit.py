@@ -2,8 +2,9 @@
 
 Numba keeps one cache file per function and takes it for fresh while the file *of that function* is
 unchanged; a kernel that inlines a helper from another module would outlive an edit of the helper. Here
-every cached kernel carries the digest of the whole package instead. And where nothing can be written,
-Numba refuses to import the module; here kernels are then compiled in each process.
+every cached kernel carries the digest of the whole package instead. Where nothing can be written, Numba
+refuses to import the module; here kernels are then compiled in each process. What a kernel calls is compiled
+into it and not cached by itself.
 
 No kernel is compiled with ``fastmath``: sums name their order and products their ``fma``, so that a
 slice has the same bits however the optimiser inlines, vectorises or loads the code from the cache.
@@ -21,7 +22,7 @@ from typing import Any
 
 import numba
 from numba.core import config
-from numba.core.caching import CacheImpl, FunctionCache, IndexDataCacheFile, _CacheLocator
+from numba.core.caching import Cache, CacheImpl, FunctionCache, IndexDataCacheFile, _CacheLocator
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.runtime.nrt import rtsys
 from numba.misc.appdirs import AppDirs
@@ -102,8 +103,8 @@ CACHED = _cache_directory() is not None
 class _KernelFiles(IndexDataCacheFile):
     """One file for each kernel and signature, named after them.
 
-    Numba numbers them in an index, which two processes that write at once leave wrong. A damaged file counts as
-    absent.
+    Numba numbers them in an index, which two processes that write at once leave wrong. A damaged file counts
+    as absent.
     """
 
     def _path(self, key):
@@ -124,7 +125,7 @@ class _KernelFiles(IndexDataCacheFile):
         return pickle.loads(data) if hashlib.sha256(data).digest() == digest else None
 
 
-class _Cache:
+class _QuickLoad(Cache):
     """Loads a kernel without loading all that Numba can compile: 0.1 s for the first call, not 0.4 s.
 
     Of what Numba would set up, machine code that is ready needs the runtime (memory, exceptions) alone.
@@ -143,11 +144,11 @@ class _Cache:
             return self._load_overload(sig, target_context)
 
 
-class _KernelCache(_Cache, FunctionCache):
+class _KernelCache(_QuickLoad, FunctionCache):
     pass
 
 
-class _WrapperCache(_Cache, wrappers.GufWrapperCache):
+class _WrapperCache(_QuickLoad, wrappers.GufWrapperCache):
     pass
 
 
@@ -169,7 +170,7 @@ def kernel(function=None, **options) -> Any:
 
 
 def parallel_kernel(function):
-    """`kernel` with ``prange`` over threads; under a name of its own, by which the cache tells the two apart."""
+    """`kernel` with ``prange`` over threads; the cache tells the two apart by its name."""
     copy = types.FunctionType(function.__code__, function.__globals__, function.__name__)
     copy.__qualname__ = f"{function.__qualname__}_parallel"
     return kernel(copy, parallel=True)

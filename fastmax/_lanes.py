@@ -79,9 +79,14 @@ def _lanes(dtype, count):
     return Lanes(dtype, count) if count > 1 else dtype
 
 
-def _lanes_of(like):
+def _is_pair(array_type):
+    """Whether entries come with a mask."""
+    return isinstance(array_type, types.BaseTuple)
+
+
+def _lanes_of(like: Any) -> Any:
     """The lane type of an array or pointer(s); a lane type or a float stands for itself."""
-    if isinstance(like, types.BaseTuple):  # entries and their mask
+    if _is_pair(like):
         return _lanes_of(like[0])
     if isinstance(like, types.Array) and like.layout != "C":
         return like.dtype
@@ -383,7 +388,7 @@ def as_contiguous(typingctx, array):
     return array.copy(layout="C")(array), lambda context, builder, sig, args: args[0]
 
 
-def workspace(size, like):
+def workspace(size, like) -> Any:
     """Array of the dtype of the lanes of ``like``, not initialised; only for jitted code."""
 
 
@@ -393,7 +398,7 @@ def _workspace(size, like):
     return lambda size, like: np.empty(size, dtype)
 
 
-def entries_of(x, mask):
+def entries_of(x, mask) -> Any:
     """Pointer to x, or the pair of pointers to x and its mask; only for jitted code."""
 
 
@@ -410,8 +415,9 @@ def get(typingctx, array, index):
     dtype = _dtype(_lanes_of(array))
 
     def codegen(context, builder, sig, args):
+        array, index = args
         one = ir.VectorType(_SCALAR[dtype], 1)
-        return builder.extract_element(_read(context, builder, sig.args[0], *args, one), _INDEX(0))
+        return builder.extract_element(_read(context, builder, sig.args[0], array, index, one), _INDEX(0))
 
     return dtype(array, types.intp), codegen
 
@@ -435,11 +441,12 @@ def prefetch(typingctx, array, index):
     """Ask for the lanes from entry ``index`` on to be in the second cache; they may be beyond the array."""
 
     def codegen(context, builder, sig, args):
-        array_type, array, index = sig.args[0], *args
-        if isinstance(array_type, types.BaseTuple):
+        array_type: Any = sig.args[0]
+        array, index = args
+        if _is_pair(array_type):
             array_type, array = array_type[0], builder.extract_value(array, 0)
         byte = ir.IntType(8).as_pointer()
-        address = _pointer(context, builder, array_type, array, index, byte.pointee)
+        address = _pointer(context, builder, array_type, array, index, ir.IntType(8))
         function_type = ir.FunctionType(ir.VoidType(), [byte, _INDEX, _INDEX, _INDEX])
         function = get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
         for line in range(0, _lanes_of(array_type).count * array_type.dtype.bitwidth // 8, 64):
@@ -483,7 +490,8 @@ def store(typingctx, array, index, value):
     """Write the lanes to entries ``index``, ``index + 1``, ..."""
 
     def codegen(context, builder, sig, args):
-        _write(context, builder, sig.args[0], *args)
+        array, index, value = args
+        _write(context, builder, sig.args[0], array, index, value)
         return context.get_dummy_value()
 
     return types.none(array, types.intp, value), codegen
@@ -522,11 +530,11 @@ def write(x, i, count, value):
 
 @intrinsic
 def present(typingctx, array, index, count, value, absent):
-    """``value``, or ``absent`` in those of the first ``count`` lanes that the mask of the entries leaves out."""
+    """``value``, or ``absent`` in those of the first ``count`` lanes that a mask leaves out."""
 
     def codegen(context, builder, sig, args):
         array, index, count, value, absent = args
-        if not isinstance(sig.args[0], types.BaseTuple):
+        if not _is_pair(sig.args[0]):
             return value
         first = _first_lanes(builder, count, value.type)
         return builder.select(
@@ -550,9 +558,9 @@ def _stored_type(array_type, llvm_type):
     return ir.VectorType(ir.IntType(array_type.dtype.bitwidth), llvm_type.count)
 
 
-def _read(context, builder, array_type, array, index, llvm_type, first=None):
+def _read(context, builder, array_type: Any, array, index, llvm_type, first=None):
     """Lanes from an index on; if ``first`` is given, only those that it marks, 0 in the others."""
-    if isinstance(array_type, types.BaseTuple):
+    if _is_pair(array_type):
         mask = _mask(context, builder, array_type, array, index, llvm_type.count, first)
         entries = builder.extract_value(array, 0)
         value = _read(context, builder, array_type[0], entries, index, llvm_type, first)
@@ -593,7 +601,7 @@ def _bfloat16_bits(builder, value):
     return builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
 
 
-def _mask(context, builder, pair_type, pair, index, count, first):
+def _mask(context, builder, pair_type: Any, pair, index, count, first):
     """Lanes of the mask in a pair (entries, mask)."""
     bytes_type = ir.VectorType(ir.IntType(8), count)
     mask = builder.extract_value(pair, 1)

@@ -11,9 +11,12 @@ p is then off by about log2(1 / p) ulp. Here every step keeps what it rounds awa
 The term of the maximum is exactly 2**BIAS, so a single entry has the probability 1 and ties share evenly.
 BIAS keeps the terms of the smallest results normal: only the last multiplication can round to a subnormal.
 
-The limits are ordinary values: c = 0 with a cutoff at d = 0 is T = 0, c = 0 with a cutoff below every d is
-T = inf, and where nothing passes the cutoff the sum is 0 and the results 0 / 0. NaN passes every cutoff, for
-comparisons with it are false, and so reaches the sum.
+Entries so far below the maximum that no result can show their terms are raised to where this is just so.
+All this holds for plain slices: T such that c is far from overflow, and |max c| at most 2**24 or 2**52. Any
+other slice has a guard: x is scaled by powers of two on the way, and dropped below a cutoff. There the limits
+are ordinary values: c = 0 with a cutoff at x - max = 0 is T = 0, c = 0 with a cutoff below every x is
+T = inf, and where nothing passes the cutoff the sum is 0 and the results 0 / 0. NaN passes everything, for
+comparisons with it are false.
 
 Every function takes floats or lanes of float32 or float64, and every pair of constants is (float32's,
 float64's).
@@ -184,7 +187,7 @@ def guarded_scale(row_max, temperature):
 
 @jit(forceinline=True)
 def terms(x, scale, guard):
-    """2**((x - max) c + BIAS) as power * (1 + excess), and (x - max) c; ``guard`` is None for plain slices."""
+    """2**((x - max) c + BIAS) as power * (1 + excess), and (x - max) c; the guard of plain slices is None."""
     if guard is not None:
         largest = constant(LARGEST, x)
         x = select(x > largest, largest, x * spread(guard.prescale, x))
@@ -317,7 +320,7 @@ def log_of_sum(row_max, sums):
 
 @jit
 def plain_gap(row_max, rate, log_sum):
-    """Coefficients of `log_terms` for a plain slice."""
+    """Gap of a plain slice."""
     summand = spread(0.0, row_max) - spread(
         log_sum, row_max
     )  # a negation would turn the sign of a NaN as well
@@ -326,7 +329,7 @@ def plain_gap(row_max, rate, log_sum):
 
 @jit
 def guarded_gap(row_max, temperature, log_sum):
-    """Coefficients of `log_terms` for any slice; from T = 1 on for a quarter of x, as x - max might overflow."""
+    """Gap and guard for any slice; from T = 1 on for a quarter of x, as x - max might overflow."""
     inverse = 0.0
     exponent = 0
     prescale = 1.0

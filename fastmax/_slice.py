@@ -56,8 +56,10 @@ CHUNK = 512
 
 
 Soon = namedtuple("Soon", "x at out to step")
-Soon.__doc__ = """What will be needed next: x from ``at`` and out from ``to`` on, with so many entries to the next
-lanes. To fetch it while terms are computed makes rows in memory take 0.6 to 0.8 of the time."""
+Soon.__doc__ = """What will be needed next: x from ``at`` and out from ``to`` on, by steps of so many entries.
+
+To fetch it while terms are computed makes slices in memory take 0.6 to 0.8 of the time.
+"""
 
 
 # -- passes: each lane for itself -----------------------------------------------------------------

@@ -161,3 +161,28 @@ def test_packages_that_share_a_cache_directory(package, tmp_path):
     double_exponents(other)
     assert run(SMALL, other, NUMBA_CACHE_DIR=str(shared)) != first
     assert run(LOAD + SMALL, package, NUMBA_CACHE_DIR=str(shared)) == first
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:100], lambda data: bytes(len(data))])
+def test_damaged_kernels_are_compiled_anew(compiled, tmp_path, damage):
+    package = copy(compiled, tmp_path)
+    for path in kernels(package):
+        path.write_bytes(damage(path.read_bytes()))
+    assert "a kernel was compiled" in start(LOAD + SMALL, package).stderr
+    assert run(SMALL, package) == run(SMALL, compiled)
+    assert run(LOAD + SMALL, package) == run(SMALL, compiled)
+
+
+def test_two_processes_compile_into_one_empty_cache(package):
+    """Different dtypes of one kernel: neither may be left under the name of the other."""
+    programs = [SMALL, SMALL.replace("3.0]", "3.0], np.float32")]
+    command = [sys.executable, "-c"]
+    environment = os.environ | {"PYTHONPATH": str(package.parent)}
+    processes = [
+        subprocess.Popen(
+            [*command, program.format(package=str(package))], env=environment, text=True, stdout=-1
+        )
+        for program in programs
+    ]
+    printed = [process.communicate()[0] for process in processes]
+    assert [run(LOAD + program, package) for program in programs] == printed
