@@ -153,20 +153,22 @@ class _WrapperCache(_QuickLoad, wrappers.GufWrapperCache):
 
 
 def jit(function=None, **options) -> Any:
-    """``numba.njit`` in which division by zero follows IEEE 754."""
+    """``numba.njit`` for what kernels call, and Python never; division by zero follows IEEE 754."""
     if function is None:
         return functools.partial(jit, **options)
-    return numba.njit(error_model="numpy", **options)(function)
+    return _njit(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)
 
 
-def kernel(function=None, **options) -> Any:
-    """`jit` for a function that is called from Python: its machine code is cached, with all that it calls."""
-    if function is None:
-        return functools.partial(kernel, **options)
-    dispatcher = jit(function, **options)
+def kernel(function, **options) -> Any:
+    """``numba.njit`` for what Python calls; its machine code is cached, with all that it calls."""
+    dispatcher = _njit(function, **options)
     if CACHED:
         dispatcher._cache = _KernelCache(dispatcher.py_func)
     return dispatcher
+
+
+def _njit(function, **options) -> Any:
+    return numba.njit(error_model="numpy", **options)(function)
 
 
 def parallel_kernel(function):

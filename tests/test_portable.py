@@ -39,7 +39,7 @@ def compiled_for(triple, cpu, dtype):
 
 
 @pytest.mark.parametrize("dtype", [types.float32, types.float64], ids=str)
-@pytest.mark.parametrize("triple, cpu", VECTOR_FMA)
+@pytest.mark.parametrize(("triple", "cpu"), VECTOR_FMA)
 def test_terms_are_vectors_on(triple, cpu, dtype):
     assembly = compiled_for(triple, cpu, dtype)
     assert len(re.findall(VECTOR_FMA[triple, cpu], assembly)) >= 26  # at least two registers at a time
