@@ -4,6 +4,7 @@ import functools
 import math
 import operator
 from collections import namedtuple
+from typing import Any
 
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
@@ -257,7 +258,7 @@ def entropy(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, keepdims=
 
 def _is_plain(x, temperature, axis, out):
     """Whether the arguments need no checks and no conversion, which is what most calls come with."""
-    return (
+    if not (
         type(x) is np.ndarray
         and (x.dtype is _FLOAT64 or x.dtype is _FLOAT32)
         and type(axis) is int
@@ -265,22 +266,19 @@ def _is_plain(x, temperature, axis, out):
         and type(temperature) is float
         and temperature >= 0.0
         and x.size > 0
-        and x.flags.carray
-        and (
-            out is None
-            or out is x
-            or (
-                type(out) is np.ndarray
-                and out.dtype is x.dtype
-                and out.shape == x.shape
-                and out.flags.carray
-                and not np.may_share_memory(out, x)
-            )
-        )
-    )
+    ):
+        return False
+    flags = x.flags
+    if out is None or out is x:
+        return flags.carray
+    if type(out) is not np.ndarray or out.dtype is not x.dtype or out.shape != x.shape:
+        return False
+    own = out.flags
+    apart = (flags.owndata and own.owndata) or not np.may_share_memory(out, x)
+    return apart and flags.carray and own.carray
 
 
-def _transform_plain(operation, x, temperature, axis, out):
+def _transform_plain(operation, x, temperature, axis, out) -> Any:
     result = np.empty_like(x) if out is None else out
     if x.ndim == 1 and x.size <= _SMALL:
         operation.slice(x, temperature, result)
@@ -292,7 +290,7 @@ def _transform_plain(operation, x, temperature, axis, out):
     return result
 
 
-def _reduce_plain(operation, x, temperature, axis):
+def _reduce_plain(operation, x, temperature, axis) -> Any:
     if x.ndim == 1 and x.size <= _SMALL:
         return x.dtype.type(operation.slice(x, temperature))
     shape = _around(x.shape, axis)
@@ -319,6 +317,12 @@ def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
     """Check the arguments, run the operation, and give the result its shape and dtype."""
     x, result_dtype = _as_array(x)
     temperature = _as_temperature(temperature)
+    if where is None and not keepdims and temperature.ndim == 0 and x.flags.c_contiguous:
+        plain, single = x.astype(result_dtype, copy=False), float(temperature)
+        if operation.elementwise and _is_plain(plain, single, axis, out):
+            return _transform_plain(operation, plain, single, axis, out)
+        if not operation.elementwise and out is None and _is_plain(plain, single, axis, None):
+            return _reduce_plain(operation, plain, single, axis)
     given, axes = _as_axes(axis, x.ndim)
     batch = _batch_shape(x, temperature, axes)
     places = _places(given, axes, len(batch) + len(axes))

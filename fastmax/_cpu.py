@@ -343,7 +343,7 @@ def value_groups(x, mask, temperature, out, first, stop, weighted, work):
 def softmax_wide_rows(x, mask, temperature, out, parts):
     """Softmax of rows of more than a chunk, each by one thread."""
     rows = len(out)
-    work = workspace(parts * out.shape[1], x)
+    work = workspace(parts * padded_size(out.shape[1], x), x)
     for k in prange(parts):
         part = np.intp(k)
         own = part_of(work, part, parts)

@@ -529,6 +529,13 @@ def write(x, i, count, value):
 
 
 @intrinsic
+def is_pointer(typingctx, array):
+    """Whether an array is given by a pointer, which this package does for working memory."""
+    answer = isinstance(array, types.CPointer)
+    return types.boolean(array), lambda context, builder, sig, args: _SCALAR[types.boolean](answer)
+
+
+@intrinsic
 def present(typingctx, array, index, count, value, absent):
     """``value``, or ``absent`` in those of the first ``count`` lanes that a mask leaves out."""
 

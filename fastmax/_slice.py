@@ -15,6 +15,7 @@ from fastmax._lanes import (
     fma,
     fold,
     get,
+    is_pointer,
     lane_count,
     load,
     max_lanes,
@@ -83,6 +84,23 @@ def lane_maxima(x, start, stop):
 
 
 @jit
+def write_stored(stored, i, count, value):
+    """Write terms: whole lanes to working memory, which has room for them, else the first ``count``."""
+    if is_pointer(stored):
+        store(stored, i, value)
+    else:
+        write(stored, i, count, value)
+
+
+@jit
+def read_stored(stored, i, count):
+    """Terms that `write_stored` wrote."""
+    if is_pointer(stored):
+        return load(stored, i)
+    return read(stored, i, count, spread(0.0, stored))
+
+
+@jit
 def lane_sums(x, start, stop, scale, guard, stored, at, soon):
     """Sum of the terms as a pair; the terms are written to ``stored`` from ``at`` on, unless that is None.
 
@@ -101,7 +119,7 @@ def lane_sums(x, start, stop, scale, guard, stored, at, soon):
             prefetch(soon.out, soon.to + ahead)
         power, excess, _ = terms(read(x, i, stop - i, spread(-math.inf, x)), scale, guard)
         if stored is not None:
-            write(stored, at + i, stop - i, term_of(power, excess))
+            write_stored(stored, at + i, stop - i, term_of(power, excess))
         total, error = add_smaller(total, error, power, excess)
         i += lanes
     return total - top_term(x), error
@@ -115,7 +133,7 @@ def scale_stored(stored, at, x, start, stop, high, low, out, shift):
     at -= start
     i = start
     while i < stop:
-        value = times_pair(read(stored, at + i, stop - i, zero), high, low)
+        value = times_pair(read_stored(stored, at + i, stop - i), high, low)
         write(out, i + shift, stop - i, present(x, i, stop - i, value, zero))
         i += lanes
 
