@@ -65,7 +65,8 @@ from fastmax._slice import (
     sums_of,
 )
 
-# Entries from which all threads take 0.8 of the time of one or less, on two cores: rows, columns, one slice.
+# Entries from which all threads take no longer than one, on two cores: rows, columns, one slice. From twice as
+# many on they take at most 0.75 of its time.
 PARALLEL_ROWS = 2**14
 PARALLEL_COLUMNS = 2**16
 PARALLEL_SLICE = 2**17
@@ -97,7 +98,8 @@ class Kernel:
 # -- rows -----------------------------------------------------------------------------------------
 # Rows of at most one chunk are taken in groups, at most one row for each lane. What each lane has summed up
 # is kept in vectors side by side, one for each row and quantity, and merged for all rows of a group at once:
-# about 12 instructions a row, not 64. Beside its entries a row costs some 28 ns, most of it in calls.
+# about 12 instructions a row, not 64. Beside its entries a row costs some 28 ns; to inline the passes did not
+# change that.
 
 # Vectors in the working memory beside those of the sums: maxima, high and low.
 _MAXIMA, _HIGH, _LOW, _VECTORS = 0, 1, 2, 3

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -176,13 +177,6 @@ def test_damaged_kernels_are_compiled_anew(compiled, tmp_path, damage):
 def test_two_processes_compile_into_one_empty_cache(package):
     """Different dtypes of one kernel: neither may be left under the name of the other."""
     programs = [SMALL, SMALL.replace("3.0]", "3.0], np.float32")]
-    command = [sys.executable, "-c"]
-    environment = os.environ | {"PYTHONPATH": str(package.parent)}
-    processes = [
-        subprocess.Popen(
-            [*command, program.format(package=str(package))], env=environment, text=True, stdout=-1
-        )
-        for program in programs
-    ]
-    printed = [process.communicate()[0] for process in processes]
+    with ThreadPoolExecutor() as pool:
+        printed = list(pool.map(lambda program: run(program, package), programs))
     assert [run(LOAD + program, package) for program in programs] == printed
