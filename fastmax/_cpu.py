@@ -65,8 +65,8 @@ from fastmax._slice import (
     sums_of,
 )
 
-# Entries from which all threads take no longer than one, on two cores: rows, columns, one slice. From twice as
-# many on they take at most 0.75 of its time.
+# Entries from which all threads take no longer than one, on two cores: rows, columns, one slice (see
+# figures/scaling_cpu.csv).
 PARALLEL_ROWS = 2**14
 PARALLEL_COLUMNS = 2**16
 PARALLEL_SLICE = 2**17
