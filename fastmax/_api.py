@@ -3,14 +3,11 @@
 import functools
 import math
 import operator
-from collections import namedtuple
 from typing import Any
 
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 from numpy.typing import ArrayLike
-
-from fastmax import _slice
 
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT64 = np.dtype(np.float64)
@@ -18,14 +15,45 @@ _FLOAT64 = np.dtype(np.float64)
 # Entries up to which a vector goes straight to its kernel, on one thread (see PARALLEL_SLICE in `_cpu`).
 _SMALL = 2**17
 
-# name: of the function in `_cpu` and `_gufunc`; slice: its kernel for one vector; elementwise: whether the
-# result has the shape of x, else one value per slice; absent: the value of an entry where `where` is False,
-# or of a slice of which nothing is left.
-Operation = namedtuple("Operation", "name slice elementwise absent")
-_SOFTMAX = Operation("softmax", _slice.softmax, True, 0.0)
-_LOG_SOFTMAX = Operation("log_softmax", _slice.log_softmax, True, -math.inf)
-_LOGSUMEXP = Operation("logsumexp", _slice.logsumexp, False, -math.inf)
-_ENTROPY = Operation("entropy", _slice.entropy, False, 0.0)
+
+class Operation:
+    """One of the four functions: its kernels, imported when they are first called, for that takes a while.
+
+    ``elementwise`` says whether the result has the shape of x, else it is one value per slice; ``absent`` is
+    the value of an entry where ``where`` is False, or of a slice of which nothing is left.
+    """
+
+    def __init__(self, name, elementwise, absent):
+        self.name = name
+        self.elementwise = elementwise
+        self.absent = absent
+
+    @functools.cached_property
+    def slice(self):
+        """Kernel for one vector, on one thread."""
+        from fastmax import _slice
+
+        return getattr(_slice, self.name)
+
+    @functools.cached_property
+    def schedule(self):
+        """Function that runs contiguous slices, on all threads."""
+        from fastmax import _cpu
+
+        return getattr(_cpu, self.name)
+
+    @functools.cached_property
+    def broadcast(self):
+        """Function that runs slices of any stride, against temperatures of any shape."""
+        from fastmax import _gufunc
+
+        return getattr(_gufunc, self.name)
+
+
+_SOFTMAX = Operation("softmax", True, 0.0)
+_LOG_SOFTMAX = Operation("log_softmax", True, -math.inf)
+_LOGSUMEXP = Operation("logsumexp", False, -math.inf)
+_ENTROPY = Operation("entropy", False, 0.0)
 
 
 def softmax(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, out=None):
@@ -283,10 +311,10 @@ def _transform_plain(operation, x, temperature, axis, out) -> Any:
     if x.ndim == 1 and x.size <= _SMALL:
         operation.slice(x, temperature, result)
     elif x.ndim == 2 and axis % 2:
-        _schedule(operation)(x, None, _as_array_of_one(temperature), result)
+        operation.schedule(x, None, _as_array_of_one(temperature), result)
     else:
         shape = _around(x.shape, axis)
-        _schedule(operation)(x.reshape(shape), None, _as_array_of_one(temperature), result.reshape(shape))
+        operation.schedule(x.reshape(shape), None, _as_array_of_one(temperature), result.reshape(shape))
     return result
 
 
@@ -295,7 +323,7 @@ def _reduce_plain(operation, x, temperature, axis) -> Any:
         return x.dtype.type(operation.slice(x, temperature))
     shape = _around(x.shape, axis)
     values = np.empty(shape[::2], x.dtype)
-    _schedule(operation)(x.reshape(shape), None, _as_array_of_one(temperature), values)
+    operation.schedule(x.reshape(shape), None, _as_array_of_one(temperature), values)
     return values.reshape(x.shape[:axis] + x.shape[axis:][1:])[()]
 
 
@@ -355,31 +383,11 @@ def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
 # -- running --------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _schedules():
-    """Import the schedules when they are needed: it takes as long as the rest of the package."""
-    from fastmax import _cpu
-
-    return _cpu
-
-
-def _schedule(operation):
-    """Function that runs contiguous slices on all threads."""
-    return getattr(_schedules(), operation.name)
-
-
 def _as_stored(array):
     """View under a dtype that kernels know: int16 stands for float16, uint16 for bfloat16."""
     if array.dtype.itemsize > 2:
         return array
     return array.view(np.int16 if array.dtype == np.float16 else np.uint16)
-
-
-def _broadcast(operation, x, temperature, out=None):
-    """Run slices of any stride, against temperatures of any shape."""
-    from fastmax import _gufunc
-
-    return getattr(_gufunc, operation.name)(x, temperature, out)
 
 
 def _transform(operation, x, mask, temperature, axes, places, shape, batch, out):
@@ -388,7 +396,7 @@ def _transform(operation, x, mask, temperature, axes, places, shape, batch, out)
     if order is not None and (out is None or _is_packed(out, order)):
         result = np.empty_like(x) if out is None else out
         blocks = _blocks(x.shape, axes, order)
-        _schedule(operation)(
+        operation.schedule(
             _as_stored(x).transpose(order).reshape(blocks),
             _mask_blocks(mask, order, blocks),
             _one_per_slice(temperature, x.shape, axes, order),
@@ -398,7 +406,7 @@ def _transform(operation, x, mask, temperature, axes, places, shape, batch, out)
     x = _with_absent(_as_entries(x, _kernel_dtype(x.dtype), axes), mask)
     if _is_one_slice(x, axes):
         rows = np.empty((temperature.size, x.size), x.dtype)
-        _schedule(operation)(x.reshape(1, -1), None, _flat(temperature), rows)
+        operation.schedule(x.reshape(1, -1), None, _flat(temperature), rows)
         reduced = [x.shape[i] for i in axes]
         rows = rows.reshape(*(n for i, n in enumerate(shape) if i not in places), *reduced)
         result = np.moveaxis(rows, range(-len(axes), 0), places)
@@ -407,9 +415,9 @@ def _transform(operation, x, mask, temperature, axes, places, shape, batch, out)
         entries = np.moveaxis(result, places, range(-len(axes), 0))
         slices = _slices_last(x, axes)
         if len(axes) == 1:
-            _broadcast(operation, slices, temperature, entries)
+            operation.broadcast(slices, temperature, entries)
         else:
-            entries[...] = _broadcast(operation, slices, temperature).reshape(entries.shape)
+            entries[...] = operation.broadcast(slices, temperature).reshape(entries.shape)
     if mask is not None:
         last = range(-len(axes), 0)
         absent = np.moveaxis(~mask, axes, last)
@@ -424,7 +432,7 @@ def _reduce(operation, x, mask, temperature, axes, places, shape, batch, out):
     if order is not None and batch == tuple(x.shape[i] for i in _kept(axes, range(x.ndim))):
         blocks = _blocks(x.shape, axes, order)
         values = np.empty(blocks[::2], x.dtype)
-        _schedule(operation)(
+        operation.schedule(
             _as_stored(x).transpose(order).reshape(blocks),
             _mask_blocks(mask, order, blocks),
             _one_per_slice(temperature, x.shape, axes, order),
@@ -436,10 +444,10 @@ def _reduce(operation, x, mask, temperature, axes, places, shape, batch, out):
         x = _with_absent(_as_entries(x, _kernel_dtype(x.dtype), axes), mask)
         if _is_one_slice(x, axes):
             values = np.empty(temperature.size, x.dtype)
-            _schedule(operation)(x.reshape(1, -1), None, _flat(temperature), values)
+            operation.schedule(x.reshape(1, -1), None, _flat(temperature), values)
             values = values.reshape(batch)
         else:
-            values = np.asarray(_broadcast(operation, _slices_last(x, axes), temperature))
+            values = np.asarray(operation.broadcast(_slices_last(x, axes), temperature))
     if mask is not None:
         np.copyto(values, operation.absent, where=~mask.any(axis=axes))
     return values.reshape(shape)
