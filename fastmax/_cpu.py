@@ -60,6 +60,7 @@ from fastmax._slice import (
     lane_maxima,
     lane_split_sums,
     lane_sums,
+    later,
     maxima_of,
     merge_split,
     sums_of,
@@ -80,7 +81,7 @@ STORED_BYTES = 2**21
 # Bytes of a tile of columns: it is walked three times, from the second cache of a core.
 TILE_BYTES = 2**19
 
-# Entries of a column from which it is tall: a single vector of such columns fills a tile.
+# Entries of a column from which it is tall: a vector of such columns takes half a tile.
 TALL = 2**11
 
 
@@ -409,18 +410,17 @@ def value_wide_row(x, mask, temperature, out, i, weighted):
 
 
 @jit
-def chunk_of(task, n, like):
-    """Row, number, start and stop of the chunk that a task stands for."""
-    chunk = CHUNK * lane_count(like)
-    chunks = -(-n // chunk)
-    start = task % chunks * chunk
-    return task // chunks, task % chunks, start, min(n, start + chunk)
-
-
-@jit
 def chunk_count(n, like):
     """Number of chunks of a row."""
     return -(-n // (CHUNK * lane_count(like)))
+
+
+@jit
+def chunk_of(task, n, like):
+    """Row, start and stop of the chunk that a task stands for; entries are counted over all rows."""
+    row, number = divmod(task, chunk_count(n, like))
+    start = number * CHUNK * lane_count(like)
+    return row, row * n + start, row * n + min(n, start + CHUNK * lane_count(like))
 
 
 @Kernel
@@ -430,8 +430,8 @@ def long_maxima(x, mask):
     chunks = chunk_count(n, x)
     partial = workspace(rows * chunks, x)
     for task in prange(rows * chunks):
-        row, _, start, stop = chunk_of(np.intp(task), n, x)
-        partial[task] = _slice.maximum(entries_of(x, mask), row * n + start, row * n + stop)
+        row, start, stop = chunk_of(np.intp(task), n, x)
+        partial[task] = _slice.maximum(entries_of(x, mask), start, stop)
     maxima = workspace(rows, x)
     for row in range(rows):
         maxima[row] = _slice.maximum(partial, row * chunks, (row + 1) * chunks)
@@ -445,9 +445,9 @@ def long_reciprocals(x, mask, temperature, maxima):
     chunks = chunk_count(n, x)
     totals, errors = workspace(rows * chunks, x), workspace(rows * chunks, x)
     for task in prange(rows * chunks):
-        row, _, start, stop = chunk_of(np.intp(task), n, x)
+        row, start, stop = chunk_of(np.intp(task), n, x)
         own = temperature_at(temperature, row)
-        sums = chunk_sums(entries_of(x, mask), row * n + start, row * n + stop, maxima[row], own)
+        sums = chunk_sums(entries_of(x, mask), start, stop, maxima[row], own)
         totals[task], errors[task] = sums
     high, low = workspace(rows, x), workspace(rows, x)
     for row in range(rows):
@@ -473,9 +473,8 @@ def long_write(x, mask, temperature, maxima, high, low, out):
     """Write the terms of each row times its reciprocal."""
     rows, n = x.shape
     for task in prange(rows * chunk_count(n, x)):
-        row, _, start, stop = chunk_of(np.intp(task), n, x)
+        row, start, stop = chunk_of(np.intp(task), n, x)
         own = temperature_at(temperature, row)
-        start, stop = row * n + start, row * n + stop
         chunk_write(entries_of(x, mask), start, stop, maxima[row], own, high[row], low[row], pointer(out))
 
 
@@ -497,9 +496,8 @@ def long_split_sums(x, mask, temperature, maxima, weighted):
     chunks = chunk_count(n, x)
     partial = workspace(rows * chunks * 5, x).reshape(rows * chunks, 5)
     for task in prange(rows * chunks):
-        row, _, start, stop = chunk_of(np.intp(task), n, x)
+        row, start, stop = chunk_of(np.intp(task), n, x)
         rate = rate_of(temperature_at(temperature, row), maxima[row])
-        start, stop = row * n + start, row * n + stop
         part = _slice.split_sums(entries_of(x, mask), start, stop, maxima[row], rate, weighted, None)
         for quantity in range(5):
             partial[task, quantity] = part[quantity]
@@ -525,10 +523,9 @@ def long_write_log(x, mask, temperature, maxima, sums, out):
     """Write the logarithms of each row."""
     rows, n = x.shape
     for task in prange(rows * chunk_count(n, x)):
-        row, _, start, stop = chunk_of(np.intp(task), n, x)
+        row, start, stop = chunk_of(np.intp(task), n, x)
         rate = rate_of(temperature_at(temperature, row), maxima[row])
         log_sum = log_of_sum(maxima[row], five(sums, row))
-        start, stop = row * n + start, row * n + stop
         _slice.write_log(entries_of(x, mask), start, stop, maxima[row], rate, log_sum, pointer(out), 0)
 
 
@@ -688,21 +685,13 @@ def read_gap(work, j, width):
 
 
 @jit
-def rows_later(soon, count):
-    """What will be needed after so many rows of a tile."""
-    if soon is None:
-        return None
-    return Soon(soon.x, soon.at + count * soon.step, soon.out, soon.to + count * soon.step, soon.step)
-
-
-@jit
 def column_sums(work, at, n, scale, guard, soon):
     """Sums of the terms of columns, which take the place of the entries."""
     lanes = lane_count(work)
     total = error = spread(0.0, work)
     for start in range(0, n, CHUNK):
         first, last = at + start * lanes, at + min(n, start + CHUNK) * lanes
-        part, part_error = lane_sums(work, first, last, scale, guard, work, first, rows_later(soon, start))
+        part, part_error = lane_sums(work, first, last, scale, guard, work, first, later(soon, start))
         total, error = merge(total, error, part, part_error)
     return total, error
 
@@ -715,7 +704,7 @@ def column_split_sums(work, at, n, row_max, scale, guard, weighted, soon):
     sums = zero, zero, zero, zero, zero
     for start in range(0, n, CHUNK):
         first, last = at + start * lanes, at + min(n, start + CHUNK) * lanes
-        ahead = rows_later(soon, start)
+        ahead = later(soon, start)
         part = lane_split_sums(work, first, last, row_max, scale, guard, weighted, ahead)
         sums = merge_split(sums, part)
     return sums

@@ -201,11 +201,12 @@ def maximum(x, start, stop):
 
 
 @jit
-def later(soon, count):
-    """What will be needed after so many entries of a contiguous slice."""
+def later(soon, steps):
+    """What will be needed so many steps later."""
     if soon is None:
         return None
-    return Soon(soon.x, soon.at + count, soon.out, soon.to + count, soon.step)
+    ahead = steps * soon.step
+    return Soon(soon.x, soon.at + ahead, soon.out, soon.to + ahead, soon.step)
 
 
 @jit
@@ -215,9 +216,8 @@ def sum_terms(x, start, stop, scale, guard, stored, at, soon):
     total = error = spread(0.0, scale.row_max)
     for first in range(start, stop, chunk):
         last = min(stop, first + chunk)
-        part, part_error = lane_sums(
-            x, first, last, scale, guard, stored, at + first - start, later(soon, first - start)
-        )
+        ahead = later(soon, (first - start) // lane_count(x))
+        part, part_error = lane_sums(x, first, last, scale, guard, stored, at + first - start, ahead)
         part, part_error = sum_lanes(part, part_error)
         total, error = merge(total, error, part, part_error)
     return total, error
@@ -231,7 +231,8 @@ def sum_split_terms(x, start, stop, row_max, scale, guard, weighted, soon):
     sums = zero, zero, zero, zero, zero
     for first in range(start, stop, chunk):
         last = min(stop, first + chunk)
-        part = lane_split_sums(x, first, last, row_max, scale, guard, weighted, later(soon, first - start))
+        ahead = later(soon, (first - start) // lane_count(x))
+        part = lane_split_sums(x, first, last, row_max, scale, guard, weighted, ahead)
         ties, _ = sum_lanes(part[0], spread(0.0, x))
         rest, error = sum_lanes(part[1], part[2])
         moment, moment_error = sum_lanes(part[3], part[4])
