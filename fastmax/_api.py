@@ -11,9 +11,14 @@ from numpy.typing import ArrayLike
 
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT64 = np.dtype(np.float64)
+_ARRAY = np.ndarray
 
 # Entries up to which a vector goes straight to its kernel, on one thread (see PARALLEL_SLICE in `_cpu`).
 _SMALL = 2**17
+
+# Entries, and entries of a row, up to which rows do (see PARALLEL_ROWS and NARROW): 32 rows of 10 take 1.1 us
+# less than by way of the schedule.
+_FEW = 2**13, 32
 
 
 class Operation:
@@ -34,6 +39,13 @@ class Operation:
         from fastmax import _slice
 
         return getattr(_slice, self.name)
+
+    @functools.cached_property
+    def few_rows(self):
+        """Kernel for a few narrow rows, on one thread."""
+        from fastmax import _cpu
+
+        return getattr(_cpu, f"{self.name}_few_rows")
 
     @functools.cached_property
     def schedule(self):
@@ -286,12 +298,12 @@ def entropy(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, keepdims=
 
 def _is_plain(x, temperature, axis, out):
     """Whether the arguments need no checks and no conversion, which is what most calls come with."""
+    if type(x) is not _ARRAY or type(temperature) is not float or type(axis) is not int:
+        return False
+    dtype, ndim = x.dtype, x.ndim
     if not (
-        type(x) is np.ndarray
-        and (x.dtype is _FLOAT64 or x.dtype is _FLOAT32)
-        and type(axis) is int
-        and -x.ndim <= axis < x.ndim
-        and type(temperature) is float
+        (dtype is _FLOAT64 or dtype is _FLOAT32)
+        and -ndim <= axis < ndim
         and temperature >= 0.0
         and x.size > 0
     ):
@@ -299,7 +311,7 @@ def _is_plain(x, temperature, axis, out):
     flags = x.flags
     if out is None or out is x:
         return flags.carray
-    if type(out) is not np.ndarray or out.dtype is not x.dtype or out.shape != x.shape:
+    if type(out) is not _ARRAY or out.dtype is not dtype or out.shape != x.shape:
         return False
     own = out.flags
     apart = (flags.owndata and own.owndata) or not np.may_share_memory(out, x)
@@ -308,10 +320,14 @@ def _is_plain(x, temperature, axis, out):
 
 def _transform_plain(operation, x, temperature, axis, out) -> Any:
     result = np.empty_like(x) if out is None else out
-    if x.ndim == 1 and x.size <= _SMALL:
+    ndim = x.ndim
+    if ndim == 1 and x.size <= _SMALL:
         operation.slice(x, temperature, result)
-    elif x.ndim == 2 and axis % 2:
-        operation.schedule(x, None, _as_array_of_one(temperature), result)
+    elif ndim == 2 and axis % 2:
+        if _are_few(x):
+            operation.few_rows(x, temperature, result)
+        else:
+            operation.schedule(x, None, _as_array_of_one(temperature), result)
     else:
         shape = _around(x.shape, axis)
         operation.schedule(x.reshape(shape), None, _as_array_of_one(temperature), result.reshape(shape))
@@ -321,10 +337,18 @@ def _transform_plain(operation, x, temperature, axis, out) -> Any:
 def _reduce_plain(operation, x, temperature, axis) -> Any:
     if x.ndim == 1 and x.size <= _SMALL:
         return x.dtype.type(operation.slice(x, temperature))
+    if x.ndim == 2 and axis % 2 and _are_few(x):
+        values = np.empty(len(x), x.dtype)
+        operation.few_rows(x, temperature, values)
+        return values
     shape = _around(x.shape, axis)
     values = np.empty(shape[::2], x.dtype)
     operation.schedule(x.reshape(shape), None, _as_array_of_one(temperature), values)
     return values.reshape(x.shape[:axis] + x.shape[axis:][1:])[()]
+
+
+def _are_few(x):
+    return x.shape[1] <= _FEW[1] and x.size <= _FEW[0]
 
 
 @functools.lru_cache(maxsize=64)

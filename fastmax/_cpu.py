@@ -12,6 +12,7 @@ bytes of that shape; temperatures are one float64, or one for each of the outer 
 
 import math
 import os
+from collections import namedtuple
 
 import numba
 import numpy as np
@@ -30,15 +31,19 @@ from fastmax._lanes import (
     present,
     put,
     read,
+    read_square,
     spread,
+    square_size,
     store,
     workspace,
     write,
+    write_square,
 )
 from fastmax._math import (
     Gap,
     Guard,
     Scale,
+    add_smaller,
     guarded_gap,
     guarded_scale,
     is_plain,
@@ -53,10 +58,12 @@ from fastmax._math import (
     term_of,
     terms,
     times_pair,
+    top_term,
 )
 from fastmax._slice import (
     CHUNK,
     Soon,
+    add_split,
     lane_maxima,
     lane_split_sums,
     lane_sums,
@@ -71,6 +78,10 @@ from fastmax._slice import (
 PARALLEL_ROWS = 2**14
 PARALLEL_COLUMNS = 2**16
 PARALLEL_SLICE = 2**17
+
+# Vectors of a row below which it is narrow, unless it fills them (float32, 32 lanes: 33 entries take 40 ns
+# against 60, 97 as long, and 64 entries 45 against 40).
+NARROW = 3
 
 # Terms of rows that a thread takes at a time: they and the rows themselves fit the first cache.
 GROUP = 2**11
@@ -337,6 +348,267 @@ def value_groups(x, mask, temperature, out, first, stop, weighted, work):
             row = (start + r) * step
             value = _slice.value_of_sums(entries, row, 1, n, row_max, own, sums, weighted)
             put(pointer(out), start + r, value)
+
+
+# -- narrow rows ----------------------------------------------------------------------------------
+# As many rows as there are lanes are transposed, square by square, into a tile: a lane then has a whole row,
+# no vector is filled in part, and nothing is merged across lanes. Ten entries take 11 ns (float32), of which
+# the two transpositions are 5, and 33 as a row of `softmax_rows`. As there, entry i is summed in chain i mod
+# lanes, and chains are merged by halves.
+
+# Vectors of working memory beside the tile: fields of the rows, and five sums of each chain.
+_CHAIN_SUMS = 5
+
+
+@jit
+def narrow_work_size(n, like):
+    """Entries of working memory for as many rows as there are lanes."""
+    lanes = lane_count(like)
+    return (_FIELDS + _CHAIN_SUMS * min(n, lanes) + n + square_size(like)) * lanes
+
+
+@jit
+def chain_sums_at(n, work):
+    """Where the sums of the chains stand in working memory; the tile comes before them."""
+    return (_FIELDS + n + square_size(work)) * lane_count(work)
+
+
+@jit
+def pack_rows(x, row, step, n, count, work, at):
+    """Write rows to a tile, one in each lane."""
+    size, lanes = square_size(work), lane_count(work)
+    for first in range(0, n, size):
+        to = at + first * lanes
+        read_square(x, row + first, step, min(size, count), min(size, n - first), work, to)
+        if count > size:
+            lower = row + size * step + first
+            read_square(x, lower, step, count - size, min(size, n - first), work, to + size)
+
+
+@jit
+def unpack_rows(work, at, out, row, n, count, x, absent):
+    """Write a tile to rows; entries that the mask of x leaves out become ``absent``."""
+    size, lanes = square_size(work), lane_count(work)
+    for first in range(0, n, size):
+        tile = at + first * lanes
+        write_square(work, tile, out, row + first, n, min(size, count), min(size, n - first), x, absent)
+        if count > size:
+            lower = row + size * n + first
+            write_square(work, tile + size, out, lower, n, count - size, min(size, n - first), x, absent)
+
+
+@jit
+def narrow_sums(work, at, n, scale, guard):
+    """Sums of the terms of rows, which take the place of the entries."""
+    lanes, totals = lane_count(work), chain_sums_at(n, work)
+    chains = min(n, lanes)
+    errors = totals + chains * lanes
+    for chain in range(chains):
+        total, error = top_term(work), spread(0.0, work)
+        for i in range(chain, n, lanes):
+            power, excess, _ = terms(load(work, at + i * lanes), scale, guard)
+            store(work, at + i * lanes, term_of(power, excess))
+            total, error = add_smaller(total, error, power, excess)
+        store(work, totals + chain * lanes, total - top_term(work))
+        store(work, errors + chain * lanes, error)
+    merge_chains(work, totals, errors, chains)
+    return load(work, totals), load(work, errors)
+
+
+@jit
+def merge_chains(work, totals, errors, count):
+    """Merge the sums of chains into those of the first."""
+    lanes = lane_count(work)
+    half = lanes // 2
+    while half > 0:
+        for chain in range(half, count):
+            at, to = totals + chain * lanes, errors + chain * lanes
+            total, error = load(work, at - half * lanes), load(work, to - half * lanes)
+            total, error = merge(total, error, load(work, at), load(work, to))
+            store(work, at - half * lanes, total)
+            store(work, to - half * lanes, error)
+        half, count = half // 2, min(half, count)
+
+
+@Kernel
+def softmax_narrow_rows(x, mask, temperature, out, parts):
+    """Softmax of narrow rows."""
+    rows, n = out.shape
+    work = workspace(parts * narrow_work_size(n, x), x)
+    for i in prange(parts):
+        part = np.intp(i)
+        first, stop = rows * part // parts, rows * (part + 1) // parts
+        own = part_of(work, part, parts)
+        for row in range(first, stop, lane_count(x)):
+            softmax_narrow_group(x, mask, temperature, out, row, min(lane_count(x), stop - row), own)
+
+
+@kernel
+def softmax_few_rows(x, temperature, out):
+    """Softmax of narrow rows on one thread, at one temperature, which is a float: the short way."""
+    rows, n = out.shape
+    work = workspace(narrow_work_size(n, x), x)
+    for row in range(0, rows, lane_count(x)):
+        softmax_narrow_group(x, None, (temperature,), out, row, min(lane_count(x), rows - row), work)
+
+
+@jit
+def softmax_narrow_group(x, mask, temperature, out, first, count, work):
+    """Softmax of as many rows as there are lanes, or fewer."""
+    n, step = out.shape[1], row_step(x, out.shape[1])
+    entries, w = entries_of(x, mask), pointer(work)
+    lanes = lane_count(w)
+    tile = _FIELDS * lanes
+    pack_rows(entries, first * step, step, n, count, w, tile)
+    row_max = lane_maxima(w, tile, tile + n * lanes)
+    rate = rate_of(temperature_at(temperature, 0), get(w, tile))
+    if are_plain(row_max, temperature, rate):
+        total, error = narrow_sums(w, tile, n, plain_scale(row_max, rate), None)
+    else:
+        write_scales(row_max, temperature, first, w, 0, lanes)
+        total, error = narrow_sums(w, tile, n, read_scale(w, 0, lanes), read_guard(w, 0, lanes))
+    high, low = reciprocal(total, error)
+    for i in range(tile, tile + n * lanes, lanes):
+        store(w, i, times_pair(load(w, i), high, low))
+    unpack_rows(w, tile, pointer(out), first * n, n, count, entries, spread(0.0, get(w, tile)))
+
+
+@jit
+def narrow_split_sums(work, at, n, row_max, scale, guard, weighted):
+    """`lane_split_sums` of rows."""
+    lanes, ties = lane_count(work), chain_sums_at(n, work)
+    chains = min(n, lanes)
+    size = chains * lanes
+    zero = spread(0.0, work)
+    count = zero
+    for chain in range(chains):
+        sums = zero, zero, zero, zero, zero
+        for i in range(chain, n, lanes):
+            sums = add_split(sums, load(work, at + i * lanes), row_max, scale, guard, weighted)
+        to = ties + chain * lanes
+        count = count + sums[0]
+        store(work, to + size, sums[1])
+        store(work, to + 2 * size, sums[2])
+        store(work, to + 3 * size, sums[3])
+        store(work, to + 4 * size, sums[4])
+    merge_chains(work, ties + size, ties + 2 * size, chains)
+    if weighted is not None:
+        merge_chains(work, ties + 3 * size, ties + 4 * size, chains)
+    return (
+        count,
+        load(work, ties + size),
+        load(work, ties + 2 * size),
+        load(work, ties + 3 * size),
+        load(work, ties + 4 * size),
+    )
+
+
+@jit
+def narrow_split(x, temperature, first, n, step, count, weighted, work):
+    """Pack a group and write its maxima and `narrow_split_sums` to the first six fields."""
+    lanes = lane_count(work)
+    tile = _FIELDS * lanes
+    pack_rows(x, first * step, step, n, count, work, tile)
+    row_max = lane_maxima(work, tile, tile + n * lanes)
+    rate = rate_of(temperature_at(temperature, 0), get(work, tile))
+    plain = are_plain(row_max, temperature, rate)
+    if plain:
+        sums = narrow_split_sums(work, tile, n, row_max, plain_scale(row_max, rate), None, weighted)
+    else:
+        write_scales(row_max, temperature, first, work, 0, lanes)
+        scale, guard = read_scale(work, 0, lanes), read_guard(work, 0, lanes)
+        sums = narrow_split_sums(work, tile, n, row_max, scale, guard, weighted)
+    write_split(row_max, sums, work, 0, lanes)
+    return plain
+
+
+@Kernel
+def log_softmax_narrow_rows(x, mask, temperature, out, parts):
+    """Logarithm of the softmax of narrow rows."""
+    rows, n = out.shape
+    work = workspace(parts * narrow_work_size(n, x), x)
+    for i in prange(parts):
+        part = np.intp(i)
+        first, stop = rows * part // parts, rows * (part + 1) // parts
+        own = part_of(work, part, parts)
+        for row in range(first, stop, lane_count(x)):
+            count = min(lane_count(x), stop - row)
+            log_softmax_narrow_group(x, mask, temperature, out, row, count, own)
+
+
+@kernel
+def log_softmax_few_rows(x, temperature, out):
+    """Logarithm of the softmax of narrow rows on one thread, at one temperature."""
+    rows, n = out.shape
+    work = workspace(narrow_work_size(n, x), x)
+    for row in range(0, rows, lane_count(x)):
+        log_softmax_narrow_group(x, None, (temperature,), out, row, min(lane_count(x), rows - row), work)
+
+
+@jit
+def log_softmax_narrow_group(x, mask, temperature, out, first, count, work):
+    """Logarithm of the softmax of as many rows as there are lanes, or fewer."""
+    n, step = out.shape[1], row_step(x, out.shape[1])
+    entries, w = entries_of(x, mask), pointer(work)
+    lanes = lane_count(w)
+    tile = _FIELDS * lanes
+    plain = narrow_split(entries, temperature, first, n, step, count, None, w)
+    write_log_sums(temperature, first, w, 0, lanes)
+    gap, guard = read_gap(w, 0, lanes), read_guard(w, 0, lanes)
+    for i in range(tile, tile + n * lanes, lanes):
+        if plain:
+            store(w, i, log_terms(load(w, i), gap, None))
+        else:
+            store(w, i, log_terms(load(w, i), gap, guard))
+    unpack_rows(w, tile, pointer(out), first * n, n, count, entries, -spread(math.inf, get(w, tile)))
+
+
+@Kernel
+def value_narrow_rows(x, mask, temperature, out, parts, weighted):
+    """Logsumexp, or entropy unless ``weighted`` is None, of narrow rows."""
+    rows, n = len(out), x.shape[1]
+    work = workspace(parts * narrow_work_size(n, x), x)
+    for i in prange(parts):
+        part = np.intp(i)
+        first, stop = rows * part // parts, rows * (part + 1) // parts
+        own = part_of(work, part, parts)
+        for row in range(first, stop, lane_count(x)):
+            count = min(lane_count(x), stop - row)
+            value_narrow_group(x, mask, temperature, out, row, count, weighted, own)
+
+
+@kernel
+def value_few_rows(x, temperature, out, weighted):
+    """Logsumexp, or entropy unless ``weighted`` is None, of narrow rows on one thread, at one temperature."""
+    rows, n = x.shape
+    work = workspace(narrow_work_size(n, x), x)
+    for row in range(0, rows, lane_count(x)):
+        count = min(lane_count(x), rows - row)
+        value_narrow_group(x, None, (temperature,), out, row, count, weighted, work)
+
+
+def logsumexp_few_rows(x, temperature, out):
+    """Logsumexp of narrow rows on one thread, at one temperature."""
+    value_few_rows(x, temperature, out, None)
+
+
+def entropy_few_rows(x, temperature, out):
+    """Entropy of the softmax of narrow rows on one thread, at one temperature."""
+    value_few_rows(x, temperature, out, True)
+
+
+@jit
+def value_narrow_group(x, mask, temperature, out, first, count, weighted, work):
+    """`value_narrow_rows` of as many rows as there are lanes, or fewer."""
+    n, step = x.shape[1], row_step(x, x.shape[1])
+    entries, w = entries_of(x, mask), pointer(work)
+    lanes = lane_count(w)
+    narrow_split(entries, temperature, first, n, step, count, weighted, w)
+    for k in range(count):
+        top, sums = get(w, field(0, k, lanes)), column_sums_at(w, k, lanes)
+        own = temperature_at(temperature, first + k)
+        value = _slice.value_of_sums(entries, (first + k) * step, 1, n, top, own, sums, weighted)
+        put(pointer(out), first + k, value)
 
 
 # -- rows of more than a chunk --------------------------------------------------------------------
@@ -678,6 +950,17 @@ def write_gaps(row_max, log_sums, temperature, first, work, j, width):
 
 
 @jit
+def write_log_sums(temperature, first, work, j, width):
+    """Write a gap and guard for each lane, from the fields that `write_split` wrote."""
+    log_sums = field(_RECIPROCAL, j, width)
+    for k in range(lane_count(work)):
+        top = get(work, field(0, j + k, width))
+        log_sum = log_of_sum(top, column_sums_at(work, j + k, width))
+        put(work, log_sums + k, spread(log_sum, top))
+    write_gaps(load(work, field(0, j, width)), log_sums, temperature, first, work, j, width)
+
+
+@jit
 def read_gap(work, j, width):
     """Gaps of the columns from j on."""
     row_max = load(work, field(0, j, width))
@@ -789,12 +1072,7 @@ def log_softmax_tile(x, mask, temperature, out, i, first, width, parts, work):
         soon = Soon(entries, base + parts * width + j, results, base + j, inner)
         number = i * inner + first + j
         split_tile_sums(w, tile + j * n, n, row_max, temperature, number, rate, None, j, width, soon)
-        log_sums = field(_RECIPROCAL, j, width)
-        for k in range(lanes):
-            top = get(w, field(0, j + k, width))
-            log_sum = log_of_sum(top, column_sums_at(w, j + k, width))
-            put(w, log_sums + k, spread(log_sum, top))
-        write_gaps(row_max, log_sums, temperature, i * inner + first + j, w, j, width)
+        write_log_sums(temperature, number, w, j, width)
     for k in range(n):
         write_log_row(entries, results, base + k * inner, w, tile + k * lanes, n, count, width, plain)
 
@@ -823,6 +1101,12 @@ def split_tile_sums(work, at, n, row_max, temperature, first, rate, weighted, j,
         write_scales(row_max, temperature, first, work, j, width)
         scale, guard = read_scale(work, j, width), read_guard(work, j, width)
         sums = column_split_sums(work, at, n, row_max, scale, guard, weighted, soon)
+    write_split(row_max, sums, work, j, width)
+
+
+@jit
+def write_split(row_max, sums, work, j, width):
+    """Write maxima and five sums to the first six fields."""
     store(work, field(0, j, width), row_max)
     store(work, field(1, j, width), sums[0])
     store(work, field(2, j, width), sums[1])
@@ -1181,67 +1465,52 @@ def value_tall_columns(threads, x, mask, temperature, out, weighted):
 
 # -- the choice -----------------------------------------------------------------------------------
 
+Schedules = namedtuple("Schedules", "narrow_rows rows wide_rows long_rows columns tall_columns")
+
+_SOFTMAX = Schedules(
+    softmax_narrow_rows,
+    softmax_rows,
+    softmax_wide_rows,
+    softmax_long_rows,
+    softmax_columns,
+    softmax_tall_columns,
+)
+_LOG_SOFTMAX = Schedules(
+    log_softmax_narrow_rows,
+    log_softmax_rows,
+    log_softmax_wide_rows,
+    log_softmax_long_rows,
+    log_softmax_columns,
+    log_softmax_tall_columns,
+)
+_VALUES = Schedules(
+    value_narrow_rows,
+    value_rows,
+    value_wide_rows,
+    value_long_rows,
+    value_columns,
+    value_tall_columns,
+)
+
 
 def softmax(x, mask, temperature, out):
     """Write the softmax over axis 1 of ``x`` to ``out``, which has its shape and may be ``x``."""
-    _run(
-        softmax_rows,
-        softmax_wide_rows,
-        softmax_long_rows,
-        softmax_columns,
-        softmax_tall_columns,
-        x,
-        mask,
-        temperature,
-        out,
-    )
+    _run(_SOFTMAX, x, mask, temperature, out)
 
 
 def log_softmax(x, mask, temperature, out):
     """Write the logarithm of the softmax over axis 1 of ``x`` to ``out``."""
-    _run(
-        log_softmax_rows,
-        log_softmax_wide_rows,
-        log_softmax_long_rows,
-        log_softmax_columns,
-        log_softmax_tall_columns,
-        x,
-        mask,
-        temperature,
-        out,
-    )
+    _run(_LOG_SOFTMAX, x, mask, temperature, out)
 
 
 def logsumexp(x, mask, temperature, out):
     """Write the logsumexp over axis 1 of ``x`` to ``out``, which has the shape (outer, inner)."""
-    _run(
-        value_rows,
-        value_wide_rows,
-        value_long_rows,
-        value_columns,
-        value_tall_columns,
-        x,
-        mask,
-        temperature,
-        out,
-        None,
-    )
+    _run(_VALUES, x, mask, temperature, out, None)
 
 
 def entropy(x, mask, temperature, out):
     """Write the entropy of the softmax over axis 1 of ``x`` to ``out``, of shape (outer, inner)."""
-    _run(
-        value_rows,
-        value_wide_rows,
-        value_long_rows,
-        value_columns,
-        value_tall_columns,
-        x,
-        mask,
-        temperature,
-        out,
-        True,
-    )
+    _run(_VALUES, x, mask, temperature, out, True)
 
 
 # GNU OpenMP kills a forked child that starts threads if its parent had any: such a child works on one.
@@ -1268,24 +1537,28 @@ def _threads(size, enough):
     return threads
 
 
-def _run(rows, wide_rows, long_rows, columns, tall_columns, x, mask, temperature, out, *options):
+def _run(schedules, x, mask, temperature, out, *options):
     """Run the schedule that suits the shape: (outer, n), or (outer, n, inner)."""
-    outer, n, *inner = x.shape
+    shape = x.shape
+    outer, n = shape[:2]
     slices = max(outer, len(temperature))
-    size = max(x.size, slices * n)
-    if inner:
-        threads = _threads(size, PARALLEL_COLUMNS)
+    if len(shape) == 3:
+        threads = _threads(max(x.size, slices * n), PARALLEL_COLUMNS)
         if n > TALL:
-            tall_columns(threads, x, mask, temperature, out, *options)
+            schedules.tall_columns(threads, x, mask, temperature, out, *options)
         else:
-            columns(threads, x, mask, temperature, out, threads, *options)
-    elif slices > 1 and n <= CHUNK * LANE_BYTES // max(x.itemsize, 4):
+            schedules.columns(threads, x, mask, temperature, out, threads, *options)
+        return
+    size, lanes = slices * n, LANE_BYTES // max(x.itemsize, 4)
+    if slices > 1 and n <= CHUNK * lanes:
         threads = min(_threads(size, PARALLEL_ROWS), slices)
-        rows(threads, x, mask, temperature, out, threads, *options)
+        is_narrow = n % lanes > 0 and n < NARROW * lanes
+        schedule = schedules.narrow_rows if is_narrow else schedules.rows
+        schedule(threads, x, mask, temperature, out, threads, *options)
     else:
         threads = _threads(size, PARALLEL_SLICE)
         if slices > outer or (n * x.itemsize <= STORED_BYTES and slices >= 10 * threads):
             threads = min(threads, slices)
-            wide_rows(threads, x, mask, temperature, out, threads, *options)
+            schedules.wide_rows(threads, x, mask, temperature, out, threads, *options)
         else:
-            long_rows(threads, x, mask, temperature, out, *options)
+            schedules.long_rows(threads, x, mask, temperature, out, *options)

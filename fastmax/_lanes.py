@@ -551,6 +551,83 @@ def present(typingctx, array, index, count, value, absent):
     return value(array, types.intp, types.intp, value, value), codegen
 
 
+# A square has as many rows as columns, half as many as there are lanes: its rows fill the registers once.
+
+
+@intrinsic
+def square_size(typingctx, like):
+    """Number of rows and columns of a square."""
+    size = _lanes_of(like).count // 2
+    return types.intp(like), lambda context, builder, sig, args: ir.Constant(_SIZE, size)
+
+
+@intrinsic
+def read_square(typingctx, x, start, step, rows, columns, work, to):
+    """Copy a square, transposed: so many columns of so many rows of x, which begin ``step`` entries apart.
+
+    Column j becomes the half of a vector that begins at ``to`` + j * lanes in working memory. All of a square
+    is written there; what x has none of is a copy of the last row, or 0.
+    """
+    lanes = _lanes_of(work)
+    llvm_type = ir.VectorType(_SCALAR[lanes.dtype], lanes.count // 2)
+
+    def codegen(context, builder, sig, args):
+        x, start, step, rows, columns, work, to = args
+        first = _first_lanes(builder, columns, llvm_type)
+        last = builder.sub(rows, _SIZE(1))
+        square = []
+        for i in range(llvm_type.count):
+            row = builder.select(builder.icmp_signed("<", last, _SIZE(i)), last, _SIZE(i))
+            index = builder.add(start, builder.mul(row, step))
+            square.append(_read(context, builder, sig.args[0], x, index, llvm_type, first))
+        for j, column in enumerate(_transposed(builder, square)):
+            _write(context, builder, sig.args[5], work, builder.add(to, _SIZE(j * lanes.count)), column)
+        return context.get_dummy_value()
+
+    return types.none(x, start, step, rows, columns, work, to), codegen
+
+
+@intrinsic
+def write_square(typingctx, work, at, out, start, step, rows, columns, x, absent):
+    """Copy a square back: so many columns of so many rows of ``out``, which begin ``step`` entries apart.
+
+    Entries that the mask of x leaves out become ``absent``.
+    """
+    lanes = _lanes_of(work)
+    llvm_type = ir.VectorType(_SCALAR[lanes.dtype], lanes.count // 2)
+
+    def codegen(context, builder, sig, args):
+        work, at, out, start, step, rows, columns, x, absent = args
+        square = []
+        for j in range(llvm_type.count):
+            index = builder.add(at, _SIZE(j * lanes.count))
+            square.append(_read(context, builder, sig.args[0], work, index, llvm_type))
+        for i, row in enumerate(_transposed(builder, square)):
+            inside = builder.icmp_signed("<", _SIZE(i), rows)
+            first = _first_lanes(builder, builder.select(inside, columns, _SIZE(0)), llvm_type)
+            index = builder.add(start, builder.mul(_SIZE(i), step))
+            if _is_pair(sig.args[7]):
+                mask = _mask(context, builder, sig.args[7], x, index, llvm_type.count, first)
+                row = builder.select(mask, row, _splat(builder, absent, llvm_type))
+            _write(context, builder, sig.args[2], out, index, row, first)
+        return context.get_dummy_value()
+
+    own = lanes.dtype
+    return types.none(work, at, out, start, step, rows, columns, x, own), codegen
+
+
+def _transposed(builder, rows):
+    """Columns of a square: each of log2(n) rounds shuffles vectors i and i + n / 2 into one another."""
+    count = len(rows)
+    lower = [i // 2 + i % 2 * count for i in range(count)]
+    picks = (lower, [i + count // 2 for i in lower])
+    masks = [ir.Constant(ir.VectorType(_INDEX, count), [_INDEX(i) for i in pick]) for pick in picks]
+    for _ in range(count.bit_length() - 1):
+        pairs = zip(rows[: count // 2], rows[count // 2 :], strict=True)
+        rows = [builder.shuffle_vector(a, b, mask) for a, b in pairs for mask in masks]
+    return rows
+
+
 def _first_lanes(builder, count, llvm_type):
     """Mask of the lanes below ``count``."""
     indices = ir.VectorType(_INDEX, llvm_type.count)

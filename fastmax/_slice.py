@@ -170,24 +170,32 @@ def lane_split_sums(x, start, stop, row_max, scale, guard, weighted, soon):
     The last is 0 if ``weighted`` is None; ``soon`` is as in `lane_sums`.
     """
     lanes = lane_count(x)
-    zero, one = spread(0.0, x), spread(1.0, x)
-    ties = rest = error = moment = moment_error = zero
-    top = spread(row_max, x)
+    zero = spread(0.0, x)
+    sums = zero, zero, zero, zero, zero
     i = start
     while i < stop:
         if soon is not None:
             ahead = (i - start) // lanes * soon.step
             prefetch(soon.x, soon.at + ahead)
             prefetch(soon.out, soon.to + ahead)
-        # NaN equals nothing, so the filler cannot be a tie; it is no term either.
         entries = read(x, i, stop - i, spread(-math.inf, x))
-        power, excess, product = terms(entries, scale, guard)
-        ties = ties + select(entries == top, one, zero)
-        power, excess = select(entries == top, zero, power), select(entries == top, zero, excess)
-        rest, error = add(rest, error, power, excess)
-        if weighted is not None:
-            moment, moment_error = merge(moment, moment_error, term_of(power, excess) * product, zero)
+        sums = add_split(sums, entries, row_max, scale, guard, weighted)
         i += lanes
+    return sums
+
+
+@jit(inline="always")
+def add_split(sums, x, row_max, scale, guard, weighted):
+    """Add entries to the five sums of `lane_split_sums`."""
+    ties, rest, error, moment, moment_error = sums
+    zero, one, top = spread(0.0, x), spread(1.0, x), spread(row_max, x)
+    power, excess, product = terms(x, scale, guard)
+    # NaN equals nothing, so where nothing is read it is no tie; it is no term either.
+    ties = ties + select(x == top, one, zero)
+    power, excess = select(x == top, zero, power), select(x == top, zero, excess)
+    rest, error = add(rest, error, power, excess)
+    if weighted is not None:
+        moment, moment_error = merge(moment, moment_error, term_of(power, excess) * product, zero)
     return ties, rest, error, moment, moment_error
 
 
