@@ -362,6 +362,36 @@ def _around(shape, axis):
     return (math.prod(shape[:axis]), shape[axis], inner)[: 2 if inner == 1 else 3]
 
 
+def _fit(x, temperature, axis, where, out):
+    """Whether a mask is None or lies as x does, and temperatures are one or lie as the slices of x do."""
+    if where is not None and not (
+        type(where) is _ARRAY and where.dtype == bool and where.shape == x.shape and where.flags.c_contiguous
+    ):
+        return False
+    return temperature.ndim == 0 or (
+        temperature.shape == x.shape[:axis] + x.shape[axis:][1:]
+        and temperature.flags.c_contiguous
+        and (out is None or not np.may_share_memory(out, temperature))
+    )
+
+
+def _run_plain(operation, x, temperature, axis, where, out) -> Any:
+    """As the two above, with a mask or a temperature for each slice."""
+    if where is None and temperature.ndim == 0:
+        if operation.elementwise:
+            return _transform_plain(operation, x, float(temperature), axis, out)
+        return _reduce_plain(operation, x, float(temperature), axis)
+    shape = _around(x.shape, axis)
+    mask = None if where is None else where.view(np.uint8).reshape(shape)
+    if operation.elementwise:
+        result = np.empty_like(x) if out is None else out
+        operation.schedule(x.reshape(shape), mask, temperature.reshape(-1), result.reshape(shape))
+        return result
+    values = np.empty(shape[::2], x.dtype)
+    operation.schedule(x.reshape(shape), mask, temperature.reshape(-1), values)
+    return values.reshape(x.shape[:axis] + x.shape[axis:][1:])[()]
+
+
 # -- the long way: every argument -----------------------------------------------------------------
 
 
@@ -369,12 +399,10 @@ def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
     """Check the arguments, run the operation, and give the result its shape and dtype."""
     x, result_dtype = _as_array(x)
     temperature = _as_temperature(temperature)
-    if where is None and not keepdims and temperature.ndim == 0 and x.flags.c_contiguous:
-        plain, single = x.astype(result_dtype, copy=False), float(temperature)
-        if operation.elementwise and _is_plain(plain, single, axis, out):
-            return _transform_plain(operation, plain, single, axis, out)
-        if not operation.elementwise and out is None and _is_plain(plain, single, axis, None):
-            return _reduce_plain(operation, plain, single, axis)
+    if not keepdims and (out is None or operation.elementwise) and x.flags.c_contiguous:
+        plain = x.astype(result_dtype, copy=False)
+        if _is_plain(plain, 1.0, axis, out) and _fit(plain, temperature, axis, where, out):
+            return _run_plain(operation, plain, temperature, axis, where, out)
     given, axes = _as_axes(axis, x.ndim)
     batch = _batch_shape(x, temperature, axes)
     places = _places(given, axes, len(batch) + len(axes))
@@ -598,16 +626,17 @@ def _as_temperature(temperature):
     array = np.asarray(temperature)
     if array.dtype.kind in "cSUMmT":
         raise TypeError(f"temperature must be real, got dtype {array.dtype}")
-    try:
-        with np.errstate(over="ignore"):
-            array = array.astype(np.float64, copy=False)
-    except OverflowError:
-        raise ValueError(f"temperature must fit a float64, got {temperature!r}") from None
-    except (TypeError, ValueError):
-        raise TypeError(f"temperature must be real, got {temperature!r}") from None
-    invalid = ~(array >= 0.0)
-    if invalid.any():
-        raise ValueError(f"temperature must be in [0, inf], got {array[invalid][0]}")
+    if array.dtype != np.float64:
+        try:
+            with np.errstate(over="ignore"):
+                array = array.astype(np.float64)
+        except OverflowError:
+            raise ValueError(f"temperature must fit a float64, got {temperature!r}") from None
+        except (TypeError, ValueError):
+            raise TypeError(f"temperature must be real, got {temperature!r}") from None
+    valid = array >= 0.0
+    if not valid.all():
+        raise ValueError(f"temperature must be in [0, inf], got {array[~valid][0]}")
     return array
 
 

@@ -1226,18 +1226,22 @@ def strip_maxima(x, mask, row, inner, rows, count, out, to):
 
 
 @Kernel
-def tall_reciprocals(x, mask, temperature, maxima):
-    """1 / sum of the terms of each column, as a pair."""
+def tall_softmax(x, mask, temperature, maxima, out):
+    """Sum the terms of each column, then write them times 1 / sum: two passes that are compiled as one."""
     outer, n, inner = x.shape
     chunks, width = -(-n // CHUNK), strip_width(inner, x)
     totals, errors = workspace(outer * chunks * inner, x), workspace(outer * chunks * inner, x)
-    for task in prange(strip_count(x.shape, width)):
-        work = workspace((_FIELDS + CHUNK) * width, x)
-        strip_sums(x, mask, temperature, maxima, np.intp(task), width, work, totals, errors)
     high, low = workspace(outer * inner, x), workspace(outer * inner, x)
-    for i in range(outer):
-        merge_strips(totals, errors, i, chunks, inner, high, low)
-    return high, low
+    for is_last in (False, True):
+        for task in prange(strip_count(x.shape, width)):
+            work = workspace((_FIELDS + CHUNK) * width, x)
+            if is_last:
+                write_strip(x, mask, temperature, maxima, high, low, np.intp(task), width, work, out)
+            else:
+                strip_sums(x, mask, temperature, maxima, np.intp(task), width, work, totals, errors)
+        if not is_last:
+            for i in range(outer):
+                merge_strips(totals, errors, i, chunks, inner, high, low)
 
 
 @jit
@@ -1277,15 +1281,6 @@ def merge_strips(totals, errors, i, chunks, inner, high, low):
         part, part_error = reciprocal(total, error)
         write(pointer(high), i * inner + j, count, part)
         write(pointer(low), i * inner + j, count, part_error)
-
-
-@Kernel
-def tall_write(x, mask, temperature, maxima, high, low, out):
-    """Write the terms of each column times its reciprocal."""
-    width = strip_width(x.shape[2], x)
-    for task in prange(strip_count(x.shape, width)):
-        work = workspace(_FIELDS * width, x)
-        write_strip(x, mask, temperature, maxima, high, low, np.intp(task), width, work, out)
 
 
 @jit
@@ -1445,8 +1440,7 @@ def tall_values(x, mask, temperature, maxima, sums, out, weighted):
 def softmax_tall_columns(threads, x, mask, temperature, out):
     """Softmax of columns that all threads share."""
     maxima = tall_maxima(threads, x, mask)
-    high, low = tall_reciprocals(threads, x, mask, temperature, maxima)
-    tall_write(threads, x, mask, temperature, maxima, high, low, out)
+    tall_softmax(threads, x, mask, temperature, maxima, out)
 
 
 def log_softmax_tall_columns(threads, x, mask, temperature, out):
