@@ -28,6 +28,7 @@ from fastmax._lanes import (
     load,
     max_lanes,
     pointer,
+    prefetch,
     present,
     put,
     read,
@@ -462,6 +463,9 @@ def softmax_narrow_group(x, mask, temperature, out, first, count, work):
     pack_rows(entries, first * step, step, n, count, w, tile)
     row_max = lane_maxima(w, tile, tile + n * lanes)
     rate = rate_of(temperature_at(temperature, 0), get(w, tile))
+    for i in range(0, count * n, lanes):
+        prefetch(entries, (first + count) * step + i)
+        prefetch(pointer(out), first * n + i)
     if are_plain(row_max, temperature, rate):
         total, error = narrow_sums(w, tile, n, plain_scale(row_max, rate), None)
     else:
