@@ -22,11 +22,12 @@ from fastmax import _slice
 from fastmax._jit import jit, kernel, parallel_kernel
 from fastmax._lanes import (
     LANE_BYTES,
+    any_lanes,
     entries_of,
     get,
     lane_count,
     load,
-    max_lanes,
+    load_as,
     pointer,
     prefetch,
     present,
@@ -43,8 +44,10 @@ from fastmax._lanes import (
 from fastmax._math import (
     Gap,
     Guard,
+    Rate,
     Scale,
     add_smaller,
+    entropy_value,
     guarded_gap,
     guarded_scale,
     is_plain,
@@ -52,7 +55,9 @@ from fastmax._math import (
     log_of_sum,
     log_terms,
     merge,
+    misses_faint_terms,
     plain_gap,
+    plain_logsumexp,
     plain_scale,
     rate_of,
     reciprocal,
@@ -222,6 +227,18 @@ def group_split_sums(x, n, step, first, count, rate, temperature, weighted, work
 
 
 @jit
+def lane_sums_at(work):
+    """Sums of all rows of a group, one in each lane."""
+    return (
+        load(work, sums_at(work, 0)),
+        load(work, sums_at(work, 1)),
+        load(work, sums_at(work, 2)),
+        load(work, sums_at(work, 3)),
+        load(work, sums_at(work, 4)),
+    )
+
+
+@jit
 def split_sums_at(work, r):
     """Sums of row r of a group."""
     return (
@@ -310,10 +327,12 @@ def log_softmax_groups(x, mask, temperature, out, first, stop, work):
         count = min(size, stop - start)
         group_maxima(entries, n, step, start, count, w)
         rate = group_split_sums(entries, n, step, start, count, rate, temperature, None, w, results)
+        log_sums = log_of_sum(load(w, _MAXIMA * lanes), lane_sums_at(w))
+        store(w, _HIGH * lanes, spread(log_sums, load(w, _MAXIMA * lanes)))
         for r in range(count):
             rate = rate_at(rate, temperature, start + r, w)
             row_max = get(w, _MAXIMA * lanes + r)
-            log_sum = log_of_sum(row_max, split_sums_at(w, r))
+            log_sum = get(w, _HIGH * lanes + r)
             row = (start + r) * step
             shift = (start + r) * n - row
             _slice.write_log(entries, row, row + n, row_max, rate, log_sum, results, shift)
@@ -342,6 +361,11 @@ def value_groups(x, mask, temperature, out, first, stop, weighted, work):
         count = min(size, stop - start)
         group_maxima(entries, n, step, start, count, w)
         rate = group_split_sums(entries, n, step, start, count, rate, temperature, weighted, w, entries)
+        row_max, rates = load(w, _MAXIMA * lanes), lane_rates(temperature, start, count, rate, w)
+        if are_plain(row_max, rates) and shows_all(row_max, rates.temperature, lane_sums_at(w), weighted):
+            value = plain_value(row_max, rates.temperature, lane_sums_at(w), weighted)
+            write(pointer(out), start, count, value)
+            continue
         for r in range(count):
             row_max = get(w, _MAXIMA * lanes + r)
             own = temperature_at(temperature, start + r)
@@ -466,8 +490,9 @@ def softmax_narrow_group(x, mask, temperature, out, first, count, work):
     for i in range(0, count * n, lanes):
         prefetch(entries, (first + count) * step + i)
         prefetch(pointer(out), first * n + i)
-    if are_plain(row_max, temperature, rate):
-        total, error = narrow_sums(w, tile, n, plain_scale(row_max, rate), None)
+    rates = lane_rates(temperature, first, count, rate, w)
+    if are_plain(row_max, rates):
+        total, error = narrow_sums(w, tile, n, plain_scale(row_max, rates), None)
     else:
         write_scales(row_max, temperature, first, w, 0, lanes)
         total, error = narrow_sums(w, tile, n, read_scale(w, 0, lanes), read_guard(w, 0, lanes))
@@ -509,21 +534,22 @@ def narrow_split_sums(work, at, n, row_max, scale, guard, weighted):
 
 @jit
 def narrow_split(x, temperature, first, n, step, count, weighted, work):
-    """Pack a group and write its maxima and `narrow_split_sums` to the first six fields."""
+    """Pack a group, write its maxima and sums to the first six fields; return rates, and if all are plain."""
     lanes = lane_count(work)
     tile = _FIELDS * lanes
     pack_rows(x, first * step, step, n, count, work, tile)
     row_max = lane_maxima(work, tile, tile + n * lanes)
     rate = rate_of(temperature_at(temperature, 0), get(work, tile))
-    plain = are_plain(row_max, temperature, rate)
+    rates = lane_rates(temperature, first, count, rate, work)
+    plain = are_plain(row_max, rates)
     if plain:
-        sums = narrow_split_sums(work, tile, n, row_max, plain_scale(row_max, rate), None, weighted)
+        sums = narrow_split_sums(work, tile, n, row_max, plain_scale(row_max, rates), None, weighted)
     else:
         write_scales(row_max, temperature, first, work, 0, lanes)
         scale, guard = read_scale(work, 0, lanes), read_guard(work, 0, lanes)
         sums = narrow_split_sums(work, tile, n, row_max, scale, guard, weighted)
     write_split(row_max, sums, work, 0, lanes)
-    return plain
+    return rates, plain
 
 
 @Kernel
@@ -556,8 +582,8 @@ def log_softmax_narrow_group(x, mask, temperature, out, first, count, work):
     entries, w = entries_of(x, mask), pointer(work)
     lanes = lane_count(w)
     tile = _FIELDS * lanes
-    plain = narrow_split(entries, temperature, first, n, step, count, None, w)
-    write_log_sums(temperature, first, w, 0, lanes)
+    rates, plain = narrow_split(entries, temperature, first, n, step, count, None, w)
+    write_log_gaps(rates, plain, temperature, first, w, 0, lanes)
     gap, guard = read_gap(w, 0, lanes), read_guard(w, 0, lanes)
     for i in range(tile, tile + n * lanes, lanes):
         if plain:
@@ -607,7 +633,12 @@ def value_narrow_group(x, mask, temperature, out, first, count, weighted, work):
     n, step = x.shape[1], row_step(x, x.shape[1])
     entries, w = entries_of(x, mask), pointer(work)
     lanes = lane_count(w)
-    narrow_split(entries, temperature, first, n, step, count, weighted, w)
+    rates, plain = narrow_split(entries, temperature, first, n, step, count, weighted, w)
+    row_max, sums = read_split(w, 0, lanes)
+    if plain and shows_all(row_max, rates.temperature, sums, weighted):
+        value = plain_value(row_max, rates.temperature, sums, weighted)
+        write(pointer(out), first, count, value)
+        return
     for k in range(count):
         top, sums = get(w, field(0, k, lanes)), column_sums_at(w, k, lanes)
         own = temperature_at(temperature, first + k)
@@ -875,9 +906,24 @@ def pack(x, base, inner, n, count, work, at):
 
 
 @jit
-def are_plain(row_max, temperature, rate):
-    """Whether all lanes are plain slices at one temperature."""
-    return len(temperature) == 1 and max_lanes(larger(row_max, -row_max)) <= rate.limit
+def lane_rates(temperature, first, count, rate, like):
+    """Rates of so many slices, one in each lane; they are ``rate`` if there is one for all."""
+    if len(temperature) > 1:
+        return rate_of(load_as(temperature, first, count, 1.0, like), like)
+    return Rate(
+        load_as(temperature, 0, 0, rate.temperature, like),
+        spread(rate.high, like),
+        spread(rate.low, like),
+        spread(rate.inverse, like),
+        spread(rate.depth, like),
+        spread(rate.limit, like),
+    )
+
+
+@jit
+def are_plain(row_max, rates):
+    """Whether all lanes are plain slices."""
+    return not any_lanes(rates.limit < larger(row_max, -row_max))
 
 
 @jit
@@ -937,31 +983,38 @@ def read_guard(work, j, width):
 
 
 @jit
-def write_gaps(row_max, log_sums, temperature, first, work, j, width):
-    """Write a gap and guard for each lane; ``log_sums`` is where the logarithms of the sums stand."""
+def write_gaps(row_max, rates, log_sum, plain, temperature, first, work, j, width):
+    """Write a gap and guard for each lane; the guard of a plain slice changes nothing."""
+    gap = plain_gap(row_max, rates, log_sum)
     store(work, field(0, j, width), row_max)
+    store(work, field(1, j, width), gap.inverse)
+    store(work, field(2, j, width), gap.summand)
+    if plain:
+        one = spread(1.0, work)
+        for quantity in range(4, 7):
+            store(work, field(quantity, j, width), one)
+        store(work, field(7, j, width), -spread(math.inf, work))
+        return
+    store(work, field(_RECIPROCAL, j, width), log_sum)
     for k in range(lane_count(work)):
         top = get(work, field(0, j + k, width))
-        log_sum = get(work, log_sums + k)
+        own = get(work, field(_RECIPROCAL, j + k, width))
         rate = rate_of(temperature_at(temperature, first + k), top)
         if is_plain(top, rate):
-            gap, guard = plain_gap(top, rate, log_sum), no_guard(top)
+            gap, guard = plain_gap(top, rate, own), no_guard(top)
         else:
-            gap, guard = guarded_gap(top, rate.temperature, log_sum)
+            gap, guard = guarded_gap(top, rate.temperature, own)
         put(work, field(1, j + k, width), gap.inverse)
         put(work, field(2, j + k, width), gap.summand)
         write_guard(guard, work, j + k, width)
 
 
 @jit
-def write_log_sums(temperature, first, work, j, width):
-    """Write a gap and guard for each lane, from the fields that `write_split` wrote."""
-    log_sums = field(_RECIPROCAL, j, width)
-    for k in range(lane_count(work)):
-        top = get(work, field(0, j + k, width))
-        log_sum = log_of_sum(top, column_sums_at(work, j + k, width))
-        put(work, log_sums + k, spread(log_sum, top))
-    write_gaps(load(work, field(0, j, width)), log_sums, temperature, first, work, j, width)
+def write_log_gaps(rates, plain, temperature, first, work, j, width):
+    """Write a gap and guard for each lane, from the maxima and sums that `write_split` wrote."""
+    row_max, sums = read_split(work, j, width)
+    log_sum = spread(log_of_sum(row_max, sums), row_max)
+    write_gaps(row_max, rates, log_sum, plain, temperature, first, work, j, width)
 
 
 @jit
@@ -1026,10 +1079,12 @@ def softmax_tile(x, mask, temperature, out, i, first, width, parts, work):
         at = tile + j * n
         row_max = lane_maxima(w, at, at + n * lanes)
         soon = Soon(entries, base + parts * width + j, results, base + j, inner)
-        if are_plain(row_max, temperature, rate):
-            total, error = column_sums(w, at, n, plain_scale(row_max, rate), None, soon)
+        number = i * inner + first + j
+        rates = lane_rates(temperature, number, count - j, rate, w)
+        if are_plain(row_max, rates):
+            total, error = column_sums(w, at, n, plain_scale(row_max, rates), None, soon)
         else:
-            write_scales(row_max, temperature, i * inner + first + j, w, j, width)
+            write_scales(row_max, temperature, number, w, j, width)
             scale, guard = read_scale(w, j, width), read_guard(w, j, width)
             total, error = column_sums(w, at, n, scale, guard, soon)
         high, low = reciprocal(total, error)
@@ -1072,11 +1127,12 @@ def log_softmax_tile(x, mask, temperature, out, i, first, width, parts, work):
     plain = True
     for j in range(0, count, lanes):
         row_max = lane_maxima(w, tile + j * n, tile + j * n + n * lanes)
-        plain = plain and are_plain(row_max, temperature, rate)
         soon = Soon(entries, base + parts * width + j, results, base + j, inner)
         number = i * inner + first + j
-        split_tile_sums(w, tile + j * n, n, row_max, temperature, number, rate, None, j, width, soon)
-        write_log_sums(temperature, number, w, j, width)
+        rates = lane_rates(temperature, number, count - j, rate, w)
+        own = split_tile_sums(w, tile + j * n, n, row_max, temperature, number, rates, None, j, width, soon)
+        write_log_gaps(rates, own, temperature, number, w, j, width)
+        plain = plain and own
     for k in range(n):
         write_log_row(entries, results, base + k * inner, w, tile + k * lanes, n, count, width, plain)
 
@@ -1096,16 +1152,18 @@ def write_log_row(x, out, row, work, at, n, count, width, plain):
 
 
 @jit
-def split_tile_sums(work, at, n, row_max, temperature, first, rate, weighted, j, width, soon):
-    """Write the maxima and the `column_split_sums` of the columns from j on to the first six fields."""
-    if are_plain(row_max, temperature, rate):
-        scale = plain_scale(row_max, rate)
+def split_tile_sums(work, at, n, row_max, temperature, first, rates, weighted, j, width, soon):
+    """Write maxima and `column_split_sums` to the first six fields; return whether all columns are plain."""
+    plain = are_plain(row_max, rates)
+    if plain:
+        scale = plain_scale(row_max, rates)
         sums = column_split_sums(work, at, n, row_max, scale, None, weighted, soon)
     else:
         write_scales(row_max, temperature, first, work, j, width)
         scale, guard = read_scale(work, j, width), read_guard(work, j, width)
         sums = column_split_sums(work, at, n, row_max, scale, guard, weighted, soon)
     write_split(row_max, sums, work, j, width)
+    return plain
 
 
 @jit
@@ -1117,6 +1175,34 @@ def write_split(row_max, sums, work, j, width):
     store(work, field(3, j, width), sums[2])
     store(work, field(4, j, width), sums[3])
     store(work, field(5, j, width), sums[4])
+
+
+@jit
+def read_split(work, j, width):
+    """Maxima and five sums that `write_split` wrote."""
+    return load(work, field(0, j, width)), (
+        load(work, field(1, j, width)),
+        load(work, field(2, j, width)),
+        load(work, field(3, j, width)),
+        load(work, field(4, j, width)),
+        load(work, field(5, j, width)),
+    )
+
+
+@jit
+def shows_all(row_max, temperature, sums, weighted):
+    """Whether the sums of plain slices give their values: no term is too faint to be seen in them."""
+    if weighted is not None:
+        return True
+    return not any_lanes(misses_faint_terms(row_max, temperature, sums))
+
+
+@jit
+def plain_value(row_max, temperature, sums, weighted):
+    """Logsumexp, or entropy unless ``weighted`` is None, of plain slices."""
+    if weighted is not None:
+        return entropy_value(row_max, sums)
+    return plain_logsumexp(row_max, temperature, sums)
 
 
 @jit
@@ -1160,7 +1246,13 @@ def value_tile(x, mask, temperature, out, i, first, width, parts, weighted, work
         at, number = tile + j * n, i * inner + first + j
         row_max = lane_maxima(w, at, at + n * lanes)
         soon = Soon(entries, base + parts * width + j, entries, base + parts * width + j, inner)
-        split_tile_sums(w, at, n, row_max, temperature, number, rate, weighted, j, width, soon)
+        rates = lane_rates(temperature, number, count - j, rate, w)
+        plain = split_tile_sums(w, at, n, row_max, temperature, number, rates, weighted, j, width, soon)
+        row_max, sums = read_split(w, j, width)
+        if plain and shows_all(row_max, rates.temperature, sums, weighted):
+            value = plain_value(row_max, rates.temperature, sums, weighted)
+            write(results, number, count - j, value)
+            continue
         for k in range(min(lanes, count - j)):
             top, sums = get(w, field(0, j + k, width)), column_sums_at(w, j + k, width)
             own = temperature_at(temperature, number + k)
@@ -1260,11 +1352,13 @@ def strip_sums(x, mask, temperature, maxima, task, width, work, totals, errors):
     rate = rate_of(temperature_at(temperature, 0), get(w, tile))
     for j in range(0, count, lanes):
         at, to = tile + j * rows, (i * -(-n // CHUNK) + chunk) * inner + first + j
-        row_max = read(pointer(maxima), i * inner + first + j, count - j, zero)
-        if are_plain(row_max, temperature, rate):
-            total, error = column_sums(w, at, rows, plain_scale(row_max, rate), None, None)
+        column = i * inner + first + j
+        row_max = read(pointer(maxima), column, count - j, zero)
+        rates = lane_rates(temperature, column, count - j, rate, w)
+        if are_plain(row_max, rates):
+            total, error = column_sums(w, at, rows, plain_scale(row_max, rates), None, None)
         else:
-            write_scales(row_max, temperature, i * inner + first + j, w, j, width)
+            write_scales(row_max, temperature, column, w, j, width)
             scale, guard = read_scale(w, j, width), read_guard(w, j, width)
             total, error = column_sums(w, at, rows, scale, guard, None)
         write(pointer(totals), to, count - j, total)
@@ -1299,7 +1393,7 @@ def write_strip(x, mask, temperature, maxima, high, low, task, width, work, out)
     for j in range(0, count, lanes):
         column = i * inner + first + j
         row_max = read(pointer(maxima), column, count - j, zero)
-        plain = plain and are_plain(row_max, temperature, rate)
+        plain = plain and are_plain(row_max, lane_rates(temperature, column, count - j, rate, w))
         write_scales(row_max, temperature, column, w, j, width)
         store(w, field(_RECIPROCAL, j, width), read(pointer(high), column, count - j, zero))
         store(w, field(_RECIPROCAL + 1, j, width), read(pointer(low), column, count - j, zero))
@@ -1344,9 +1438,9 @@ def strip_split_sums(x, mask, temperature, maxima, task, width, weighted, work, 
     for j in range(0, count, lanes):
         column = i * inner + first + j
         row_max = read(pointer(maxima), column, count - j, zero)
-        split_tile_sums(
-            w, tile + j * rows, rows, row_max, temperature, column, rate, weighted, j, width, None
-        )
+        rates = lane_rates(temperature, column, count - j, rate, w)
+        at = tile + j * rows
+        split_tile_sums(w, at, rows, row_max, temperature, column, rates, weighted, j, width, None)
         for quantity in range(5):
             to = ((i * -(-n // CHUNK) + chunk) * 5 + quantity) * inner + first + j
             value = load(w, field(1 + quantity, j, width))
@@ -1408,12 +1502,11 @@ def write_log_strip(x, mask, temperature, maxima, sums, task, width, work, out):
     for j in range(0, count, lanes):
         column = i * inner + first + j
         row_max = read(pointer(maxima), column, count - j, zero)
-        plain = plain and are_plain(row_max, temperature, rate)
-        for k in range(lanes):
-            own = min(first + j + k, inner - 1)
-            log_sum = log_of_sum(maxima[i * inner + own], five_of_column(sums, i * 5 * inner + own, inner))
-            put(w, field(_RECIPROCAL, j + k, width), spread(log_sum, maxima[0]))
-        write_gaps(row_max, field(_RECIPROCAL, j, width), temperature, column, w, j, width)
+        rates = lane_rates(temperature, column, count - j, rate, w)
+        own = are_plain(row_max, rates)
+        log_sum = log_of_sum(row_max, five_lanes(sums, i * 5 * inner + first + j, inner))
+        write_gaps(row_max, rates, spread(log_sum, row_max), own, temperature, column, w, j, width)
+        plain = plain and own
     lowest = -spread(math.inf, w)
     for k in range(rows):
         row = (i * n + chunk * CHUNK + k) * inner + first

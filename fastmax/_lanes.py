@@ -167,6 +167,8 @@ for _function, _name in {
         result=lambda lanes: lanes,
     )
 
+_define_operator(operator.and_, lambda builder, a, b: builder.and_(a, b), result=lambda lanes: lanes)
+
 # As in IEEE 754, a comparison with NaN is False.
 for _function, _name in {operator.lt: "<", operator.gt: ">", operator.eq: "=="}.items():
     _define_operator(
@@ -214,6 +216,32 @@ def power_of_two(typingctx, exponent):
 
 
 @intrinsic
+def split_power(typingctx, x):
+    """Return k and x / 2**k, which is in [sqrt(1/2), sqrt(2)), for float64s from 1 on."""
+
+    def codegen(context, builder, sig, args):
+        (x,) = args
+        integer = ir.IntType(64)
+        if isinstance(x.type, ir.VectorType):
+            integer = ir.VectorType(integer, x.type.count)
+        bits = builder.bitcast(x, integer)
+        shift = _constant(integer, 52)
+        # To the exponent field 1 is added where the fraction is that of sqrt(2) or more.
+        biased = builder.lshr(builder.add(bits, _constant(integer, 0x3FF0000000000000 - _SQRT_HALF)), shift)
+        power = builder.sub(biased, _constant(integer, 1023))
+        fraction = builder.bitcast(builder.sub(bits, builder.shl(power, shift)), x.type)
+        number = builder.bitcast(builder.or_(biased, _constant(integer, 0x4330000000000000)), x.type)
+        number = builder.fsub(number, _constant(x.type, 2.0**52 + 1023.0))
+        return context.make_tuple(builder, sig.return_type, [number, fraction])
+
+    return types.UniTuple(x, 2)(x), codegen
+
+
+# Bits of sqrt(1/2).
+_SQRT_HALF = 0x3FE6A09E667F3BCD
+
+
+@intrinsic
 def polynomial(typingctx, x, coefficients):
     """Polynomial in ``x`` by Horner's rule; ``coefficients`` = (float32's, float64's), lowest first."""
     precision = {types.float32: 0, types.float64: 1}[_dtype(x)]
@@ -244,16 +272,37 @@ def _convert(builder, value, llvm_type):
 
 @intrinsic
 def spread(typingctx, value, like):
-    """``value`` in every lane, in the lane type of ``like``; lanes of that type are returned as they are."""
+    """``value`` in every lane, in the lane type of ``like``; as many lanes are converted one by one."""
     lanes = _lanes_of(like)
 
     def codegen(context, builder, sig, args):
         if sig.args[0] == lanes:
             return args[0]
+        if isinstance(value, Lanes):
+            return _resized(builder, args[0], _llvm_type(lanes))
         scalar = context.cast(builder, args[0], sig.args[0], _dtype(lanes))
         return _splat(builder, scalar, _llvm_type(lanes))
 
     return lanes(value, like), codegen
+
+
+def _resized(builder, value, llvm_type):
+    """Floats in another precision."""
+    if value.type == llvm_type:
+        return value
+    element = getattr(llvm_type, "element", llvm_type)
+    return (builder.fpext if element == ir.DoubleType() else builder.fptrunc)(value, llvm_type)
+
+
+@intrinsic
+def as_float64(typingctx, x):
+    """Floats or lanes in float64."""
+    wide = _lanes(types.float64, x.count) if isinstance(x, Lanes) else types.float64
+
+    def codegen(context, builder, sig, args):
+        return _resized(builder, args[0], _llvm_type(wide))
+
+    return wide(x), codegen
 
 
 @intrinsic
@@ -351,6 +400,18 @@ def _halves(builder, a, b, size, start):
     picked = [i for i in range(2 * a.type.count) if start <= i % size < start + size // 2]
     mask = ir.Constant(ir.VectorType(_INDEX, a.type.count), [_INDEX(i) for i in picked])
     return builder.shuffle_vector(a, b, mask)
+
+
+@intrinsic
+def any_lanes(typingctx, condition):
+    """Whether a condition holds in any lane."""
+    if not isinstance(condition, Lanes):
+        return condition(condition), lambda context, builder, sig, args: args[0]
+
+    def codegen(context, builder, sig, args):
+        return _call(builder, "vector.reduce.or", args[0].type.element, args)
+
+    return types.boolean(condition), codegen
 
 
 @intrinsic
@@ -483,6 +544,23 @@ def load_first(typingctx, array, index, count, filler):
         return builder.select(first, value, filler)
 
     return lanes(array, types.intp, types.intp, lanes), codegen
+
+
+@intrinsic
+def load_as(typingctx, array, index, count, filler, like):
+    """As `load_first` from an array of float64, or a tuple of one; as many lanes as ``like`` has."""
+    lanes = _lanes(types.float64, _lanes_of(like).count)
+
+    def codegen(context, builder, sig, args):
+        array, index, count, filler, _ = args
+        llvm_type = _llvm_type(lanes)
+        if isinstance(sig.args[0], types.BaseTuple):
+            return _splat(builder, builder.extract_value(array, 0), llvm_type)
+        first = _first_lanes(builder, count, llvm_type)
+        value = _read(context, builder, sig.args[0], array, index, llvm_type, first)
+        return builder.select(first, value, _splat(builder, filler, llvm_type))
+
+    return lanes(array, types.intp, types.intp, types.float64, like), codegen
 
 
 @intrinsic

@@ -29,12 +29,14 @@ import numpy as np
 
 from fastmax._jit import jit
 from fastmax._lanes import (
+    as_float64,
     constant,
     fma,
     lower_half,
     polynomial,
     power_of_two,
     select,
+    split_power,
     spread,
     upper_half,
 )
@@ -42,6 +44,12 @@ from fastmax._lanes import (
 LOG2_E_HIGH = 1.4426950408889634
 LOG2_E_LOW = 2.0355273740931033e-17
 LOG_2 = 0.6931471805599453
+# log(2) in two parts, of which the first times an exponent is exact.
+LOG_2_HIGH = float.fromhex("0x1.62e42feep-1")
+LOG_2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
+
+# Coefficients of 2 atanh(s) / s - 2 in powers of s**2, from s**2 on.
+TWICE_ATANH = tuple(2.0 / (2 * i + 3) for i in range(10))
 
 # Terms lie between 2**(BIAS - DEPTH) and 2**BIAS: DEPTH reaches below the smallest subnormal by so much that
 # 2**24 dropped terms together stay under half of it, and 2**31 terms of 2**BIAS do not overflow.
@@ -60,6 +68,7 @@ LARGEST_PRODUCT = (2.0**24, 2.0**52)
 LARGEST_MULTIPLIER = (2.0**100, 2.0**900)
 # A rest of the terms below this, beside a single maximum, may miss some that lie below DEPTH.
 FAINT_REST = (2.0**-100, 2.0**-900)
+HUGE_TEMPERATURE = 2.0**1000
 LARGEST = (3.4028234663852886e38, 1.7976931348623157e308)
 
 # Temperatures are scaled by a power of two within these exponents: beyond them all gaps are 0 or infinite.
@@ -113,10 +122,11 @@ Gap.__doc__ = """How (x - max) / T - log_sum follows from x; see `log_terms`."""
 @jit
 def multiplier(temperature, like):
     """log2(e) / T as a pair high + low in the dtype of ``like``."""
-    high = LOG2_E_HIGH / temperature
-    low = (fma(-high, temperature, LOG2_E_HIGH) + LOG2_E_LOW) / temperature
+    numerator = spread(LOG2_E_HIGH, temperature)
+    high = numerator / temperature
+    low = (fma(-high, temperature, numerator) + spread(LOG2_E_LOW, temperature)) / temperature
     rounded = spread(high, like)
-    return rounded, spread((high - rounded) + low, like)
+    return rounded, spread((high - as_float64(rounded)) + low, like)
 
 
 @jit
@@ -126,16 +136,14 @@ def rate_of(temperature, like):
     A slice is plain if the absolute value of its maximum is at most the limit. At T = 0, T = inf, and where
     c or its reciprocal may overflow, no slice is.
     """
-    high = low = inverse = depth = spread(0.0, like)
-    limit = -spread(1.0, like)
-    if 0.0 < temperature < math.inf:
-        high, low = multiplier(temperature, like)
-        extreme = constant(LARGEST_MULTIPLIER, like)
-        if high < extreme and high * extreme > spread(1.0, like):
-            inverse = spread(1.0 / temperature, like)
-            depth = constant(DEPTH, like) / high
-            limit = constant(LARGEST_PRODUCT, like) / high
-    return Rate(temperature, high, low, inverse, depth, limit)
+    zero, one = spread(0.0, like), spread(1.0, like)
+    high, low = multiplier(temperature, like)
+    extreme = constant(LARGEST_MULTIPLIER, like)
+    fits = (high < extreme) & (high * extreme > one)
+    inverse = select(fits, spread(spread(1.0, temperature) / temperature, like), zero)
+    depth = select(fits, constant(DEPTH, like) / high, zero)
+    limit = select(fits, constant(LARGEST_PRODUCT, like) / high, -one)
+    return Rate(temperature, select(fits, high, zero), select(fits, low, zero), inverse, depth, limit)
 
 
 @jit
@@ -300,8 +308,8 @@ def times_pair(term, high, low):
 
 @jit
 def rest_of(sums):
-    """Sum of the terms below the maximum in float64 (which ``float`` would not make of a float32)."""
-    return np.float64(sums[1]) + np.float64(sums[2])
+    """Sum of the terms below the maximum in float64."""
+    return as_float64(sums[1]) + as_float64(sums[2])
 
 
 @jit
@@ -312,10 +320,31 @@ def log_of_sum(row_max, sums):
     of the terms of the others, and the sum of these times (x - max) c. With log1p nothing is lost when the
     rest is tiny.
     """
-    if row_max == -math.inf:
-        return math.nan
-    rest = rest_of(sums) / np.float64(top_term(row_max))
-    return math.log1p((np.float64(sums[0]) - 1.0) + rest)
+    rest = rest_of(sums) / as_float64(top_term(row_max))
+    value = log_one_plus((as_float64(sums[0]) - spread(1.0, rest)) + rest)
+    return select(row_max == -spread(math.inf, row_max), spread(math.nan, rest), value)
+
+
+@jit
+def log_one_plus(x):
+    """log(1 + x) for float64s from 0 on.
+
+    1 + x = 2**k (1 + f), up to an error that is divided by 1 + x. With s = f / (2 + f), log(1 + f) is
+    2 atanh(s), and f - f**2 / 2 + s (f**2 / 2 + 2 s**2 (1/3 + s**2 / 5 + ...)) loses the least of f. The
+    series to s**20 is off by less than 2**-60, the result by less than an ulp (0.80 was seen).
+    """
+    one = spread(1.0, x)
+    total = one + x
+    part = total - one
+    error = (x - part) + (one - (total - part))
+    k, fraction = split_power(total)
+    f = fraction - one
+    s = f / (f + spread(2.0, x))
+    square = s * s
+    half = (f * f) * spread(0.5, x)
+    tail = square * polynomial(square, (TWICE_ATANH, TWICE_ATANH))
+    correction = fma(k, spread(LOG_2_LOW, x), error / total)
+    return fma(k, spread(LOG_2_HIGH, x), f - (half - fma(s, half + tail, correction)))
 
 
 @jit
@@ -373,39 +402,49 @@ def log_terms(x, gap, guard):
 
 
 @jit
+def plain_logsumexp(row_max, temperature, sums):
+    """Max + T log_sum, where the maximum is finite and T log_sum does not overflow."""
+    # Which of several zeros is the maximum must not show.
+    top = as_float64(row_max) + spread(0.0, temperature)
+    return spread(fma(temperature, log_of_sum(row_max, sums), top), row_max)
+
+
+@jit
 def logsumexp_value(row_max, temperature, sums):
-    """Max + T log_sum."""
-    log_sum = log_of_sum(row_max, sums)
-    top = np.float64(row_max) + 0.0  # which of several zeros is the maximum must not show
+    """Max + T log_sum of one slice."""
+    top = np.float64(row_max) + 0.0
     if math.isnan(sums[1]):
-        value = math.nan
+        value = spread(math.nan, row_max)
     elif math.isinf(top) or temperature == 0.0:
-        value = top
+        value = spread(top, row_max)
     elif temperature == math.inf:
-        value = math.inf if log_sum > 0.0 else top
-    elif temperature < 2.0**1000:
-        value = fma(temperature, log_sum, top)
+        value = spread(math.inf if log_of_sum(row_max, sums) > 0.0 else top, row_max)
+    elif temperature < HUGE_TEMPERATURE:
+        value = plain_logsumexp(row_max, temperature, sums)
     else:
         # T log_sum alone may overflow where the result does not.
-        value = fma(temperature * 0.015625, log_sum, top * 0.015625) * 64.0
-    return spread(value, row_max)
+        log_sum = log_of_sum(row_max, sums)
+        value = spread(fma(temperature * 0.015625, log_sum, top * 0.015625) * 64.0, row_max)
+    return value
 
 
 @jit
 def misses_faint_terms(row_max, temperature, sums):
     """Whether T times terms that were dropped, or are subnormal, may show beside a maximum near 0."""
-    faint = np.float64(constant(FAINT_REST, row_max))
+    faint = as_float64(constant(FAINT_REST, row_max))
+    near = larger(row_max, -row_max)
     return (
-        1.0 < temperature < math.inf
-        and sums[0] == 1.0
-        and rest_of(sums) < faint * np.float64(top_term(row_max))
-        and abs(np.float64(row_max)) < temperature * (faint * 2.0**60)
+        (temperature > spread(1.0, temperature))
+        & (temperature < spread(math.inf, temperature))
+        & (sums[0] == spread(1.0, row_max))
+        & (rest_of(sums) < faint * as_float64(top_term(row_max)))
+        & (as_float64(near) < temperature * (faint * spread(2.0**60, faint)))
     )
 
 
 @jit
 def entropy_value(row_max, sums):
     """log_sum - sum(p (x - max) / T): both parts are positive, so nothing cancels."""
-    total = np.float64(sums[0]) * np.float64(top_term(row_max)) + rest_of(sums)
-    moment = (np.float64(sums[3]) + np.float64(sums[4])) * LOG_2
+    total = as_float64(sums[0]) * as_float64(top_term(row_max)) + rest_of(sums)
+    moment = (as_float64(sums[3]) + as_float64(sums[4])) * spread(LOG_2, total)
     return spread(log_of_sum(row_max, sums) - moment / total, row_max)

@@ -1,12 +1,17 @@
 """The error over lengths, temperatures and offsets: softmax 2 ulp, log_softmax, logsumexp 4 ulp."""
 
+import math
+
 import ml_dtypes
+import mpmath
+import numba
 import numpy as np
 import oracle
 import pytest
 from paths import PATHS
 
 import fastmax
+from fastmax._math import log_one_plus
 
 LENGTHS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 100, 1000, 16383, 16384, 16385, 100_003)
 LONG = (10**6, 10**7)
@@ -167,3 +172,24 @@ def test_16_bits_are_rounded_once(dtype, k):
     for seed, temperature in enumerate((0.1, 1.0, 10.0)):
         found += faults(draw(k, 3.0, 0.5, dtype, seed), temperature, ["vector", "columns"])
     assert found == []
+
+
+def test_logarithm_of_one_plus_is_within_an_ulp():
+    @numba.njit(error_model="numpy")
+    def evaluate(x, out):
+        for i in range(len(x)):
+            out[i] = log_one_plus(x[i])
+
+    rng = np.random.default_rng(20)
+    powers = 2.0 ** np.arange(32)
+    seams = np.concatenate([powers - 1, powers * math.sqrt(2) - 1])
+    x = np.concatenate(
+        [10 ** rng.uniform(-320, 10, 5000), rng.uniform(0, 4, 5000), seams, np.nextafter(seams, 0), [0.0]]
+    )
+    result = np.empty_like(x)
+    evaluate(x, result)
+    with mpmath.workprec(200):
+        exact = [mpmath.log1p(value) for value in x.tolist()]
+        errors = [abs(mpmath.mpf(got) - want) for got, want in zip(result.tolist(), exact, strict=True)]
+    ulp = np.spacing(np.array([float(want) for want in exact]))
+    assert max(float(error / unit) for error, unit in zip(errors, ulp.tolist(), strict=True)) < 1.0

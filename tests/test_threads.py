@@ -106,6 +106,39 @@ def test_position_in_a_batch_changes_no_bit(name, dtype, axis):
         assert (bits(result) == bits(result[:1])).all()
 
 
+@every
+@float_types
+def test_rows_of_each_length_have_the_bits_of_the_vector(name, dtype):
+    """Up to four of the widest vectors: on both sides of all that narrow rows choose by."""
+    function = getattr(fastmax, name)
+    temperatures = np.resize([1.0, 0.37, 0.0, 12.0, np.inf, 1e-320], 41)
+    for n in (*range(1, 130), 255, 256, 257):
+        x = draw(41 * n, dtype).reshape(41, n)
+        x[3, n // 2], x[5, 0], x[7] = np.nan, np.inf, -np.inf
+        few = function(x, 0.7, axis=1)
+        mixed = function(x, temperatures, axis=1)
+        for i, row in enumerate(x):
+            np.testing.assert_array_equal(bits(few[i]), bits(function(row, 0.7)), f"row {i} of {n}")
+            alone = function(row, temperatures[i])
+            np.testing.assert_array_equal(
+                bits(mixed[i]), bits(alone), f"row {i} of {n}, T = {temperatures[i]}"
+            )
+
+
+@every
+@float_types
+def test_masked_rows_of_each_length_have_the_bits_of_the_vector(name, dtype):
+    function = getattr(fastmax, name)
+    for n in (1, 10, 15, 16, 17, 31, 32, 33, 64, 95, 97):
+        x = draw(41 * n, dtype).reshape(41, n)
+        mask = np.random.default_rng(n).random(x.shape) < 0.6
+        mask[4] = False
+        result = function(x, 0.7, axis=1, where=mask)
+        for i, row in enumerate(x):
+            alone = function(row, 0.7, where=mask[i])
+            np.testing.assert_array_equal(bits(result[i]), bits(alone), f"row {i} of {n}")
+
+
 # --- layouts --------------------------------------------------------------------------------------
 
 
