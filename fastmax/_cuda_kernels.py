@@ -812,8 +812,6 @@ OPERATIONS = {
         "rescale_sums": softmax_rescaled,
         "results_of": softmax_results,
         "entries_again": softmax_entries,
-        "ABSENT": 0.0,
-        "FIELDS": 3,
     },
     "log_softmax": {
         "zero_sums": split_zero,
@@ -824,8 +822,6 @@ OPERATIONS = {
         "rescale_sums": split_rescaled,
         "results_of": log_softmax_results,
         "entries_again": entries_as_they_are,
-        "ABSENT": -INFINITY,
-        "FIELDS": 4,
     },
     "logsumexp": {
         "zero_sums": split_zero,
@@ -835,8 +831,6 @@ OPERATIONS = {
         "empty_sums": split_zero,
         "rescale_sums": split_rescaled,
         "value_of": logsumexp_of,
-        "ABSENT": -INFINITY,
-        "FIELDS": 4,
     },
     "entropy": {
         "zero_sums": moment_zero,
@@ -846,8 +840,6 @@ OPERATIONS = {
         "empty_sums": moment_zero,
         "rescale_sums": moment_rescaled,
         "value_of": entropy_of,
-        "ABSENT": 0.0,
-        "FIELDS": 6,
     },
 }
 

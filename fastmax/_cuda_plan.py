@@ -4,6 +4,7 @@ A kernel is named by a `Spec`. To choose one needs no GPU, and neither does to c
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -23,6 +24,7 @@ class Spec(NamedTuple):
     access: int = 1  # entries read at a time
     per_slice: bool = False  # whether each slice has a law of its own
     masked: bool = False
+    source: str = "float64"  # dtype of the temperatures that laws are worked out of
     ranks: tuple[int, int] = (1, 1)  # axes over slices and over entries of a slice, for any strides
 
     @property
@@ -96,6 +98,10 @@ STRIDED_COLUMN = Class("column", 256, 8, 1, 0)
 STRIDED_LONG = 512  # entries from which a block shares a slice
 
 CLUSTERS_FROM = (9, 0)  # compute capability
+MOST_BLOCKS = 65535  # along the second axis of a grid
+
+# Numbers that a part of a slice leaves in memory: its maximum and its sums.
+FIELDS = {"softmax": 3, "log_softmax": 4, "logsumexp": 4, "entropy": 6}
 
 
 def held_words(class_, operation, dtype):
@@ -164,9 +170,9 @@ def strided_plan(operation, dtype, n, is_across, per_slice, masked, ranks):
     return spec._replace(masked=masked, ranks=ranks)
 
 
-def laws_plan(dtype, rank):
-    """Spec of the kernel that works out a law for each slice."""
-    return Spec("laws", "softmax", dtype, ranks=(rank, 1))
+def laws_plan(dtype, source, rank):
+    """Spec of the kernel that works out a law for each slice, from temperatures of a dtype."""
+    return Spec("laws", "softmax", dtype, source=source, ranks=(rank, 1))
 
 
 def build(spec, capability):
@@ -198,6 +204,8 @@ def names(spec, target):
         "MEMBERS": spec.members * spec.blocks,
         "CAPACITY": spec.capacity,
         "MASKED": spec.masked,
+        "FIELDS": FIELDS[spec.operation],
+        "ABSENT": 0.0 if spec.operation in ("softmax", "entropy") else -math.inf,
         "load": target.loader(spec.lanes, spec.access),
         "store": target.storer(spec.lanes, spec.access),
         "stage": target.stager(spec.lanes),
@@ -223,7 +231,7 @@ def argument_types(spec):
     outer, inner = (target.integers(rank) for rank in spec.ranks)
     law = (work, target.law_type(spec.dtype))
     if spec.function == "laws":
-        return target.pointer("float64"), work, integer, outer, outer
+        return target.pointer(spec.source), work, integer, outer, outer
     if spec.function == "summarise":
         return entries, work, *law, *(integer,) * 6
     if spec.function.endswith("parts"):

@@ -595,10 +595,11 @@ def byte(typingctx, pointer, index):
 
 @intrinsic
 def number(typingctx, pointer, index):
-    """Float64 ``index`` of an array, as a number: a temperature."""
+    """Entry ``index``, a temperature, as a float64."""
 
     def codegen(context, builder, sig, args):
-        return builder.load(_address(builder, *args, ir.DoubleType()), align=8)
+        (value,) = _read(builder, sig.args[0].dtype, *args, 1)
+        return value if value.type == ir.DoubleType() else builder.fpext(value, ir.DoubleType())
 
     return types.float64(pointer, types.int64), codegen
 

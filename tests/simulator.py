@@ -147,7 +147,7 @@ def kinds(spec):
     work = DTYPES["float64" if spec.dtype == "float64" else "float32"]
     entries = DTYPES[spec.dtype]
     if spec.function == "laws":
-        return DTYPES["float64"], work, None, None, None
+        return DTYPES[spec.source], work, None, None, None
     if spec.function == "summarise":
         return entries, work, work, None, *(None,) * 6
     if spec.function.endswith("parts"):
@@ -429,3 +429,95 @@ def address_of(array):
     address = allocate(max(array.nbytes, 1))
     ctypes.memmove(address, np.ascontiguousarray(array).ctypes.data, array.nbytes)
     return address
+
+
+# -- arrays, and the functions of the package on them ---------------------------------------------------
+
+
+class Array:
+    """An array on the simulated GPU; it speaks as Numba's arrays do."""
+
+    def __init__(self, memory, address=None):
+        """View host memory of a known layout at its address; ``memory`` has the entries."""
+        self.memory = memory
+        self.dtype = memory.dtype
+        self.address = memory.ctypes.data if address is None else address
+
+    @classmethod
+    def empty(cls, shape, dtype):
+        dtype = DTYPES.get(str(dtype), dtype)
+        address = allocate(max(int(np.prod(shape)) * dtype.itemsize, 1))
+        return cls(_allocations[address][: int(np.prod(shape)) * dtype.itemsize].view(dtype).reshape(shape))
+
+    @classmethod
+    def like(cls, array):
+        """Copy an array with its strides."""
+        low = sum(min(0, (n - 1) * s) for n, s in zip(array.shape, array.strides, strict=True))
+        high = sum(max(0, (n - 1) * s) for n, s in zip(array.shape, array.strides, strict=True))
+        if array.size == 0:
+            return cls.empty(array.shape, array.dtype)
+        address = allocate(high - low + array.itemsize)
+        memory = np.ndarray(array.shape, array.dtype, _allocations[address], -low, array.strides)
+        memory[...] = array
+        return cls(memory)
+
+    @property
+    def __cuda_array_interface__(self):
+        kind = {"bfloat16": "<V2"}.get(self.dtype.name, self.dtype.str)
+        return {
+            "data": (self.address, False),
+            "shape": self.memory.shape,
+            "strides": self.memory.strides,
+            "typestr": kind,
+            "version": 3,
+        }
+
+    class device:  # noqa: N801, D106
+        id = 0
+
+    def transpose(self, order):
+        return Array(self.memory.transpose(order))
+
+    def copy_to_device(self, array):
+        self.memory[...] = array
+
+
+def run(spec, device, grid, stream, arguments):
+    """What takes the place of `_cuda_launch.run`."""
+    launch(spec, grid, arguments)
+
+
+def upload(array, address, device, stream):
+    ctypes.memmove(address, array.ctypes.data, array.nbytes)
+
+
+def install(monkeypatch, capability=CAPABILITY):
+    """Let `fastmax.cuda` run here."""
+    from fastmax import _cuda_launch, cuda
+
+    monkeypatch.setattr(_cuda_launch, "run", run)
+    monkeypatch.setattr(_cuda_launch, "upload", upload)
+    monkeypatch.setattr(_cuda_launch, "capability", lambda device: capability)
+    monkeypatch.setattr(cuda, "_empty_of_numba", Array.empty)
+
+
+def on_gpu(function):
+    """Let a function of the package take and return NumPy arrays that visit the GPU."""
+
+    def visit(x, /, temperature=1.0, *, axis=0, where=None, out=None):
+        inside = Array.like(x)
+        options = {"axis": axis}
+        if where is not None:
+            options["where"] = Array.like(np.asarray(where))
+        if out is not None:
+            options["out"] = inside if out is x else Array.like(out)
+        result = function(inside, temperature, **options).memory
+        if out is None:
+            result = result.copy()[()]
+        else:
+            out[...] = result
+            result = out
+        _allocations.clear()
+        return result
+
+    return visit
