@@ -397,6 +397,11 @@ def _run_plain(operation, x, temperature, axis, where, out) -> Any:
 
 def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
     """Check the arguments, run the operation, and give the result its shape and dtype."""
+    if _is_on_gpu(x):
+        from fastmax import cuda
+
+        options = {} if operation.elementwise else {"keepdims": keepdims}
+        return getattr(cuda, operation.name)(x, temperature, axis=axis, where=where, out=out, **options)
     x, result_dtype = _as_array(x)
     temperature = _as_temperature(temperature)
     if not keepdims and (out is None or operation.elementwise) and x.flags.c_contiguous:
@@ -572,6 +577,12 @@ def _slices_last(x, axes):
 
 
 # -- arguments ------------------------------------------------------------------------------------
+
+
+def _is_on_gpu(x):
+    """Whether an object is an array on an NVIDIA GPU; a PyTorch tensor may also be on the host."""
+    return hasattr(type(x), "__cuda_array_interface__") and getattr(x, "is_cuda", True)
+
 
 
 def _as_array(x):

@@ -13,6 +13,7 @@ arrays of layout ``A`` give floats. Pointers are what loops over short rows use:
 sliced is counted by reference, with an atomic instruction.
 """
 
+import math
 import operator
 from typing import Any
 
@@ -196,6 +197,12 @@ def fma(typingctx, a, b, c):
         return _call(builder, "fma", args[0].type, args)
 
     return a(a, a, a), codegen
+
+
+@jit
+def log1p(x):
+    """log(1 + x) of a float."""
+    return math.log1p(x)
 
 
 @intrinsic

@@ -32,6 +32,7 @@ from fastmax._lanes import (
     as_float64,
     constant,
     fma,
+    log1p,
     lower_half,
     polynomial,
     power_of_two,
@@ -139,7 +140,7 @@ def rate_of(temperature, like):
     zero, one = spread(0.0, like), spread(1.0, like)
     high, low = multiplier(temperature, like)
     extreme = constant(LARGEST_MULTIPLIER, like)
-    fits = (high < extreme) & (high * extreme > one)
+    fits = select(high < extreme, high * extreme, zero) > one
     inverse = select(fits, spread(spread(1.0, temperature) / temperature, like), zero)
     depth = select(fits, constant(DEPTH, like) / high, zero)
     limit = select(fits, constant(LARGEST_PRODUCT, like) / high, -one)
@@ -161,36 +162,49 @@ def plain_scale(row_max, rate):
 
 
 @jit
-def guarded_scale(row_max, temperature):
-    """Scale and guard for any slice: any T in [0, inf], maxima that are infinite or large beside T."""
-    one = spread(1.0, row_max)
-    largest = constant(LARGEST, row_max)
-    high = low = cutoff = spread(0.0, row_max)
+def guard_of(temperature, like):
+    """Multiplier (high, low) and guard of any slice whose maximum is finite, for T in [0, inf]."""
+    one = spread(1.0, like)
+    high = low = cutoff = spread(0.0, like)
     prescale, factor, factor2 = one, one, one
     if 0.0 < temperature < math.inf:
         # T = fraction * 2**exponent, and dividing by the power of two takes two exact steps. At a large T
         # x - max could overflow, its quarter cannot, and what this rounds away is nothing to T.
         fraction, exponent = math.frexp(temperature)
-        high, low = multiplier(fraction, row_max)
+        high, low = multiplier(fraction, like)
         if exponent > 0:
-            prescale = spread(0.25, row_max)
+            prescale = spread(0.25, like)
             exponent -= 2
-        limit = int(constant(LARGEST_EXPONENT, row_max))
+        limit = int(constant(LARGEST_EXPONENT, like))
         exponent = min(max(-exponent, -limit), limit)
-        factor = spread(math.ldexp(1.0, exponent // 2), row_max)
-        factor2 = spread(math.ldexp(1.0, exponent - exponent // 2), row_max)
-        cutoff = -constant(DEPTH, row_max) / high
+        factor = spread(math.ldexp(1.0, exponent // 2), like)
+        factor2 = spread(math.ldexp(1.0, exponent - exponent // 2), like)
+        cutoff = -constant(DEPTH, like) / high
     elif temperature == math.inf:
-        prescale = spread(0.25, row_max)
-        cutoff = -largest
-    if math.isinf(row_max):
+        prescale = spread(0.25, like)
+        cutoff = -constant(LARGEST, like)
+    return high, low, Guard(prescale, factor, factor2, cutoff)
+
+
+@jit
+def bounded_scale(row_max, high, low, guard):
+    """Scale and guard of a slice, from the multiplier and guard of its temperature."""
+    one = spread(1.0, row_max)
+    largest = constant(LARGEST, row_max)
+    if abs(row_max) > largest:
         # Halved and capped at the largest number, +inf is above all others and -inf stays below.
-        high = low = cutoff = spread(0.0, row_max)
-        prescale, factor, factor2 = spread(0.5, row_max), one, one
-    row_max = select(row_max > largest, largest, row_max * prescale)
+        high = low = spread(0.0, row_max)
+        guard = Guard(spread(0.5, row_max), one, one, spread(0.0, row_max))
+    row_max = select(row_max > largest, largest, row_max * guard.prescale)
     row_max = select(row_max < -largest, -largest, row_max)
-    scale = Scale(row_max, high, low, -spread(math.inf, row_max))
-    return scale, Guard(prescale, factor, factor2, cutoff)
+    return Scale(row_max, high, low, -spread(math.inf, row_max)), guard
+
+
+@jit
+def guarded_scale(row_max, temperature):
+    """Scale and guard for any slice: any T in [0, inf], maxima that are infinite or large beside T."""
+    high, low, guard = guard_of(temperature, row_max)
+    return bounded_scale(row_max, high, low, guard)
 
 
 @jit(forceinline=True)
@@ -357,31 +371,52 @@ def plain_gap(row_max, rate, log_sum):
 
 
 @jit
-def guarded_gap(row_max, temperature, log_sum):
-    """Gap and guard for any slice; from T = 1 on for a quarter of x, as x - max might overflow."""
+def gap_of(temperature, like):
+    """Inverse temperature, prescale, factor and cutoff of the gap of any slice whose maximum is finite.
+
+    The cutoff is +inf for T = 0, which stands for the maximum. From T = 1 on the gap is that of a quarter of
+    x, as x - max might overflow.
+    """
     inverse = 0.0
     exponent = 0
     prescale = 1.0
-    cutoff = spread(-math.inf, row_max)
-    if math.isnan(log_sum):
-        pass
-    elif temperature == 0.0 or row_max == math.inf:
-        cutoff = row_max
+    cutoff = spread(-math.inf, like)
+    if temperature == 0.0:
+        cutoff = spread(math.inf, like)
     elif temperature == math.inf:
         prescale = 0.25
-        cutoff = -constant(LARGEST, row_max)
+        cutoff = -constant(LARGEST, like)
     else:
         if temperature >= 1.0:
             prescale = 0.25
         fraction, exponent = math.frexp(temperature * prescale)
-        limit = int(constant(LARGEST_GAP_EXPONENT, row_max))
+        limit = int(constant(LARGEST_GAP_EXPONENT, like))
         exponent = min(max(-exponent, -limit), limit)
         inverse = 1.0 / fraction
     third = exponent // 3
-    factor = spread(math.ldexp(1.0, third), row_max)
-    inverse = spread(math.ldexp(inverse, exponent - 2 * third), row_max)
-    gap = Gap(row_max, inverse, spread(0.0 - log_sum, row_max))
-    return gap, Guard(spread(prescale, row_max), factor, factor, cutoff)
+    factor = spread(math.ldexp(1.0, third), like)
+    inverse = spread(math.ldexp(inverse, exponent - 2 * third), like)
+    return inverse, spread(prescale, like), factor, cutoff
+
+
+@jit
+def bounded_gap(row_max, inverse, prescale, factor, cutoff, log_sum):
+    """Gap and guard of a slice, from what `gap_of` says of its temperature."""
+    one, lowest = spread(1.0, row_max), -spread(math.inf, row_max)
+    if math.isnan(log_sum):
+        inverse, prescale, factor, cutoff = spread(0.0, row_max), one, one, lowest
+    elif row_max == -lowest:
+        inverse, prescale, factor, cutoff = spread(0.0, row_max), one, one, row_max
+    cutoff = select(cutoff > row_max, row_max, cutoff)
+    gap = Gap(row_max, inverse, spread(0.0, row_max) - spread(log_sum, row_max))
+    return gap, Guard(prescale, factor, factor, cutoff)
+
+
+@jit
+def guarded_gap(row_max, temperature, log_sum):
+    """Gap and guard for any slice."""
+    inverse, prescale, factor, cutoff = gap_of(temperature, row_max)
+    return bounded_gap(row_max, inverse, prescale, factor, cutoff, log_sum)
 
 
 @jit(forceinline=True)
@@ -448,3 +483,128 @@ def entropy_value(row_max, sums):
     total = as_float64(sums[0]) * as_float64(top_term(row_max)) + rest_of(sums)
     moment = (as_float64(sums[3]) + as_float64(sums[4])) * spread(LOG_2, total)
     return spread(log_of_sum(row_max, sums) - moment / total, row_max)
+
+
+# -- sums and results in the precision of the entries alone, for a GPU, where float64 may be slow -----------
+
+
+@jit
+def rescaled(row_max, sums, scale, guard):
+    """Sum of terms, a pair, beside another maximum than its own."""
+    power, excess, _ = terms(row_max, scale, guard)
+    top = top_term(row_max)
+    part = power * (sums[0] / top)
+    term = term_of(part, excess)
+    return term, fma(excess, part, part - term) + (sums[1] / top) * term_of(power, excess)
+
+
+@jit
+def rescaled_split(row_max, sums, scale, guard, shared_max):
+    """(ties, rest, error) beside another maximum than its own, where ties are no ties."""
+    if row_max == shared_max:
+        return sums[0], sums[1], sums[2]
+    zero = spread(0.0, row_max)
+    total, error = merge(sums[0] * top_term(row_max), zero, sums[1], sums[2])
+    rest, error = rescaled(row_max, (total, error), scale, guard)
+    return zero, rest, error
+
+
+@jit
+def rescaled_moment(row_max, sums, scale, guard):
+    """Sum of terms times (x - max) c, a pair, beside another maximum than its own."""
+    power, excess, product = terms(row_max, scale, guard)
+    share = term_of(power, excess) / top_term(row_max)
+    total = (sums[0] * top_term(row_max) + (sums[1] + sums[2])) * share
+    return merge(sums[3] * share, sums[4] * share, total * product, spread(0.0, row_max))
+
+
+@jit
+def own_log_of_sum(row_max, sums):
+    """`log_of_sum` in the precision of the sums: what rounding takes from the argument of log1p is added."""
+    lowest = -spread(math.inf, row_max)
+    if row_max == lowest:
+        return spread(math.nan, row_max)
+    one, zero, top = spread(1.0, row_max), spread(0.0, row_max), top_term(row_max)
+    total, error = merge(sums[0] - one, zero, sums[1] / top, sums[2] / top)
+    argument = total + error
+    return log1p(argument) + ((total - argument) + error) / (one + argument)
+
+
+@jit
+def own_logsumexp_value(row_max, high, low, unit, sums):
+    """`logsumexp_value` for T = (high + low) unit, where the unit is above 1 if T alone may overflow."""
+    zero, infinite = spread(0.0, row_max), spread(math.inf, row_max)
+    log_sum = own_log_of_sum(row_max, sums)
+    top = row_max + zero  # which of several zeros is the maximum must not show
+    if math.isnan(sums[1]) or math.isnan(high):
+        value = spread(math.nan, row_max)
+    elif abs(top) == infinite or high == zero or log_sum == zero:
+        value = top
+    elif high == infinite:
+        value = infinite
+    else:
+        value = fma(high, log_sum, fma(low, log_sum, top / unit)) * unit
+    return value
+
+
+@jit
+def own_misses_faint_terms(row_max, temperature, sums):
+    """`misses_faint_terms` in the precision of the sums."""
+    one, faint = spread(1.0, row_max), constant(FAINT_REST, row_max)
+    return (
+        temperature > one
+        and temperature < spread(math.inf, row_max)
+        and sums[0] == one
+        and sums[1] + sums[2] < faint * top_term(row_max)
+        and abs(row_max) < temperature * (faint * spread(2.0**60, row_max))
+    )
+
+
+@jit
+def own_faint_value(row_max, temperature, root, total):
+    """Max + T root**2 total, from terms with their `BIAS`: none of the factors is subnormal."""
+    top = top_term(row_max)
+    value = ((temperature / top) * root) * (root * (total / top))
+    return fma(value, spread(1.0, row_max) / top, row_max)
+
+
+@jit
+def own_entropy_value(row_max, sums):
+    """`entropy_value` in the precision of the sums."""
+    total = sums[0] * top_term(row_max) + (sums[1] + sums[2])
+    moment = (sums[3] + sums[4]) * spread(LOG_2, row_max)
+    return own_log_of_sum(row_max, sums) - moment / total
+
+
+# -- a law: all that the kernels of a GPU need of a temperature, worked out in float64 beforehand -----------
+
+LAW_WORDS = 20
+
+
+@jit
+def law_of(temperature, like):
+    """Law of a temperature, as a tuple; one that is not in [0, inf] makes every result NaN.
+
+    high, low, depth, limit of `rate_of`; high, low, prescale, cutoff, factor, factor2 of `guard_of`; inverse
+    of `rate_of`; inverse, prescale, factor, cutoff of `gap_of`; unit, high, low with
+    T = (high + low) unit; what spoils the sums; and 0.
+    """
+    zero = spread(0.0, like)
+    spoil = zero
+    if not temperature >= 0.0:
+        spoil = spread(math.nan, like)
+        temperature = 1.0
+    rate = rate_of(temperature, like)
+    high, low, guard = guard_of(temperature, like)
+    inverse, prescale, factor, cutoff = gap_of(temperature, like)
+    unit = 64.0 if temperature > 2.0**100 else 1.0
+    scaled = temperature / unit
+    scaled_high, scaled_low = spread(scaled, like), zero
+    if scaled_high < spread(math.inf, like):
+        scaled_low = spread(scaled - float(scaled_high), like)
+    return (
+        *(rate.high, rate.low, rate.depth, rate.limit + spoil),
+        *(high, low, guard.prescale, guard.cutoff, guard.factor, guard.factor2),
+        *(rate.inverse, inverse, prescale, factor, cutoff),
+        *(spread(unit, like), scaled_high + spoil, scaled_low, spoil, zero),
+    )

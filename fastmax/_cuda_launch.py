@@ -1,0 +1,226 @@
+"""Devices, and the short way to a kernel on them: the driver's own functions, called through ctypes.
+
+A launch that is prepared once, with its arguments in place, costs two assignments and one call of the driver
+afterwards. Kernels are compiled for the device at hand when they are first used, and their PTX is kept beside the
+machine code of the CPU's (see `_jit`).
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import os
+import struct
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from fastmax import _cuda_plan, _jit
+
+_ATTRIBUTE_MAJOR, _ATTRIBUTE_MINOR = 75, 76  # of a device
+_ATTRIBUTE_DEVICE = 9  # of a pointer
+_CLUSTER_DIMENSION = 4  # attribute of a launch
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (
+        ("id", ctypes.c_uint),
+        ("pad", ctypes.c_uint),
+        ("cluster", ctypes.c_uint * 3),
+        ("rest", ctypes.c_byte * 52),
+    )
+
+
+class _Configuration(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+@functools.cache
+def _library():
+    """The driver; OSError if there is none."""
+    library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
+    library.cuMemcpyHtoDAsync_v2.argtypes = [
+        ctypes.c_uint64,
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_void_p,
+    ]
+    return library
+
+
+def _check(status):
+    if status:
+        text = ctypes.c_char_p()
+        _library().cuGetErrorString(status, ctypes.byref(text))
+        raise RuntimeError(f"the CUDA driver says: {(text.value or b'unknown error').decode()} ({status})")
+
+
+def is_available():
+    """Whether there are a driver and a GPU."""
+    try:
+        count = ctypes.c_int()
+        return (
+            _library().cuInit(0) == 0
+            and _library().cuDeviceGetCount(ctypes.byref(count)) == 0
+            and count.value > 0
+        )
+    except OSError:
+        return False
+
+
+@functools.cache
+def _context(device):
+    """The primary context of a device, which all libraries share."""
+    _check(_library().cuInit(0))
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    _check(_library().cuDeviceGet(ctypes.byref(handle), device))
+    _check(_library().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle))
+    return context
+
+
+@functools.cache
+def capability(device):
+    """Compute capability of a device."""
+    _check(_library().cuInit(0))
+    handle, value = ctypes.c_int(), ctypes.c_int()
+    _check(_library().cuDeviceGet(ctypes.byref(handle), device))
+    numbers = []
+    for attribute in (_ATTRIBUTE_MAJOR, _ATTRIBUTE_MINOR):
+        _check(_library().cuDeviceGetAttribute(ctypes.byref(value), attribute, handle))
+        numbers.append(value.value)
+    return tuple(numbers)
+
+
+def device_of(address):
+    """Number of the device that an address belongs to."""
+    _check(_library().cuInit(0))
+    value = ctypes.c_int()
+    status = _library().cuPointerGetAttribute(
+        ctypes.byref(value), _ATTRIBUTE_DEVICE, ctypes.c_uint64(address)
+    )
+    _check(status)
+    return value.value
+
+
+@contextlib.contextmanager
+def _current(device):
+    """Make the primary context of a device current, unless it is."""
+    context, found = _context(device), ctypes.c_void_p()
+    _check(_library().cuCtxGetCurrent(ctypes.byref(found)))
+    if found.value == context.value:
+        yield
+        return
+    _check(_library().cuCtxPushCurrent_v2(context))
+    try:
+        yield
+    finally:
+        _check(_library().cuCtxPopCurrent_v2(ctypes.byref(found)))
+
+
+def upload(array, address, device, stream):
+    """Copy a NumPy array to a device, on a stream; the driver is done with it when this returns."""
+    with _current(device):
+        _check(
+            _library().cuMemcpyHtoDAsync_v2(address, array.ctypes.data, array.nbytes, ctypes.c_void_p(stream))
+        )
+
+
+# -- kernels ----------------------------------------------------------------------------------------
+
+
+def ptx_of(spec, capability):
+    """PTX of a kernel, from the cache or compiled."""
+    directory = _jit._cache_directory()
+    if directory is None:
+        return _cuda_plan.build(spec, capability)
+    key = repr((tuple(spec), capability, importlib.metadata.version("numba-cuda")))
+    path = Path(directory, f"{spec.function}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.ptx")
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        digest, _, ptx = path.read_text().partition("\n")
+        if digest == hashlib.sha256(ptx.encode()).hexdigest():
+            return ptx
+    ptx = _cuda_plan.build(spec, capability)
+    with contextlib.suppress(OSError):
+        descriptor, name = tempfile.mkstemp(dir=directory)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(f"{hashlib.sha256(ptx.encode()).hexdigest()}\n{ptx}")
+        os.replace(name, path)
+    return ptx
+
+
+_loading = threading.Lock()
+
+
+@functools.cache
+def _load(spec, capability):
+    """Load a kernel into the driver, for all devices of a compute capability."""
+    ptx = ptx_of(spec, capability)
+    library, kernel = ctypes.c_void_p(), ctypes.c_void_p()
+    status = _library().cuLibraryLoadData(
+        ctypes.byref(library), ctypes.c_char_p(ptx.encode()), None, None, 0, None, None, 0
+    )
+    _check(status)
+    _check(_library().cuLibraryGetKernel(ctypes.byref(kernel), library, spec.function.encode()))
+    return kernel
+
+
+def _flat(arguments):
+    """Bytes of each scalar among the arguments, tuples taken apart, as the kernel takes them."""
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            yield from _flat(argument)
+        elif isinstance(argument, int):
+            yield struct.pack("<q", argument)
+        else:
+            yield argument.tobytes().ljust(8, b"\0")
+
+
+class Launch:
+    """A kernel with its grid and its arguments in place, of which the leading pointers may change.
+
+    A thread must have its own, as the arguments are written into it.
+    """
+
+    def __init__(self, spec, device, grid, arguments):
+        with _loading, _current(device):
+            self._kernel = _load(spec, capability(device))
+        words = b"".join(_flat(arguments))
+        count = len(words) // 8
+        self._values: Any = (ctypes.c_int64 * count).from_buffer_copy(words)
+        start = ctypes.addressof(self._values)
+        self._pointers: Any = (ctypes.c_void_p * count)(*range(start, start + 8 * count, 8))
+        self._configuration = _Configuration(
+            grid=(*grid, 1), block=(spec.threads, 1, 1), shared=0, attribute_count=0
+        )
+        if spec.blocks > 1:
+            self._attribute = _Attribute(id=_CLUSTER_DIMENSION, cluster=(spec.blocks, 1, 1))
+            self._configuration.attributes = ctypes.pointer(self._attribute)
+            self._configuration.attribute_count = 1
+        self._device = device
+        self._call = (ctypes.addressof(self._configuration), self._kernel, self._pointers, None)
+
+    def __call__(self, stream, *pointers):
+        """Launch on a stream, with other pointers in the first places."""
+        for i, pointer in enumerate(pointers):
+            self._values[i] = pointer
+        self._configuration.stream = stream
+        with _current(self._device):
+            _check(_library().cuLaunchKernelEx(*self._call))
+
+
+def run(spec, device, grid, stream, arguments):
+    """Launch a kernel, and return the launch; pointers are addresses, as all integers are 64 bits wide."""
+    launch = Launch(spec, device, grid, arguments)
+    launch(stream)
+    return launch

@@ -1,0 +1,242 @@
+"""Which kernel takes which slices, and how a kernel is built: the table of thresholds.
+
+A kernel is named by a `Spec`. To choose one needs no GPU, and neither does to compile it (`build`).
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+class Spec(NamedTuple):
+    """What distinguishes one kernel from others."""
+
+    function: str  # in `_cuda_kernels`
+    operation: str
+    dtype: str
+    group: str = "thread"  # who shares a slice, in `_cuda_kernels.GROUPS`
+    threads: int = 128  # in a block
+    members: int = 1  # threads of a block that share a slice
+    blocks: int = 1  # of a cluster that share a slice
+    pieces: int = 1  # that a thread holds
+    access: int = 1  # entries read at a time
+    per_slice: bool = False  # whether each slice has a law of its own
+    masked: bool = False
+    source: str = "float64"  # dtype of the temperatures that laws are worked out of
+    ranks: tuple[int, int] = (1, 1)  # axes over slices and over entries of a slice, for any strides
+
+    @property
+    def lanes(self):
+        """Entries of a piece: those of 128 bits."""
+        return 1 if self.function.endswith("strided") else 16 // ITEMSIZE[self.dtype]
+
+    @property
+    def slices(self):
+        """Slices that a block takes."""
+        return max(1, self.threads // self.members) if self.blocks == 1 else 1
+
+    @property
+    def capacity(self):
+        """Entries that a group holds."""
+        return self.members * self.blocks * self.pieces * self.lanes
+
+
+class Class(NamedTuple):
+    """Groups of one kind, and how many words of 32 bits of a slice each of their threads may hold."""
+
+    group: str
+    threads: int
+    members: int
+    blocks: int
+    words: int
+
+
+# Short rows: a thread has up to 32 entries in registers, and neighbouring threads read neighbouring entries by way
+# of shared memory, which 128 rows of 32 float64 nearly fill (34 of 48 kB).
+SHORT = 32
+SHORT_THREADS = 128
+
+# Rows, by length. Entries per thread: 8 words keep two 128-bit loads of each thread on their way; from there on
+# registers set the limit. A block of 1024 threads has 64 of them for each, which hold 16 words and what
+# `terms` needs, by the compiler's report; softmax, whose sums take two registers where the
+# others' take three to five, holds 24. A cluster has at most 8 blocks on every GPU that has clusters.
+ROWS = (
+    Class("warp", 128, 8, 1, 8),  # up to 64 words: the threads of a warp would have one or two entries each
+    Class("warp", 128, 16, 1, 8),  # to 128
+    Class("warp", 128, 32, 1, 32),  # to 1024: no barrier, 8 to 167 registers for entries
+    Class("block", 128, 128, 1, 16),  # to 2048: from here on one row needs more threads than a warp
+    Class("block", 256, 256, 1, 16),
+    Class("block", 512, 512, 1, 16),
+    Class("block", 1024, 1024, 1, 16),  # to 16k, softmax 24k
+    Class("cluster", 1024, 1024, 2, 16),
+    Class("cluster", 1024, 1024, 4, 16),
+    Class("cluster", 1024, 1024, 8, 16),  # to 128k, softmax 192k
+)
+
+# Columns, by length. 16 neighbouring columns are 64 bytes of float32, two sectors of a cache line.
+COLUMNS = (
+    Class("column", 128, 1, 1, 32),  # up to 32 words: a column per thread, nothing to exchange
+    Class("column", 256, 8, 1, 16),  # to 128
+    Class("column", 512, 16, 1, 16),  # to 256
+    Class("column", 512, 32, 1, 24),  # to 768
+)
+
+# Longer slices are split: small parts, so that one row of 10^6 has enough of them for all multiprocessors.
+SPLIT_ROWS = Class("block", 256, 256, 1, 16)
+SPLIT_COLUMNS = Class("column", 512, 16, 1, 16)
+
+# Bytes of split slices that are summed and then read again before the next: half of the L2 cache of an H100, so
+# that the second reading finds them there.
+WAVE_BYTES = 24 * 2**20
+
+# Any strides: one entry at a time, as neighbouring threads take neighbouring entries, or slices.
+STRIDED_WARP = Class("warp", 128, 32, 1, 0)
+STRIDED_BLOCK = Class("block", 256, 256, 1, 0)
+STRIDED_COLUMN = Class("column", 256, 8, 1, 0)
+STRIDED_LONG = 512  # entries from which a block shares a slice
+
+CLUSTERS_FROM = (9, 0)  # compute capability
+MOST_BLOCKS = 65535  # along the second axis of a grid
+
+# Numbers that a part of a slice leaves in memory: its maximum and its sums.
+FIELDS = {"softmax": 3, "log_softmax": 4, "logsumexp": 4, "entropy": 6}
+
+
+def held_words(class_, operation, dtype):
+    """Words that a thread of a class holds without spilling, by the compiler's report."""
+    if class_.threads < 1024:
+        return class_.words
+    if operation == "softmax":
+        return 16 if dtype == "float64" else 24
+    return 8 if dtype == "float64" else 16
+
+
+def _fit(classes, operation, dtype, n, capability):
+    """First class that holds n entries, and how many pieces of them each thread gets; None if there is none."""
+    words = 2 if dtype == "float64" else 1
+    lanes = 16 // ITEMSIZE[dtype]
+    for class_ in classes:
+        if class_.group == "cluster" and capability < CLUSTERS_FROM:
+            continue
+        pieces = -(-n // (class_.members * class_.blocks * lanes))
+        if pieces * lanes * words <= max(held_words(class_, operation, dtype), lanes * words):
+            return class_, pieces
+    return None
+
+
+def _spec(function, operation, dtype, class_, pieces, access, per_slice):
+    _, *sizes, _ = class_[:5]
+    return Spec(function, operation, dtype, class_.group, *sizes, pieces, access, per_slice)
+
+
+def elementwise(operation):
+    """Whether the result of an operation has the shape of x."""
+    return operation in ("softmax", "log_softmax")
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(operation, dtype, n, is_columns, is_packed, access, per_slice, capability):
+    """Return the one spec, or the two for a split slice, with which slices of n entries are taken.
+
+    ``access`` is the number of entries that every row is aligned to; ``is_packed`` says that rows follow each
+    other without gaps.
+    """
+    verb = "transform" if elementwise(operation) else "reduce"
+    if is_columns:
+        access = 1
+        found = _fit(COLUMNS, operation, dtype, n, capability)
+    elif n <= SHORT and is_packed:
+        pieces = -(-n * ITEMSIZE[dtype] // 16)
+        return (Spec(f"{verb}_short", operation, dtype, "thread", SHORT_THREADS, 1, 1, pieces, 1, per_slice),)
+    else:
+        found = _fit(ROWS, operation, dtype, n, capability)
+    if found is not None:
+        return (_spec(verb, operation, dtype, *found, access, per_slice),)
+    class_ = SPLIT_COLUMNS if is_columns else SPLIT_ROWS
+    pieces = class_.words * 4 // 16 if ITEMSIZE[dtype] > 2 else class_.words // 8
+    return (
+        _spec("summarise", operation, dtype, class_, pieces, access, per_slice),
+        _spec(f"{verb}_parts", operation, dtype, class_, pieces, access, per_slice),
+    )
+
+
+def strided_plan(operation, dtype, n, is_across, per_slice, masked, ranks):
+    """Spec for any strides; ``is_across`` says that neighbouring slices are nearer than neighbouring entries."""
+    verb = "transform" if elementwise(operation) else "reduce"
+    class_ = STRIDED_COLUMN if is_across else STRIDED_BLOCK if n >= STRIDED_LONG else STRIDED_WARP
+    spec = _spec(f"{verb}_strided", operation, dtype, class_, 1, 1, per_slice)
+    return spec._replace(masked=masked, ranks=ranks)
+
+
+def laws_plan(dtype, source, rank):
+    """Spec of the kernel that works out a law for each slice, from temperatures of a dtype."""
+    return Spec("laws", "softmax", dtype, source=source, ranks=(rank, 1))
+
+
+def build(spec, capability):
+    """PTX of a kernel, whose entry is called like its function, for a compute capability."""
+    from fastmax import _cuda_target as target
+
+    return target.compile_kernel(
+        spec.function, *names(spec, target), argument_types(spec), capability, spec.threads
+    )
+
+
+def names(spec, target):
+    """Return the function of a spec, and what stands for the names in it; primitives are the target's."""
+    from fastmax import _cuda_kernels as kernels
+
+    room = {"thread": spec.threads * 33 + 1, "column": spec.threads}.get(spec.group, 32)
+    replaced = {
+        **target.PRIMITIVES,
+        **kernels.OPERATIONS[spec.operation],
+        **kernels.GROUPS[spec.group],
+        **kernels.LAWS[spec.per_slice],
+        "PIECES": (0,) * spec.pieces,
+        "LANES": spec.lanes,
+        "ACCESS": spec.access,
+        "THREADS": spec.threads,
+        "GROUP": spec.members,
+        "BLOCKS": spec.blocks,
+        "SLICES": spec.slices,
+        "MEMBERS": spec.members * spec.blocks,
+        "CAPACITY": spec.capacity,
+        "MASKED": spec.masked,
+        "FIELDS": FIELDS[spec.operation],
+        "ABSENT": 0.0 if spec.operation in ("softmax", "entropy") else -math.inf,
+        "load": target.loader(spec.lanes, spec.access),
+        "store": target.storer(spec.lanes, spec.access),
+        "stage": target.stager(spec.lanes),
+        "unstage": target.unstager(spec.lanes),
+        "slots": target.slots_for(room),
+    }
+    if spec.members * spec.blocks == 1:
+        replaced |= {"exchange": kernels.alone, "anyone": kernels.my_own}
+    if spec.function.endswith("strided"):
+        replaced["entry_of"] = kernels.strided_entry
+    if spec.function.endswith("parts") or spec.function == "summarise":
+        replaced["block"] = target.block_y
+    return getattr(kernels, spec.function), replaced
+
+
+def argument_types(spec):
+    """Numba types of the arguments of a kernel."""
+    from fastmax import _cuda_target as target
+
+    entries = target.pointer(spec.dtype)
+    work = target.pointer(target.work_name(spec.dtype))
+    integer = target.INTEGER
+    outer, inner = (target.integers(rank) for rank in spec.ranks)
+    law = (work, target.law_type(spec.dtype))
+    if spec.function == "laws":
+        return target.pointer(spec.source), work, integer, outer, outer
+    if spec.function == "summarise":
+        return entries, work, *law, *(integer,) * 6
+    if spec.function.endswith("parts"):
+        return entries, entries, work, *law, *(integer,) * 7
+    if spec.function.endswith("strided"):
+        strides = (target.tuples(outer), target.tuples(inner))
+        return entries, entries, target.pointer("bool"), *law, integer, integer, *strides
+    return entries, entries, *law, *(integer,) * 5

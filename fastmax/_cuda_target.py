@@ -1,0 +1,946 @@
+"""What the CUDA kernels are made of: lanes, memory, exchange between threads; and how they are compiled.
+
+Every import of numba-cuda is here. Kernels and the mathematics are plain Python over a few primitives, which
+are called by name: `rebuilt` makes a copy of a function, and of all that it calls, in which these names stand for
+CUDA's primitives. So `_math` is written once, and a simulator needs nothing but primitives of its own.
+
+A float is a `Lanes` of count 1 here. Sums and products are the instructions that are rounded by themselves
+(``add.rn``, ``mul.rn``): the compiler may contract all others to ``fma``, and then nothing is left of error-free
+transformations.
+"""
+
+import contextlib
+import math
+import operator
+import re
+import types as python_types
+from typing import Any
+
+import numba.cuda
+from llvmlite import ir
+from numba.cuda import dispatcher, types
+from numba.cuda.extending import intrinsic as numba_intrinsic
+from numba.cuda.extending import lower_builtin, models, overload, register_model
+from numba.cuda.typing.templates import AbstractTemplate, infer_global, signature
+
+from fastmax._math import LAW_WORDS
+
+# What it makes is called with other arguments than the function that it decorates.
+intrinsic: Any = numba_intrinsic
+
+_I1, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 16, 32, 64))
+_SCALAR = {types.float32: ir.FloatType(), types.float64: ir.DoubleType(), types.boolean: _I1}
+_SUFFIX = {types.float32: "f", types.float64: "d"}
+_EXPONENT_SHIFT = {types.float32: 23, types.float64: 52}
+_GLOBAL, _SHARED = 1, 3  # address spaces
+
+# How entries are stored: int16 stands for float16, uint16 for bfloat16, as in `_lanes`.
+STORAGE = {
+    "float16": types.int16,
+    "bfloat16": types.uint16,
+    "float32": types.float32,
+    "float64": types.float64,
+}
+
+
+class Lanes(types.Type):
+    """The type of ``count`` values of type ``dtype``."""
+
+    def __init__(self, dtype, count):
+        self.dtype = dtype
+        self.count = count
+        super().__init__(name=f"Lanes({dtype}, {count})")
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, _llvm_type(fe_type))
+
+
+class Slots(types.Type):
+    """The type of an array in shared memory for values of one type, or for tuples of them."""
+
+    def __init__(self, value):
+        self.value = value
+        super().__init__(name=f"Slots({value})")
+
+
+@register_model(Slots)
+class _SlotsModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, ir.PointerType(_SCALAR[_fields(fe_type.value)[0].dtype], _SHARED))
+
+
+def _llvm_type(lanes):
+    return ir.VectorType(_SCALAR[lanes.dtype], lanes.count)
+
+
+def _fields(value):
+    """Types in a tuple of lanes; a value that is no tuple counts as one field."""
+    return tuple(value) if isinstance(value, types.BaseTuple) else (value,)
+
+
+def _each(builder, result, emit, *arguments):
+    """Vector of what ``emit`` makes of each lane of the arguments."""
+    vector = ir.Constant(result, ir.Undefined)
+    for i in range(result.count):
+        value = emit(*(builder.extract_element(argument, _I32(i)) for argument in arguments))
+        vector = builder.insert_element(vector, value, _I32(i))
+    return vector
+
+
+def _only(builder, vector):
+    """The value of a vector of one lane."""
+    return builder.extract_element(vector, _I32(0))
+
+
+def _call(builder, name, result, *arguments):
+    function_type = ir.FunctionType(result, [argument.type for argument in arguments])
+    function = builder.module.globals.get(name) or ir.Function(builder.module, function_type, name)
+    return builder.call(function, arguments)
+
+
+def _rounded(builder, name, *arguments):
+    """Call an arithmetic instruction that is rounded to nearest and never contracted."""
+    suffix = "f" if isinstance(arguments[0].type, ir.FloatType) else "d"
+    return _call(builder, f"llvm.nvvm.{name}.rn.{suffix}", arguments[0].type, *arguments)
+
+
+def _negated(builder, value):
+    """-value; the LLVM of libNVVM knows no fneg."""
+    return builder.fsub(ir.Constant(value.type, -0.0), value)
+
+
+def _asm(builder, result, code, constraints, *arguments, effect=False):
+    function_type = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.asm(function_type, code, constraints, arguments, effect)
+
+
+# -- arithmetic and comparison, as operators ------------------------------------------------------
+
+
+def _define_operator(function, emit, result):
+    @infer_global(function)
+    class _Template(AbstractTemplate):
+        def generic(self, args, kws):
+            if not kws and isinstance(args[0], Lanes) and all(arg == args[0] for arg in args):
+                return signature(result(args[0]), *args)
+            return None
+
+    def lower(context, builder, sig, args):
+        value = _each(
+            builder,
+            ir.VectorType(_SCALAR[getattr(sig.return_type, "dtype", types.boolean)], args[0].type.count),
+            lambda *lanes: emit(builder, *lanes),
+            *args,
+        )
+        return value if isinstance(sig.return_type, Lanes) else _only(builder, value)
+
+    arity = 1 if function in (operator.neg, abs) else 2
+    lower_builtin(function, *(Lanes,) * arity)(lower)
+
+
+for _function, _emit in {
+    operator.add: lambda builder, a, b: _rounded(builder, "add", a, b),
+    operator.sub: lambda builder, a, b: _rounded(builder, "add", a, _negated(builder, b)),
+    operator.mul: lambda builder, a, b: _rounded(builder, "mul", a, b),
+    operator.truediv: lambda builder, a, b: _rounded(builder, "div", a, b),
+    operator.neg: lambda builder, a: _negated(builder, a),
+    abs: lambda builder, a: _call(
+        builder, "llvm.nvvm.fabs.f" if isinstance(a.type, ir.FloatType) else "llvm.nvvm.fabs.d", a.type, a
+    ),
+}.items():
+    _define_operator(_function, _emit, result=lambda lanes: lanes)
+
+# As in IEEE 754, a comparison with NaN is False. That of single lanes is a condition for an ``if``.
+for _function, _name in {
+    operator.lt: "<",
+    operator.gt: ">",
+    operator.le: "<=",
+    operator.eq: "==",
+}.items():
+    _define_operator(
+        _function,
+        lambda builder, a, b, _name=_name: builder.fcmp_ordered(_name, a, b),
+        result=lambda lanes: types.boolean if lanes.count == 1 else Lanes(types.boolean, lanes.count),
+    )
+
+
+@intrinsic
+def _is_nan(typingctx, x):
+    def codegen(context, builder, sig, args):
+        value = _only(builder, args[0])
+        return builder.fcmp_unordered("uno", value, value)
+
+    return types.boolean(x), codegen
+
+
+@overload(math.isnan)
+def _isnan(x):
+    return (lambda x: _is_nan(x)) if isinstance(x, Lanes) else None
+
+
+@intrinsic
+def select(typingctx, condition, yes, no):
+    """``yes`` where the condition holds, else ``no``."""
+
+    def codegen(context, builder, sig, args):
+        condition, yes, no = args
+        if isinstance(condition.type, ir.VectorType):
+            return _each(builder, yes.type, builder.select, condition, yes, no)
+        return builder.select(condition, yes, no)
+
+    return yes(condition, yes, yes), codegen
+
+
+@intrinsic
+def fma(typingctx, a, b, c):
+    """``a * b + c``, rounded once."""
+
+    def codegen(context, builder, sig, args):
+        if isinstance(args[0].type, ir.VectorType):
+            return _each(builder, args[0].type, lambda *lanes: _rounded(builder, "fma", *lanes), *args)
+        return _rounded(builder, "fma", *args)
+
+    return a(a, a, a), codegen
+
+
+@intrinsic
+def power_of_two(typingctx, exponent):
+    """Power of two whose exponent field stands in the low bits of a float."""
+
+    def codegen(context, builder, sig, args):
+        integer = ir.IntType(exponent.dtype.bitwidth)
+        shift = integer(_EXPONENT_SHIFT[exponent.dtype])
+
+        def emit(value):
+            return builder.bitcast(builder.shl(builder.bitcast(value, integer), shift), value.type)
+
+        return _each(builder, args[0].type, emit, args[0])
+
+    return exponent(exponent), codegen
+
+
+def _constant(builder, value, llvm_type):
+    """A float64 known to the compiler, rounded to the type of the lanes of a vector, in each of them."""
+    if value.type != llvm_type.element:
+        value = builder.fptrunc(value, llvm_type.element)
+    return _each(builder, llvm_type, lambda: value)
+
+
+@intrinsic
+def polynomial(typingctx, x, coefficients):
+    """Polynomial in ``x`` by Horner's rule; ``coefficients`` = (float32's, float64's), lowest first."""
+    precision = {types.float32: 0, types.float64: 1}[x.dtype]
+
+    def codegen(context, builder, sig, args):
+        x, pairs = args
+        own = builder.extract_value(pairs, precision)
+        count = len(sig.args[1][precision])
+        values = [_constant(builder, builder.extract_value(own, i), x.type) for i in range(count)]
+        result = values[-1]
+        for value in values[-2::-1]:
+            result = _each(builder, x.type, lambda *lanes: _rounded(builder, "fma", *lanes), result, x, value)
+        return result
+
+    return x(x, coefficients), codegen
+
+
+@intrinsic
+def log1p(typingctx, x):
+    """log(1 + x) of a single lane."""
+    name = {types.float32: "__nv_log1pf", types.float64: "__nv_log1p"}[x.dtype]
+
+    def codegen(context, builder, sig, args):
+        return _each(builder, args[0].type, lambda value: _call(builder, name, value.type, value), args[0])
+
+    return x(x), codegen
+
+
+# -- from numbers to lanes and back ---------------------------------------------------------------
+
+
+@intrinsic
+def spread(typingctx, value, like):
+    """``value``, a number or a single lane, in every lane of the type of ``like``."""
+
+    def codegen(context, builder, sig, args):
+        result = _llvm_type(like)
+        if sig.args[0] == like:
+            return args[0]
+        if isinstance(sig.args[0], Lanes):
+            single = _only(builder, args[0])
+        else:
+            single = context.cast(builder, args[0], sig.args[0], like.dtype)
+        return _each(builder, result, lambda: single)
+
+    return like(value, like), codegen
+
+
+@intrinsic
+def constant(typingctx, values, like):
+    """The one of the two constants (for float32, for float64) that belongs to the dtype of ``like``."""
+    precision = {types.float32: 0, types.float64: 1}[like.dtype]
+
+    def codegen(context, builder, sig, args):
+        return _constant(builder, builder.extract_value(args[0], precision), _llvm_type(like))
+
+    return like(values, like), codegen
+
+
+@intrinsic
+def _number(typingctx, x):
+    return x.dtype(x), lambda context, builder, sig, args: _only(builder, args[0])
+
+
+@overload(float)
+def _float(x):
+    return (lambda x: _number(x)) if isinstance(x, Lanes) else None
+
+
+@overload(int)
+def _int(x):
+    return (lambda x: int(_number(x))) if isinstance(x, Lanes) else None
+
+
+def _half(upper):
+    @intrinsic
+    def half(typingctx, lanes):
+        count = lanes.count // 2
+        start = count if upper else 0
+
+        def codegen(context, builder, sig, args):
+            result = ir.Constant(ir.VectorType(args[0].type.element, count), ir.Undefined)
+            for i in range(count):
+                value = builder.extract_element(args[0], _I32(start + i))
+                result = builder.insert_element(result, value, _I32(i))
+            return result
+
+        return Lanes(lanes.dtype, count)(lanes), codegen
+
+    return half
+
+
+lower_half = _half(upper=False)
+upper_half = _half(upper=True)
+
+
+# -- pieces: tuples of lanes that the compiler sees one by one ---------------------------------------
+
+
+def scanned(step, state, pieces) -> Any:
+    """Fold ``state, result = step(state, piece)`` over a tuple; return the state and the results."""
+
+
+@overload(scanned)
+def _scanned(step, state, pieces):
+    if len(pieces) == 1:
+
+        def scan(step, state, pieces):
+            state, result = step(state, pieces[0])
+            return state, (result,)
+
+    else:
+
+        def scan(step, state, pieces):
+            state, result = step(state, pieces[0])
+            state, results = scanned(step, state, pieces[1:])
+            return state, (result, *results)
+
+    return scan
+
+
+def across(combine, state) -> Any:
+    """Combine the lanes of a tuple of lanes by halves, to single lanes."""
+
+
+@overload(across)
+def _across(combine, state):
+    if state[0].count == 1:
+        return lambda combine, state: state
+
+    def halve(combine, state):
+        return across(combine, combine(_lower_halves(state), _upper_halves(state)))
+
+    return halve
+
+
+def _halves(half):
+    def halves(state) -> Any:
+        return state
+
+    @overload(halves)
+    def _of_tuple(state):
+        if len(state) == 1:
+            return lambda state: (half(state[0]),)
+        return lambda state: (half(state[0]), *halves(state[1:]))
+
+    return halves
+
+
+_lower_halves = _halves(lower_half)
+_upper_halves = _halves(upper_half)
+
+
+def offset(index, sizes, strides) -> Any:
+    """Offset of the entry of a number in C order, for sizes and strides in entries."""
+
+
+@overload(offset)
+def _offset(index, sizes, strides):
+    if len(sizes) == 1:
+        return lambda index, sizes, strides: index * strides[0]
+
+    def unravel(index, sizes, strides):
+        size = sizes[len(sizes) - 1]
+        rest = offset(index // size, sizes[: len(sizes) - 1], strides[: len(sizes) - 1])
+        return rest + index % size * strides[len(sizes) - 1]
+
+    return unravel
+
+
+# -- types of arguments ---------------------------------------------------------------------------
+
+INTEGER = types.int64
+
+
+def pointer(dtype):
+    """Type of a pointer to entries, or to the bytes of a mask."""
+    return types.CPointer(types.uint8 if dtype == "bool" else STORAGE[dtype])
+
+
+def work_name(dtype):
+    """Name of the dtype in which entries are computed."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def law_type(dtype):
+    """Type of a law that comes with the launch."""
+    return types.UniTuple(STORAGE[work_name(dtype)], LAW_WORDS)
+
+
+def integers(count):
+    """Type of a tuple of integers."""
+    return types.UniTuple(INTEGER, count)
+
+
+def tuples(entry):
+    """Type of (sizes, strides of x, of out, of the mask)."""
+    return types.UniTuple(entry, 4)
+
+
+# -- entries in memory ----------------------------------------------------------------------------
+
+
+def _work_dtype(storage):
+    return types.float64 if storage == types.float64 else types.float32
+
+
+def _address(builder, pointer, index, llvm_type, space=_GLOBAL):
+    """Address of entry ``index`` as a pointer to ``llvm_type``."""
+    address = builder.gep(pointer, [index])
+    if address.type.addrspace != space:
+        address = builder.addrspacecast(address, ir.PointerType(address.type.pointee, space))
+    return builder.bitcast(address, ir.PointerType(llvm_type, space))
+
+
+def _read(builder, storage, pointer, index, count):
+    """``count`` entries from one access, as a list of floats."""
+    if storage.bitwidth > 16:
+        vector = ir.VectorType(_SCALAR[storage], count)
+        value = builder.load(_address(builder, pointer, index, vector), align=count * storage.bitwidth // 8)
+        return [builder.extract_element(value, _I32(i)) for i in range(count)]
+    if count == 1:
+        bits = [builder.load(_address(builder, pointer, index, _I16), align=2)]
+    else:
+        # Words of two entries, as an access of more than 4 numbers is split.
+        vector = ir.VectorType(_I32, count // 2)
+        value = builder.load(_address(builder, pointer, index, vector), align=2 * count)
+        words = [builder.extract_element(value, _I32(i)) for i in range(count // 2)]
+        if storage == types.uint16:
+            halves = [
+                half
+                for word in words
+                for half in (builder.shl(word, _I32(16)), builder.and_(word, _I32(0xFFFF0000)))
+            ]
+            return [builder.bitcast(half, ir.FloatType()) for half in halves]
+        bits = [
+            builder.trunc(half, _I16)
+            for word in words
+            for half in (word, builder.lshr(word, _I32(16)))
+        ]
+    if storage == types.uint16:
+        return [
+            builder.bitcast(builder.shl(builder.zext(value, _I32), _I32(16)), ir.FloatType()) for value in bits
+        ]
+    return [builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType()) for value in bits]
+
+
+def _write(builder, storage, pointer, index, values):
+    """Entries by one access, each rounded to nearest, ties to even."""
+    count = len(values)
+    if storage.bitwidth > 16:
+        vector = ir.Constant(ir.VectorType(_SCALAR[storage], count), ir.Undefined)
+        for i, value in enumerate(values):
+            vector = builder.insert_element(vector, value, _I32(i))
+        align = count * storage.bitwidth // 8
+        builder.store(vector, _address(builder, pointer, index, vector.type), align=align)
+        return
+    name = "bf16" if storage == types.uint16 else "f16"
+    if count == 1:
+        bits = _asm(builder, _I16, f"cvt.rn.{name}.f32 $0, $1;", "=h,f", values[0])
+        builder.store(bits, _address(builder, pointer, index, _I16), align=2)
+        return
+    vector = ir.Constant(ir.VectorType(_I32, count // 2), ir.Undefined)
+    for i in range(count // 2):
+        pair = values[2 * i + 1], values[2 * i]
+        word = _asm(builder, _I32, f"cvt.rn.{name}x2.f32 $0, $1, $2;", "=r,f,f", *pair)
+        vector = builder.insert_element(vector, word, _I32(i))
+    builder.store(vector, _address(builder, pointer, index, vector.type), align=2 * count)
+
+
+def _named(*arguments) -> Any:
+    """What stands for a primitive that is made for each kernel, until it is."""
+    raise NotImplementedError(arguments)
+
+
+load = store = stage = unstage = slots = _named
+
+
+def loader(lanes, access):
+    """Make the `load` of a kernel: so many lanes by accesses of so many entries."""
+
+    @intrinsic
+    def load(typingctx, pointer, base, stride, first, step, stop):
+        storage = pointer.dtype
+        dtype = _work_dtype(storage)
+
+        def codegen(context, builder, sig, args):
+            pointer, base, stride, first, step, stop = args
+            lowest = ir.Constant(_SCALAR[dtype], float("-inf"))
+            last = builder.sub(stop, _I64(access))
+            values = []
+            for _ in range(lanes // access):
+                inside = builder.icmp_signed("<", first, stop)
+                index = builder.select(inside, first, last)
+                index = builder.add(base, builder.mul(index, stride))
+                entries = _read(builder, storage, pointer, index, access)
+                values += [builder.select(inside, entry, lowest) for entry in entries]
+                first = builder.add(first, step)
+            vector = ir.Constant(ir.VectorType(_SCALAR[dtype], lanes), ir.Undefined)
+            for i, value in enumerate(values):
+                vector = builder.insert_element(vector, value, _I32(i))
+            return vector
+
+        return Lanes(dtype, lanes)(pointer, *(types.int64,) * 5), codegen
+
+    return load
+
+
+def storer(lanes, access):
+    """Make the `store` of a kernel: so many lanes by accesses of so many entries."""
+
+    @intrinsic
+    def store(typingctx, pointer, base, stride, first, step, stop, value):
+        def codegen(context, builder, sig, args):
+            pointer, base, stride, first, step, stop, vector = args
+            for at in range(0, lanes, access):
+                with builder.if_then(builder.icmp_signed("<", first, stop)):
+                    index = builder.add(base, builder.mul(first, stride))
+                    values = [builder.extract_element(vector, _I32(at + i)) for i in range(access)]
+                    _write(builder, sig.args[0].dtype, pointer, index, values)
+                first = builder.add(first, step)
+            return context.get_dummy_value()
+
+        return types.none(pointer, *(types.int64,) * 5, value), codegen
+
+    return store
+
+
+@intrinsic
+def load_one(typingctx, pointer, index):
+    """Entry ``index`` as a single lane."""
+    dtype = _work_dtype(pointer.dtype)
+
+    def codegen(context, builder, sig, args):
+        (value,) = _read(builder, sig.args[0].dtype, *args, 1)
+        return _each(builder, ir.VectorType(value.type, 1), lambda: value)
+
+    return Lanes(dtype, 1)(pointer, types.int64), codegen
+
+
+@intrinsic
+def store_one(typingctx, pointer, index, value):
+    """Write entry ``index`` from a single lane."""
+
+    def codegen(context, builder, sig, args):
+        pointer, index, value = args
+        _write(builder, sig.args[0].dtype, pointer, index, [_only(builder, value)])
+        return context.get_dummy_value()
+
+    return types.none(pointer, types.int64, value), codegen
+
+
+@intrinsic
+def byte(typingctx, pointer, index):
+    """Byte ``index`` of a mask."""
+
+    def codegen(context, builder, sig, args):
+        value = builder.load(_address(builder, *args, ir.IntType(8)), align=1)
+        return builder.zext(value, _I64)
+
+    return types.int64(pointer, types.int64), codegen
+
+
+@intrinsic
+def number(typingctx, pointer, index):
+    """Entry ``index``, a temperature, as a float64."""
+
+    def codegen(context, builder, sig, args):
+        (value,) = _read(builder, sig.args[0].dtype, *args, 1)
+        return value if value.type == ir.DoubleType() else builder.fpext(value, ir.DoubleType())
+
+    return types.float64(pointer, types.int64), codegen
+
+
+@intrinsic
+def as_lanes(typingctx, values):
+    """Numbers of a tuple as a tuple of single lanes."""
+    lanes = Lanes(values.dtype, 1)
+    result = types.UniTuple(lanes, len(values))
+
+    def codegen(context, builder, sig, args):
+        numbers = [builder.extract_value(args[0], i) for i in range(len(values))]
+        vector = ir.VectorType(_SCALAR[values.dtype], 1)
+        return context.make_tuple(
+            builder, result, [_each(builder, vector, lambda number=number: number) for number in numbers]
+        )
+
+    return result(values), codegen
+
+
+# -- threads and what they exchange ---------------------------------------------------------------
+
+
+def _register(name):
+    """A special register as an int64."""
+
+    @intrinsic
+    def read(typingctx):
+        def codegen(context, builder, sig, args):
+            return builder.zext(_asm(builder, _I32, f"mov.u32 $0, %{name};", "=r"), _I64)
+
+        return types.int64(), codegen
+
+    return read
+
+
+thread = _register("tid.x")
+block = part = _register("ctaid.x")
+block_y = _register("ctaid.y")
+cluster_rank = _register("cluster_ctarank")
+
+
+def _effect(code):
+    """An instruction that orders memory."""
+
+    @intrinsic
+    def run(typingctx):
+        def codegen(context, builder, sig, args):
+            _asm(builder, ir.VoidType(), code, "~{memory}", effect=True)
+            return context.get_dummy_value()
+
+        return types.none(), codegen
+
+    return run
+
+
+@intrinsic
+def barrier(typingctx):
+    """Wait for all threads of the block."""
+
+    def codegen(context, builder, sig, args):
+        _call(builder, "llvm.nvvm.barrier0", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.none(), codegen
+
+
+cluster_arrive = _effect("barrier.cluster.arrive.release;")
+cluster_wait = _effect("barrier.cluster.wait.acquire;")
+
+
+@intrinsic
+def anyone_in_block(typingctx, flag):
+    """Whether the flag of any thread of the block is set; a barrier."""
+
+    def codegen(context, builder, sig, args):
+        result = _call(builder, "llvm.nvvm.barrier0.or", _I32, builder.zext(args[0], _I32))
+        return builder.icmp_signed("!=", result, _I32(0))
+
+    return types.boolean(types.boolean), codegen
+
+
+def _words(builder, value):
+    """A float as 32-bit integers."""
+    if isinstance(value.type, ir.FloatType):
+        return [builder.bitcast(value, _I32)]
+    bits = builder.bitcast(value, _I64)
+    return [builder.trunc(bits, _I32), builder.trunc(builder.lshr(bits, _I64(32)), _I32)]
+
+
+def _from_words(builder, words, llvm_type):
+    if len(words) == 1:
+        return builder.bitcast(words[0], llvm_type)
+    low, high = (builder.zext(word, _I64) for word in words)
+    return builder.bitcast(builder.or_(low, builder.shl(high, _I64(32))), llvm_type)
+
+
+def _shuffle(mode, describe):
+    @intrinsic
+    def shuffle(typingctx, state, mask, number):
+        def codegen(context, builder, sig, args):
+            state, mask, number = args
+            mask, number = builder.trunc(mask, _I32), builder.trunc(number, _I32)
+            result = []
+            for i in range(len(sig.return_type)):
+                vector = builder.extract_value(state, i)
+                words = []
+                for word in _words(builder, _only(builder, vector)):
+                    pair = _call(
+                        builder,
+                        "llvm.nvvm.shfl.sync.i32",
+                        ir.LiteralStructType([_I32, _I1]),
+                        *(mask, _I32(mode), word, number, _I32(31)),
+                    )
+                    words.append(builder.extract_value(pair, 0))
+                value = _from_words(builder, words, vector.type.element)
+                result.append(_each(builder, vector.type, lambda value=value: value))
+            return context.make_tuple(builder, sig.return_type, result)
+
+        return state(state, types.int64, types.int64), codegen
+
+    shuffle.__doc__ = describe
+    return shuffle
+
+
+shuffle = _shuffle(3, "The state, a tuple of single lanes, of the lane whose number differs by a bit.")
+shuffle_from = _shuffle(0, "The state of the lane of a number.")
+
+
+def slots_for(count):
+    """Make the `slots` of a kernel: room for so many states in shared memory, each call with its own."""
+
+    @intrinsic
+    def slots(typingctx, state):
+        def codegen(context, builder, sig, args):
+            fields = _fields(state)
+            element = _SCALAR[fields[0].dtype]
+            array = ir.ArrayType(element, count * len(fields))
+            name = builder.module.get_unique_name(f"{builder.function.name}.slots")
+            memory = ir.GlobalVariable(builder.module, array, name, _SHARED)
+            memory.linkage = "internal"
+            memory.initializer = ir.Constant(array, ir.Undefined)
+            memory.align = 16
+            return builder.bitcast(memory, ir.PointerType(element, _SHARED))
+
+        return Slots(state)(state), codegen
+
+    return slots
+
+
+@intrinsic
+def put(typingctx, slots, index, state):
+    """Write state ``index``, a tuple of single lanes."""
+
+    def codegen(context, builder, sig, args):
+        slots, index, state = args
+        count = len(sig.args[2])
+        for i in range(count):
+            at = builder.add(builder.mul(index, _I64(count)), _I64(i))
+            builder.store(_only(builder, builder.extract_value(state, i)), builder.gep(slots, [at]))
+        return context.get_dummy_value()
+
+    return types.none(slots, types.int64, state), codegen
+
+
+@intrinsic
+def get(typingctx, slots, index):
+    """Read state ``index``."""
+    state = slots.value
+
+    def codegen(context, builder, sig, args):
+        slots, index = args
+        count = len(state)
+        values = []
+        for i in range(count):
+            at = builder.add(builder.mul(index, _I64(count)), _I64(i))
+            value = builder.load(builder.gep(slots, [at]))
+            values.append(_each(builder, ir.VectorType(value.type, 1), lambda value=value: value))
+        return context.make_tuple(builder, state, values)
+
+    return state(slots, types.int64), codegen
+
+
+@intrinsic
+def put_remote(typingctx, slots, rank, index, state):
+    """Write state ``index`` into the slots of another block of the cluster."""
+
+    def codegen(context, builder, sig, args):
+        slots, rank, index, state = args
+        count = len(sig.args[3])
+        rank = builder.trunc(rank, _I32)
+        for i in range(count):
+            value = _only(builder, builder.extract_value(state, i))
+            at = builder.add(builder.mul(index, _I64(count)), _I64(i))
+            local = builder.ptrtoint(builder.gep(slots, [at]), _I32)
+            remote = _asm(builder, _I32, "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", local, rank)
+            kind, letter = ("f32", "f") if isinstance(value.type, ir.FloatType) else ("f64", "d")
+            code = f"st.shared::cluster.{kind} [$0], $1;"
+            _asm(builder, ir.VoidType(), code, f"r,{letter},~{{memory}}", remote, value, effect=True)
+        return context.get_dummy_value()
+
+    return types.none(slots, types.int64, types.int64, state), codegen
+
+
+# -- rows of short slices in shared memory, where a word in 33 is left free -------------------------
+
+
+def _padded(builder, index):
+    return builder.add(index, builder.ashr(index, _I64(5)))
+
+
+def stager(lanes):
+    """Make the `stage` of a kernel: write lanes to entries first, first + step, ... before stop."""
+
+    @intrinsic
+    def stage(typingctx, slots, first, step, stop, value):
+        def codegen(context, builder, sig, args):
+            slots, first, step, stop, vector = args
+            for i in range(lanes):
+                with builder.if_then(builder.icmp_signed("<", first, stop)):
+                    at = builder.gep(slots, [_padded(builder, first)])
+                    builder.store(builder.extract_element(vector, _I32(i)), at)
+                first = builder.add(first, step)
+            return context.get_dummy_value()
+
+        return types.none(slots, *(types.int64,) * 3, value), codegen
+
+    return stage
+
+
+def unstager(lanes):
+    """Make the `unstage` of a kernel: read what `stage` wrote; -inf from stop on."""
+
+    @intrinsic
+    def unstage(typingctx, slots, first, step, stop):
+        result = Lanes(slots.value.dtype, lanes)
+
+        def codegen(context, builder, sig, args):
+            slots, first, step, stop = args
+            vector = ir.Constant(_llvm_type(result), ir.Undefined)
+            lowest = ir.Constant(_SCALAR[result.dtype], float("-inf"))
+            for i in range(lanes):
+                inside = builder.icmp_signed("<", first, stop)
+                index = builder.select(inside, first, builder.sub(stop, _I64(1)))
+                value = builder.load(builder.gep(slots, [_padded(builder, index)]))
+                vector = builder.insert_element(vector, builder.select(inside, value, lowest), _I32(i))
+                first = builder.add(first, step)
+            return vector
+
+        return result(slots, *(types.int64,) * 3), codegen
+
+    return unstage
+
+
+# -- compilation ----------------------------------------------------------------------------------
+
+
+def rebuilt(function, replaced, wrap) -> Any:
+    """Copy a function, and all that it calls, with other values for some of the names that they use.
+
+    What ``replaced`` does not name keeps its value, but for functions: plain ones and those that are jitted
+    for a CPU are copied as well. ``wrap`` makes of a copy what its callers shall call.
+    """
+    copies = {}
+
+    def copy(function):
+        function = getattr(function, "py_func", function)
+        if function not in copies:
+            names = dict(function.__globals__)
+            result = python_types.FunctionType(
+                function.__code__, names, function.__name__, function.__defaults__
+            )
+            copies[function] = wrap(result)
+            for name in _names(function.__code__):
+                if name in replaced:
+                    value = replaced[name]
+                    names[name] = copy(value) if _is_ours(value) else value
+                elif _is_ours(names.get(name)):
+                    names[name] = copy(names[name])
+        return copies[function]
+
+    return copy(function)
+
+
+PRIMITIVES = {
+    "as_float64": float,
+    "constant": constant,
+    "fma": fma,
+    "log1p": log1p,
+    "lower_half": lower_half,
+    "polynomial": polynomial,
+    "power_of_two": power_of_two,
+    "select": select,
+    "spread": spread,
+    "upper_half": upper_half,
+}
+
+
+def _names(code):
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, python_types.CodeType):
+            yield from _names(inner)
+
+
+def _is_ours(value):
+    """Whether a value is a function whose source can serve any target."""
+    function = getattr(value, "py_func", value)
+    return isinstance(function, python_types.FunctionType) and function.__module__ in (
+        "fastmax._math",
+        "fastmax._cuda_kernels",
+    )
+
+
+@contextlib.contextmanager
+def _compiling_for(capability):
+    """Let device functions be compiled for a given GPU instead of the one at hand, as kernels are."""
+    usual = dispatcher.get_current_device
+    dispatcher.get_current_device = lambda: python_types.SimpleNamespace(compute_capability=capability)
+    try:
+        yield
+    finally:
+        dispatcher.get_current_device = usual
+
+
+def compile_kernel(name, function, replaced, arguments, capability, threads):
+    """PTX of a kernel under a short name, from the types of its arguments; no GPU is needed."""
+
+    def wrap(copy):
+        return copy if copy.__code__ is function.__code__ else device(copy)
+
+    device = numba.cuda.jit(device=True, forceinline=True)
+    with _compiling_for(capability):
+        ptx, _ = numba.cuda.compile(
+            rebuilt(function, replaced, wrap),
+            types.void(*arguments),
+            device=False,
+            abi="numba",
+            cc=capability,
+            launch_bounds=threads,
+        )
+    (entry,) = re.findall(r"\.visible \.entry (\w+)\(", ptx)
+    ptx = re.sub(r"\.common \.global [^;]*_ZN08NumbaEnv[^;]*;\n", "", ptx)
+    return ptx.replace(entry, name)

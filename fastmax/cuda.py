@@ -1,0 +1,682 @@
+"""The same four functions for arrays on an NVIDIA GPU: CuPy, PyTorch and Numba arrays.
+
+``fastmax.softmax`` and the others call these when they are given such an array. The result is an array of the
+caller's kind on the same device, computed on its current stream; nothing is copied to the host, and nothing waits.
+"""
+
+import functools
+import math
+import threading
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastmax import _cuda_launch as driver
+from fastmax import _api, _cuda_plan
+from fastmax._jit import kernel
+from fastmax._math import LAW_WORDS, law_of
+
+ABSENT = {"softmax": 0.0, "log_softmax": -math.inf, "logsumexp": -math.inf, "entropy": 0.0}
+
+
+def is_available() -> bool:
+    """Return whether there are a CUDA driver and a GPU.
+
+    Returns
+    -------
+    bool
+        Whether the driver was found and counts at least one device.
+
+    Examples
+    --------
+    >>> from fastmax import cuda
+    >>> isinstance(cuda.is_available(), bool)
+    True
+    """
+    return driver.is_available()
+
+
+def softmax(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, out=None):
+    r"""Softmax with temperature of an array on a GPU.
+
+    .. math:: \sigma_T(x)_i = \frac{\exp(x_i / T)}{\sum_j \exp(x_j / T)}
+
+    Parameters
+    ----------
+    x : array on a GPU
+        CuPy or Numba array or PyTorch tensor of float16, bfloat16, float32 or float64, of any shape and strides.
+    temperature : array_like or array on a GPU, optional
+        Real values in [0, inf]: one for all slices, or an array that broadcasts against the shape of `x` with
+        `axis` removed. One on the GPU is not read back: where it is negative or NaN, the slice becomes NaN.
+    axis : int, tuple of int, or None, optional
+        Axis or axes whose entries form a slice; None stands for all of them.
+    where : array of bool on a GPU, optional
+        Entries to take into account, broadcast to the shape of `x`; the others count as absent.
+    out : array on a GPU, optional
+        Array for the result, of its shape and dtype. It may be `x` itself.
+
+    Returns
+    -------
+    array on a GPU
+        Probabilities, as an array of the kind of `x` and in its dtype.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not supported, or `where` or `out` is not on a GPU.
+    ValueError
+        If a temperature on the host is negative or NaN, or a shape does not fit.
+    numpy.exceptions.AxisError
+        If `axis` is out of bounds.
+
+    Notes
+    -----
+    The limits and special values, and the accuracy, are those of `fastmax.softmax`. A tensor that requires
+    gradients is taken as it is; the result knows nothing of them.
+
+    Examples
+    --------
+    >>> from fastmax import cuda
+    >>> if cuda.is_available():
+    ...     import cupy
+    ...     p = cuda.softmax(cupy.array([1.0, 3.0, 3.0]), temperature=0)
+    """
+    return _evaluate("softmax", x, temperature, axis, where, out)
+
+
+def log_softmax(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, out=None):
+    r"""Logarithm of the softmax with temperature of an array on a GPU.
+
+    .. math:: \log \sigma_T(x)_i = \frac{x_i - \max x}{T} - \log \sum_j \exp \frac{x_j - \max x}{T}
+
+    Parameters
+    ----------
+    x, temperature, axis, where, out
+        As `softmax` takes them.
+
+    Returns
+    -------
+    array on a GPU
+        Natural logarithms of the probabilities, as an array of the kind of `x` and in its dtype.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        As `softmax` does.
+
+    Notes
+    -----
+    The limits and special values are those of `fastmax.log_softmax`.
+
+    Examples
+    --------
+    >>> from fastmax import cuda
+    >>> if cuda.is_available():
+    ...     import cupy
+    ...     q = cuda.log_softmax(cupy.zeros((2, 3)), axis=1)
+    """
+    return _evaluate("log_softmax", x, temperature, axis, where, out)
+
+
+def logsumexp(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, keepdims=False, out=None):
+    r"""Logarithm of a sum of exponentials with temperature, of an array on a GPU.
+
+    .. math:: T \log \sum_j \exp(x_j / T)
+
+    Parameters
+    ----------
+    x, temperature, axis, where, out
+        As `softmax` takes them.
+    keepdims : bool, optional
+        Whether the reduced axes stay, with size 1.
+
+    Returns
+    -------
+    array on a GPU
+        One value per slice, as an array of the kind of `x` and in its dtype.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        As `softmax` does.
+
+    Notes
+    -----
+    The limits and special values are those of `fastmax.logsumexp`.
+
+    Examples
+    --------
+    >>> from fastmax import cuda
+    >>> if cuda.is_available():
+    ...     import cupy
+    ...     value = cuda.logsumexp(cupy.array([1000.0, 1000.0]))
+    """
+    return _evaluate("logsumexp", x, temperature, axis, where, out, keepdims)
+
+
+def entropy(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, keepdims=False, out=None):
+    r"""Entropy of the softmax with temperature of an array on a GPU, in nats.
+
+    .. math:: H = -\sum_i \sigma_T(x)_i \log \sigma_T(x)_i
+
+    Parameters
+    ----------
+    x, temperature, axis, where, out
+        As `softmax` takes them.
+    keepdims : bool, optional
+        Whether the reduced axes stay, with size 1.
+
+    Returns
+    -------
+    array on a GPU
+        One value per slice, as an array of the kind of `x` and in its dtype.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        As `softmax` does.
+
+    Notes
+    -----
+    The limits and special values are those of `fastmax.entropy`.
+
+    Examples
+    --------
+    >>> from fastmax import cuda
+    >>> if cuda.is_available():
+    ...     import cupy
+    ...     h = cuda.entropy(cupy.array([1.0, 3.0, 3.0]), [0.0, 1.0, float("inf")])
+    """
+    return _evaluate("entropy", x, temperature, axis, where, out, keepdims)
+
+
+# -- arrays of the three kinds ------------------------------------------------------------------------
+
+
+def _library_of(x):
+    """Name of the package that an array comes from."""
+    return type(x).__module__.partition(".")[0]
+
+
+class _Place(NamedTuple):
+    """Where the entries of an array are: strides are in bytes, dtype is a name."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    device: int
+
+    def as_numpy(self):
+        """An ndarray of the same shape, strides and address, whose entries must not be touched."""
+        size = {"bool": 1, **_cuda_plan.ITEMSIZE}[self.dtype]
+        stand_in = {1: "|u1", 2: "<u2", 4: "<u4", 8: "<u8"}[size]
+        return np.asarray(_Interface(self.address or 256, self.shape, self.strides, stand_in))
+
+
+class _Interface:
+    """What NumPy asks of an array."""
+
+    def __init__(self, address, shape, strides, typestr):
+        self.__array_interface__ = {
+            "data": (address, False),
+            "shape": shape,
+            "strides": strides,
+            "typestr": typestr,
+            "version": 3,
+        }
+
+
+_TYPESTR = {"<f2": "float16", "<f4": "float32", "<f8": "float64", "|b1": "bool"}
+
+
+def _place(x, name):
+    """Where the entries of an array on a GPU are; ``name`` is that of the argument."""
+    if not _api._is_on_gpu(x):
+        raise TypeError(f"{name} must be an array on the GPU, got {type(x).__name__}")
+    if _library_of(x) == "torch":
+        dtype = str(x.dtype).rpartition(".")[2]
+        strides = tuple(stride * x.element_size() for stride in x.stride())
+        place = _Place(x.data_ptr(), tuple(x.shape), strides, dtype, x.device.index)
+    else:
+        interface = x.__cuda_array_interface__
+        typestr, shape = interface["typestr"], tuple(interface["shape"])
+        dtype = _TYPESTR.get(typestr) or getattr(getattr(x, "dtype", None), "name", typestr)
+        if typestr.startswith(">"):
+            dtype = typestr
+        if interface.get("mask") is not None:
+            raise TypeError(f"{name} must not be masked")
+        strides = interface.get("strides")
+        if strides is None:
+            size = int(typestr[2:])
+            strides = tuple(size * math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        address = interface["data"][0]
+        device = getattr(getattr(x, "device", None), "id", None)
+        if device is None:
+            device = driver.device_of(address) if address else 0
+        place = _Place(address, shape, tuple(strides), dtype, device)
+    return place
+
+
+def _stream(x, device):
+    """Stream on which the owner of an array works."""
+    library = _library_of(x)
+    if library == "torch":
+        import torch
+
+        return torch.cuda.current_stream(device).cuda_stream
+    if library == "cupy":
+        import cupy
+
+        with cupy.cuda.Device(device):
+            return cupy.cuda.get_current_stream().ptr
+    return x.__cuda_array_interface__.get("stream") or 0
+
+
+def _empty(x, shape, dtype, device):
+    """New array of the kind of x, C-contiguous, on its device."""
+    library = _library_of(x)
+    if library == "torch":
+        import torch
+
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=x.device)
+    if library == "cupy":
+        import cupy
+
+        with cupy.cuda.Device(device):
+            return cupy.empty(shape, x.dtype if dtype == _place(x, "x").dtype else dtype)
+    return _empty_of_numba(shape, dtype)
+
+
+def _empty_of_numba(shape, dtype):
+    from numba import cuda
+
+    return cuda.device_array(shape, np.dtype(dtype))
+
+
+# -- temperatures -------------------------------------------------------------------------------------
+
+
+@kernel
+def _law(temperature, like):
+    return law_of(temperature, like)
+
+
+@functools.lru_cache(maxsize=256)
+def _law_of(temperature, dtype):
+    """Law of one temperature on the host, in the dtype in which entries are computed."""
+    work = np.float64 if dtype == "float64" else np.float32
+    with np.errstate(all="ignore"):
+        return tuple(work(value) for value in _law(temperature, work(0.0)))
+
+
+def _no_law(dtype):
+    """What stands for the law in a launch where each slice has its own."""
+    return (np.float64(0) if dtype == "float64" else np.float32(0),) * LAW_WORDS
+
+
+# -- the short way: a packed array, one temperature on the host, a new result or x itself ------------------
+
+
+class _Ready(threading.local):
+    """Launches of this thread, by what they depend on."""
+
+    def __init__(self):
+        self.launches = {}
+
+
+_ready = _Ready()
+_MOST_READY = 256
+
+
+def _evaluate_ready(operation, x, temperature, axis, out):
+    """Result by a launch that an earlier call has prepared; None if there is none."""
+    library = _library_of(x)
+    if library == "torch":
+        device, address, packed = x.device.index, x.data_ptr(), x.is_contiguous()
+    elif library == "cupy":
+        device, address, packed = x.device.id, x.data.ptr, x.flags.c_contiguous
+    else:
+        return None
+    if not packed:
+        return None
+    launch = _ready.launches.get((operation, x.shape, x.dtype, device, temperature, axis, address % 16))
+    if launch is None:
+        return None
+    result, to = x, address
+    if out is None:
+        import importlib
+
+        result = importlib.import_module(library).empty_like(x)
+        to = result.data_ptr() if library == "torch" else result.data.ptr
+    launch(_stream(x, device), address, to)
+    return result
+
+
+def _keep_ready(operation, x, temperature, axis, place, launch):
+    """Keep a launch for calls with the same shape, dtype, temperature and alignment."""
+    if _library_of(x) in ("torch", "cupy"):
+        if len(_ready.launches) >= _MOST_READY:
+            _ready.launches.clear()
+        key = (operation, x.shape, x.dtype, place.device, temperature, axis, place.address % 16)
+        _ready.launches[key] = launch
+
+
+# -- the long way: every argument -----------------------------------------------------------------------
+
+
+class _Task(NamedTuple):
+    """What all launches of a call share."""
+
+    operation: str
+    dtype: str
+    device: int
+    stream: int
+    like: Any  # the array of the caller, of whose kind working memory shall be
+
+    @property
+    def itemsize(self):
+        return _cuda_plan.ITEMSIZE[self.dtype]
+
+    @property
+    def work(self):
+        """Dtype in which entries are computed."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+    def memory(self, size, dtype):
+        """Working memory, and its address."""
+        array = _empty(self.like, (size,), dtype, self.device)
+        return array, _place(array, "memory").address
+
+    def launch(self, spec, grid, *arguments):
+        driver.run(spec, self.device, grid, self.stream, arguments)
+
+
+class _Laws(NamedTuple):
+    """Laws of a call: one that comes with the launch, or those in an array, one per slice."""
+
+    per_slice: bool
+    address: int
+    law: tuple
+    memory: Any = None
+
+
+def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
+    """Check the arguments, run the operation, and return the result."""
+    elementwise = _cuda_plan.elementwise(operation)
+    simple = (
+        elementwise
+        and where is None
+        and (out is None or out is x)
+        and type(temperature) is float
+        and type(axis) is int
+    )
+    if simple:
+        result = _evaluate_ready(operation, x, temperature, axis, out)
+        if result is not None:
+            return result
+    place = _place(x, "x")
+    if place.dtype not in _cuda_plan.ITEMSIZE:
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got dtype {place.dtype}")
+    ghost = place.as_numpy()
+    degrees, on_device = _degrees_of(temperature, place)
+    given, axes = _api._as_axes(axis, ghost.ndim)
+    batch = _api._batch_shape(ghost, degrees, axes)
+    places = _api._places(given, axes, len(batch) + len(axes))
+    if elementwise:
+        shape = _api._with_axes(batch, places, [ghost.shape[i] for i in axes])
+    else:
+        shape = _api._with_axes(batch, places, [1] * len(axes)) if keepdims else batch
+    mask = None if where is None else _mask_of(where, ghost.shape, place)
+    if out is not None:
+        _check_out(_place(out, "out"), shape, place)
+    if ghost.size == 0 or 0 in shape:
+        return _filled(x, shape, place, ABSENT[operation], out)
+    kept = _api._kept(axes, range(ghost.ndim))
+    order = None
+    if mask is None and batch == tuple(ghost.shape[i] for i in kept):
+        order = _api._memory_order(ghost, axes)
+    if order is not None and not elementwise and _api._kept(axes, order) != kept:
+        order = None
+    result = _empty_in(x, shape, place, order if elementwise else None) if out is None else out
+    written = _place(result, "out").as_numpy()
+    if keepdims and not elementwise:
+        written = written[(*(0 if i in places else slice(None) for i in range(written.ndim)), ...)]
+    if order is not None:
+        packed = _api._is_packed(written, order) if elementwise else written.flags.c_contiguous
+        order = order if packed else None
+    task = _Task(operation, place.dtype, place.device, _stream(x, place.device), x)
+    slices = kept if order is None else _api._kept(axes, order)
+    laws = _laws_of(task, degrees, on_device, batch, [kept.index(i) for i in slices] if order else None)
+    if order is None:
+        _run_strided(task, ghost, written, mask, batch, axes, places, laws)
+    else:
+        count, n, *rest = _api._blocks(ghost.shape, axes, order)
+        inner = rest[0] if rest else 1
+        pitch = n * inner
+        launch = _run_packed(task, place.address, _address(written), count * inner, n, inner, pitch, pitch, laws)
+        if simple and not laws.per_slice and launch is not None:
+            _keep_ready(operation, x, temperature, axis, place, launch)
+    return result
+
+
+def _address(ghost):
+    return ghost.__array_interface__["data"][0]
+
+
+def _degrees_of(temperature, place):
+    """The temperatures, as float64 on the host or as a stand-in for an array on the GPU, and which dtype that has."""
+    if not _api._is_on_gpu(temperature):
+        return _api._as_temperature(temperature), None
+    warm = _place(temperature, "temperature")
+    if warm.dtype not in _cuda_plan.ITEMSIZE:
+        raise TypeError(f"temperature must be of floats, got dtype {warm.dtype}")
+    _check_device("temperature", warm, place)
+    return warm.as_numpy(), warm.dtype
+
+
+def _check_device(name, other, place):
+    if other.device != place.device:
+        raise ValueError(f"{name} must be on the device of x, {place.device}, got device {other.device}")
+
+
+def _check_out(target, shape, place):
+    if target.shape != shape or target.dtype != place.dtype:
+        raise ValueError(
+            f"out must have the shape {shape} and dtype {place.dtype} of the result, "
+            f"got shape {target.shape} and dtype {target.dtype}"
+        )
+    _check_device("out", target, place)
+    same = target[:3] == place[:3]
+    a, b = target.as_numpy(), place.as_numpy()
+    if not same and np.may_share_memory(a, b) and np.shares_memory(a, b):
+        raise ValueError("out must be x itself or not overlap it, got an array that overlaps x in part")
+
+
+def _mask_of(where, shape, place):
+    """Stand-in for the mask, broadcast to the shape of x."""
+    mask = _place(where, "where")
+    if mask.dtype != "bool":
+        raise TypeError(f"where must be boolean, got dtype {mask.dtype}")
+    _check_device("where", mask, place)
+    try:
+        return np.broadcast_to(mask.as_numpy(), shape)
+    except ValueError:
+        raise ValueError(
+            f"where of shape {mask.shape} does not broadcast to the shape {shape} of x"
+        ) from None
+
+
+def _empty_in(x, shape, place, order):
+    """New array whose axes lie in memory in the given order, or in C order."""
+    if order is None or order == sorted(order):
+        return _empty(x, shape, place.dtype, place.device)
+    array = _empty(x, tuple(shape[i] for i in order), place.dtype, place.device)
+    back = np.argsort(order).tolist()
+    return array.permute(back) if _library_of(x) == "torch" else array.transpose(back)
+
+
+def _filled(x, shape, place, value, out):
+    """``out``, or a new array, full of a value: slices without entries."""
+    result = _empty(x, shape, place.dtype, place.device) if out is None else out
+    if math.prod(shape) == 0:
+        return result
+    if _library_of(x) == "torch":
+        return result.fill_(value)
+    if _library_of(x) == "cupy":
+        result.fill(value)
+        return result
+    result.copy_to_device(np.full(shape, value, place.dtype))
+    return result
+
+
+# -- laws -----------------------------------------------------------------------------------------------
+
+
+def _laws_of(task, degrees, dtype, batch, order):
+    """Laws for the slices of a batch whose axes are taken in an order; ``dtype`` is that of degrees on the GPU."""
+    if dtype is None and degrees.size == 1:
+        return _Laws(False, 0, _law_of(float(degrees.reshape(())), task.dtype))
+    source = None
+    if dtype is None:
+        degrees = np.ascontiguousarray(degrees)
+        source, address = task.memory(degrees.size, "float64")
+        driver.upload(degrees, address, task.device, task.stream)
+        dtype = "float64"
+    else:
+        address = _address(degrees)
+    count = math.prod(batch)
+    memory, laws = task.memory(count * LAW_WORDS, task.work)
+    full = np.broadcast_to(degrees, batch)
+    full = full if order is None else full.transpose(order)
+    sizes, (strides,) = _collapsed(full.shape, [_in_entries(full)])
+    spec = _cuda_plan.laws_plan(task.work, dtype, len(sizes))
+    task.launch(spec, (-(-count // spec.threads), 1), address, laws, count, sizes, strides)
+    return _Laws(True, laws, _no_law(task.dtype), (memory, source))
+
+
+def _in_entries(ghost):
+    """Strides in entries."""
+    if any(stride % ghost.itemsize for stride in ghost.strides):
+        raise ValueError(f"strides must be multiples of the itemsize {ghost.itemsize}, got {ghost.strides}")
+    return [stride // ghost.itemsize for stride in ghost.strides]
+
+
+def _collapsed(shape, strides):
+    """Sizes and strides of an array, of which axes that one stride can walk have become one."""
+    sizes: list[int] = []
+    walks: list[list[int]] = [[] for _ in strides]
+    for i, size in enumerate(shape):
+        if size == 1:
+            continue
+        own = [walk[i] for walk in strides]
+        if sizes and all(walk[-1] == size * step for walk, step in zip(walks, own, strict=True)):
+            sizes[-1] *= size
+            for walk, step in zip(walks, own, strict=True):
+                walk[-1] = step
+        else:
+            sizes.append(size)
+            for walk, step in zip(walks, own, strict=True):
+                walk.append(step)
+    if not sizes:
+        return (1,), [(0,) for _ in strides]
+    return tuple(sizes), [tuple(walk) for walk in walks]
+
+
+# -- launches -------------------------------------------------------------------------------------------
+
+
+def _run_packed(task, x, out, count, n, inner, x_pitch, out_pitch, laws):
+    """Run slices of n entries that are ``inner`` apart; return the launch if it is a single one."""
+    elementwise = _cuda_plan.elementwise(task.operation)
+    steps = [x // task.itemsize, n, x_pitch]
+    if elementwise:
+        steps += [out // task.itemsize, out_pitch]
+    access = math.gcd(16 // task.itemsize, *steps)
+    is_packed = x_pitch == n and (out_pitch == n or not elementwise)
+    capability = driver.capability(task.device)
+    specs = _cuda_plan.plan(
+        task.operation, task.dtype, n, inner > 1, is_packed, access, laws.per_slice, capability
+    )
+    if len(specs) == 2:
+        _run_split(task, specs, x, out, count, n, inner, x_pitch, out_pitch, laws)
+        return None
+    (spec,) = specs
+    grid = (-(-count // spec.slices) * spec.blocks, 1)
+    arguments = (x, out, laws.address, laws.law, count, n, inner, x_pitch, out_pitch)
+    return driver.run(spec, task.device, grid, task.stream, arguments)
+
+
+def _run_split(task, specs, x, out, count, n, inner, x_pitch, out_pitch, laws):
+    """Run slices in parts: as many slices at a time as the L2 cache holds, so that it serves the second reading."""
+    first, second = specs
+    parts = -(-n // first.capacity)
+    wave = max(1, _cuda_plan.WAVE_BYTES // (n * task.itemsize) // first.slices) * first.slices
+    wave = min(wave, count, _cuda_plan.MOST_BLOCKS * first.slices)
+    fields = _cuda_plan.FIELDS[task.operation]
+    memory, work = task.memory(wave * parts * fields, task.work)
+    for start in range(0, count, wave):
+        stop = min(start + wave, count)
+        blocks = -(-(stop - start) // first.slices)
+        shape = (start, stop, n, inner)
+        task.launch(
+            first, (parts, blocks), x, work, laws.address, laws.law, *shape, x_pitch, parts
+        )
+        across = parts if _cuda_plan.elementwise(task.operation) else 1
+        task.launch(
+            second,
+            (across, blocks),
+            *(x, out, work, laws.address, laws.law, *shape, x_pitch, out_pitch, parts),
+        )
+    del memory
+
+
+def _run_strided(task, ghost, written, mask, batch, axes, places, laws):
+    """Run slices of any strides."""
+    elementwise = _cuda_plan.elementwise(task.operation)
+    views = [
+        np.broadcast_to(_without(ghost, axes), batch),
+        _without(written, places) if elementwise else written,
+        np.broadcast_to(_without(ghost if mask is None else mask, axes), batch),
+    ]
+    sizes, outer = _collapsed(batch, [_in_entries(view) for view in views])
+    x_inner = [_in_entries(ghost)[i] for i in axes]
+    out_inner = [_in_entries(written)[i] for i in places] if elementwise else x_inner
+    mask_inner = x_inner if mask is None else [_in_entries(mask)[i] for i in axes]
+    lengths = [ghost.shape[i] for i in axes]
+    inner_sizes, inner = _collapsed(lengths, [x_inner, out_inner, mask_inner])
+    count, n = math.prod(batch), math.prod(lengths)
+    x, out = _address(ghost), _address(written)
+    rows = (
+        mask is None
+        and len(sizes) == len(inner_sizes) == 1
+        and inner[0] == inner[1] == (1,)
+        and (elementwise or outer[1] == (1,))
+        and outer[0][0] >= 0 <= outer[1][0]
+    )
+    if rows:
+        _run_packed(task, x, out, count, n, 1, outer[0][0], outer[1][0], laws)
+        return
+    nearest = min((abs(stride) for stride in outer[0] if stride), default=n)
+    spec = _cuda_plan.strided_plan(
+        task.operation,
+        task.dtype,
+        n,
+        nearest < abs(inner[0][-1]),
+        laws.per_slice,
+        mask is not None,
+        (len(sizes), len(inner_sizes)),
+    )
+    task.launch(
+        spec,
+        (-(-count // spec.slices), 1),
+        *(x, out, 0 if mask is None else _address(mask), laws.address, laws.law, count, n),
+        (sizes, *outer),
+        (inner_sizes, *inner),
+    )
+
+
+def _without(ghost, axes):
+    """First entries along some axes."""
+    return ghost[(*(0 if i in axes else slice(None) for i in range(ghost.ndim)), ...)]
