@@ -584,7 +584,6 @@ def _is_on_gpu(x):
     return hasattr(type(x), "__cuda_array_interface__") and getattr(x, "is_cuda", True)
 
 
-
 def _as_array(x):
     """Return x as an array, and the dtype of its result."""
     if isinstance(x, np.ma.MaskedArray):

@@ -34,6 +34,7 @@ from fastmax._lanes import (
     put,
     read,
     read_square,
+    select,
     spread,
     square_size,
     store,
@@ -47,7 +48,11 @@ from fastmax._math import (
     Rate,
     Scale,
     add_smaller,
+    bounded_gap,
+    bounded_scale,
     entropy_value,
+    gap_of,
+    guard_of,
     guarded_gap,
     guarded_scale,
     is_plain,
@@ -494,7 +499,7 @@ def softmax_narrow_group(x, mask, temperature, out, first, count, work):
     if are_plain(row_max, rates):
         total, error = narrow_sums(w, tile, n, plain_scale(row_max, rates), None)
     else:
-        write_scales(row_max, temperature, first, w, 0, lanes)
+        write_scales(row_max, rates, temperature, first, w, 0, lanes)
         total, error = narrow_sums(w, tile, n, read_scale(w, 0, lanes), read_guard(w, 0, lanes))
     high, low = reciprocal(total, error)
     for i in range(tile, tile + n * lanes, lanes):
@@ -545,7 +550,7 @@ def narrow_split(x, temperature, first, n, step, count, weighted, work):
     if plain:
         sums = narrow_split_sums(work, tile, n, row_max, plain_scale(row_max, rates), None, weighted)
     else:
-        write_scales(row_max, temperature, first, work, 0, lanes)
+        write_scales(row_max, rates, temperature, first, work, 0, lanes)
         scale, guard = read_scale(work, 0, lanes), read_guard(work, 0, lanes)
         sums = narrow_split_sums(work, tile, n, row_max, scale, guard, weighted)
     write_split(row_max, sums, work, 0, lanes)
@@ -927,8 +932,22 @@ def are_plain(row_max, rates):
 
 
 @jit
-def write_scales(row_max, temperature, first, work, j, width):
+def write_scales(row_max, rates, temperature, first, work, j, width):
     """Write a scale and guard for each lane; the guard of a plain slice changes nothing."""
+    plain, none = plain_scale(row_max, rates), no_guard(row_max)
+    if len(temperature) == 1:
+        high, low, guard = guard_of(temperature[0], get(work, 0))
+        scale, guard = bounded_scale(row_max, high, low, guard)
+        other = rates.limit < larger(row_max, -row_max)
+        store(work, field(0, j, width), select(other, scale.row_max, row_max))
+        store(work, field(1, j, width), select(other, scale.high, plain.high))
+        store(work, field(2, j, width), select(other, scale.low, plain.low))
+        store(work, field(3, j, width), select(other, scale.lowest, plain.lowest))
+        store(work, field(4, j, width), select(other, guard.prescale, none.prescale))
+        store(work, field(5, j, width), select(other, guard.factor, none.factor))
+        store(work, field(6, j, width), select(other, guard.factor2, none.factor2))
+        store(work, field(7, j, width), select(other, guard.cutoff, none.cutoff))
+        return
     store(work, field(0, j, width), row_max)
     for k in range(lane_count(work)):
         top = get(work, field(0, j + k, width))
@@ -994,6 +1013,18 @@ def write_gaps(row_max, rates, log_sum, plain, temperature, first, work, j, widt
         for quantity in range(4, 7):
             store(work, field(quantity, j, width), one)
         store(work, field(7, j, width), -spread(math.inf, work))
+        return
+    if len(temperature) == 1:
+        other = rates.limit < larger(row_max, -row_max)
+        inverse, prescale, factor, cutoff = gap_of(temperature[0], get(work, 0))
+        own, guard = bounded_gap(row_max, inverse, prescale, factor, cutoff, log_sum)
+        none = no_guard(row_max)
+        store(work, field(1, j, width), select(other, own.inverse, gap.inverse))
+        store(work, field(2, j, width), select(other, own.summand, gap.summand))
+        store(work, field(4, j, width), select(other, guard.prescale, none.prescale))
+        store(work, field(5, j, width), select(other, guard.factor, none.factor))
+        store(work, field(6, j, width), select(other, guard.factor2, none.factor2))
+        store(work, field(7, j, width), select(other, guard.cutoff, none.cutoff))
         return
     store(work, field(_RECIPROCAL, j, width), log_sum)
     for k in range(lane_count(work)):
@@ -1084,7 +1115,7 @@ def softmax_tile(x, mask, temperature, out, i, first, width, parts, work):
         if are_plain(row_max, rates):
             total, error = column_sums(w, at, n, plain_scale(row_max, rates), None, soon)
         else:
-            write_scales(row_max, temperature, number, w, j, width)
+            write_scales(row_max, rates, temperature, number, w, j, width)
             scale, guard = read_scale(w, j, width), read_guard(w, j, width)
             total, error = column_sums(w, at, n, scale, guard, soon)
         high, low = reciprocal(total, error)
@@ -1159,7 +1190,7 @@ def split_tile_sums(work, at, n, row_max, temperature, first, rates, weighted, j
         scale = plain_scale(row_max, rates)
         sums = column_split_sums(work, at, n, row_max, scale, None, weighted, soon)
     else:
-        write_scales(row_max, temperature, first, work, j, width)
+        write_scales(row_max, rates, temperature, first, work, j, width)
         scale, guard = read_scale(work, j, width), read_guard(work, j, width)
         sums = column_split_sums(work, at, n, row_max, scale, guard, weighted, soon)
     write_split(row_max, sums, work, j, width)
@@ -1358,7 +1389,7 @@ def strip_sums(x, mask, temperature, maxima, task, width, work, totals, errors):
         if are_plain(row_max, rates):
             total, error = column_sums(w, at, rows, plain_scale(row_max, rates), None, None)
         else:
-            write_scales(row_max, temperature, column, w, j, width)
+            write_scales(row_max, rates, temperature, column, w, j, width)
             scale, guard = read_scale(w, j, width), read_guard(w, j, width)
             total, error = column_sums(w, at, rows, scale, guard, None)
         write(pointer(totals), to, count - j, total)
@@ -1393,8 +1424,9 @@ def write_strip(x, mask, temperature, maxima, high, low, task, width, work, out)
     for j in range(0, count, lanes):
         column = i * inner + first + j
         row_max = read(pointer(maxima), column, count - j, zero)
-        plain = plain and are_plain(row_max, lane_rates(temperature, column, count - j, rate, w))
-        write_scales(row_max, temperature, column, w, j, width)
+        rates = lane_rates(temperature, column, count - j, rate, w)
+        plain = plain and are_plain(row_max, rates)
+        write_scales(row_max, rates, temperature, column, w, j, width)
         store(w, field(_RECIPROCAL, j, width), read(pointer(high), column, count - j, zero))
         store(w, field(_RECIPROCAL + 1, j, width), read(pointer(low), column, count - j, zero))
     for k in range(rows):

@@ -465,14 +465,11 @@ def _read(builder, storage, pointer, index, count):
                 for half in (builder.shl(word, _I32(16)), builder.and_(word, _I32(0xFFFF0000)))
             ]
             return [builder.bitcast(half, ir.FloatType()) for half in halves]
-        bits = [
-            builder.trunc(half, _I16)
-            for word in words
-            for half in (word, builder.lshr(word, _I32(16)))
-        ]
+        bits = [builder.trunc(half, _I16) for word in words for half in (word, builder.lshr(word, _I32(16)))]
     if storage == types.uint16:
         return [
-            builder.bitcast(builder.shl(builder.zext(value, _I32), _I32(16)), ir.FloatType()) for value in bits
+            builder.bitcast(builder.shl(builder.zext(value, _I32), _I32(16)), ir.FloatType())
+            for value in bits
         ]
     return [builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType()) for value in bits]
 

@@ -189,12 +189,18 @@ def guard_of(temperature, like):
 @jit
 def bounded_scale(row_max, high, low, guard):
     """Scale and guard of a slice, from the multiplier and guard of its temperature."""
-    one = spread(1.0, row_max)
+    zero, one = spread(0.0, row_max), spread(1.0, row_max)
     largest = constant(LARGEST, row_max)
-    if abs(row_max) > largest:
-        # Halved and capped at the largest number, +inf is above all others and -inf stays below.
-        high = low = spread(0.0, row_max)
-        guard = Guard(spread(0.5, row_max), one, one, spread(0.0, row_max))
+    infinite = larger(row_max, -row_max) > largest
+    high = select(infinite, zero, spread(high, row_max))
+    low = select(infinite, zero, spread(low, row_max))
+    # Halved and capped at the largest number, +inf is above all others and -inf stays below.
+    guard = Guard(
+        select(infinite, spread(0.5, row_max), spread(guard.prescale, row_max)),
+        select(infinite, one, spread(guard.factor, row_max)),
+        select(infinite, one, spread(guard.factor2, row_max)),
+        select(infinite, zero, spread(guard.cutoff, row_max)),
+    )
     row_max = select(row_max > largest, largest, row_max * guard.prescale)
     row_max = select(row_max < -largest, -largest, row_max)
     return Scale(row_max, high, low, -spread(math.inf, row_max)), guard
@@ -402,11 +408,15 @@ def gap_of(temperature, like):
 @jit
 def bounded_gap(row_max, inverse, prescale, factor, cutoff, log_sum):
     """Gap and guard of a slice, from what `gap_of` says of its temperature."""
-    one, lowest = spread(1.0, row_max), -spread(math.inf, row_max)
-    if math.isnan(log_sum):
-        inverse, prescale, factor, cutoff = spread(0.0, row_max), one, one, lowest
-    elif row_max == -lowest:
-        inverse, prescale, factor, cutoff = spread(0.0, row_max), one, one, row_max
+    zero, one, lowest = spread(0.0, row_max), spread(1.0, row_max), -spread(math.inf, row_max)
+    # With neither NaN nor +inf in the slice the constants of the temperature hold.
+    known = log_sum == log_sum
+    limit = select(known, row_max, lowest)
+    usual = select(known, row_max, -lowest) < -lowest
+    inverse = select(usual, spread(inverse, row_max), zero)
+    prescale = select(usual, spread(prescale, row_max), one)
+    factor = select(usual, spread(factor, row_max), one)
+    cutoff = select(usual, spread(cutoff, row_max), limit)
     cutoff = select(cutoff > row_max, row_max, cutoff)
     gap = Gap(row_max, inverse, spread(0.0, row_max) - spread(log_sum, row_max))
     return gap, Guard(prescale, factor, factor, cutoff)

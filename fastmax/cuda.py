@@ -455,7 +455,9 @@ def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
         count, n, *rest = _api._blocks(ghost.shape, axes, order)
         inner = rest[0] if rest else 1
         pitch = n * inner
-        launch = _run_packed(task, place.address, _address(written), count * inner, n, inner, pitch, pitch, laws)
+        launch = _run_packed(
+            task, place.address, _address(written), count * inner, n, inner, pitch, pitch, laws
+        )
         if simple and not laws.per_slice and launch is not None:
             _keep_ready(operation, x, temperature, axis, place, launch)
     return result
@@ -620,9 +622,7 @@ def _run_split(task, specs, x, out, count, n, inner, x_pitch, out_pitch, laws):
         stop = min(start + wave, count)
         blocks = -(-(stop - start) // first.slices)
         shape = (start, stop, n, inner)
-        task.launch(
-            first, (parts, blocks), x, work, laws.address, laws.law, *shape, x_pitch, parts
-        )
+        task.launch(first, (parts, blocks), x, work, laws.address, laws.law, *shape, x_pitch, parts)
         across = parts if _cuda_plan.elementwise(task.operation) else 1
         task.launch(
             second,
