@@ -49,6 +49,13 @@ class Operation:
 
         return getattr(_gufunc, self.name)
 
+    @functools.cached_property
+    def on_gpu(self):
+        """Function that runs arrays on a GPU."""
+        from fastmax import cuda
+
+        return cuda.evaluate
+
 
 _SOFTMAX = Operation("softmax", True, 0.0)
 _LOG_SOFTMAX = Operation("log_softmax", True, -math.inf)
@@ -344,10 +351,7 @@ def _around(shape, axis):
 def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
     """Check the arguments, run the operation, and give the result its shape and dtype."""
     if _is_on_gpu(x):
-        from fastmax import cuda
-
-        options = {} if operation.elementwise else {"keepdims": keepdims}
-        return getattr(cuda, operation.name)(x, temperature, axis=axis, where=where, out=out, **options)
+        return operation.on_gpu(operation.name, x, temperature, axis, where, out, keepdims)
     x, result_dtype = _as_array(x)
     temperature = _as_temperature(temperature)
     if where is None and not keepdims and temperature.ndim == 0 and x.flags.c_contiguous:
@@ -530,7 +534,6 @@ def _slices_last(x, axes):
 def _is_on_gpu(x):
     """Whether an object is an array on an NVIDIA GPU; a PyTorch tensor may also be on the host."""
     return hasattr(type(x), "__cuda_array_interface__") and getattr(x, "is_cuda", True)
-
 
 
 def _as_array(x):

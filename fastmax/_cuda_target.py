@@ -1,12 +1,12 @@
 """What the CUDA kernels are made of: lanes, memory, exchange between threads; and how they are compiled.
 
 Every import of numba-cuda is here. Kernels and the mathematics are plain Python over a few primitives, which
-are called by name: `rebuilt` makes a copy of a function, and of all that it calls, in which these names stand for
-CUDA's primitives. So `_math` is written once, and a simulator needs nothing but primitives of its own.
+are called by name: `rebuilt` makes a copy of a function, and of all that it calls, in which these names stand
+for CUDA's primitives. So `_math` is written once, and a simulator needs nothing but primitives of its own.
 
 A float is a `Lanes` of count 1 here. Sums and products are the instructions that are rounded by themselves
-(``add.rn``, ``mul.rn``): the compiler may contract all others to ``fma``, and then nothing is left of error-free
-transformations.
+(``add.rn``, ``mul.rn``): the compiler may contract all others to ``fma``, and then nothing is left of
+error-free transformations.
 """
 
 import contextlib
@@ -465,14 +465,11 @@ def _read(builder, storage, pointer, index, count):
                 for half in (builder.shl(word, _I32(16)), builder.and_(word, _I32(0xFFFF0000)))
             ]
             return [builder.bitcast(half, ir.FloatType()) for half in halves]
-        bits = [
-            builder.trunc(half, _I16)
-            for word in words
-            for half in (word, builder.lshr(word, _I32(16)))
-        ]
+        bits = [builder.trunc(half, _I16) for word in words for half in (word, builder.lshr(word, _I32(16)))]
     if storage == types.uint16:
         return [
-            builder.bitcast(builder.shl(builder.zext(value, _I32), _I32(16)), ir.FloatType()) for value in bits
+            builder.bitcast(builder.shl(builder.zext(value, _I32), _I32(16)), ir.FloatType())
+            for value in bits
         ]
     return [builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType()) for value in bits]
 

@@ -1,17 +1,17 @@
 """A GPU in plain Python: runs the kernels of `_cuda_kernels` thread by thread, on host memory.
 
-Numba's own simulator knows no shuffles, clusters, bfloat16 or raw pointers, and a barrier of its Python threads
-takes milliseconds. Here the threads are greenlets, lanes are NumPy arrays, and the primitives of `_cuda_target` are
-these functions. What a GPU would let pass is an error: memory that was not allocated, an access that is not
-aligned, threads that do not meet at a barrier or shuffle. Threads run in a random order between two
-meetings, so that a result that depends on the order shows.
+Numba's own simulator knows no shuffles, clusters, bfloat16 or raw pointers. Here the threads are greenlets,
+lanes are NumPy arrays, and the primitives of `_cuda_target` are these functions. What a GPU would let pass is
+an error: memory that was not allocated, an access that is not aligned, threads that do not meet at a barrier
+or shuffle. Threads run in a random order between two meetings, so that a result that depends on the order
+shows.
 """
 
 import ctypes
 import itertools
 import random
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import greenlet
 import ml_dtypes
@@ -386,7 +386,7 @@ def as_lanes(values):
 class _Target:
     """What `_cuda_plan.names` asks of a target."""
 
-    PRIMITIVES: Any = {
+    PRIMITIVES: ClassVar[dict[str, Any]] = {
         "across": across,
         "anyone_in_block": anyone_in_block,
         "as_lanes": as_lanes,
@@ -472,7 +472,7 @@ class Array:
             "version": 3,
         }
 
-    class device:  # noqa: N801, D106
+    class device:
         id = 0
 
     def transpose(self, order):
@@ -508,7 +508,7 @@ def on_gpu(function):
         inside = Array.like(x)
         options = {"axis": axis}
         if where is not None:
-            options["where"] = Array.like(np.asarray(where))
+            options["where"] = Array.like(np.asarray(where, bool))
         if out is not None:
             options["out"] = inside if out is x else Array.like(out)
         result = function(inside, temperature, **options).memory
