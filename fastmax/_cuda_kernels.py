@@ -8,8 +8,8 @@ maximum and the sum of each part in memory, another merges them, and so entries 
 time from the L2 cache. The kernels for any strides take what has no such form.
 
 The functions here are plain Python over the primitives of `_cuda_target`. The names in capitals, and those in
-the tables at the end, get their values when a kernel is built (see `_cuda_plan.names`); so do `load`, `store`,
-`stage`, `unstage` and `slots`.
+the tables at the end, get their values when a kernel is built (see `_cuda_plan.names`); so do `load`,
+`store`, `stage`, `unstage` and `slots`.
 """
 
 from fastmax._cuda_target import (
@@ -572,8 +572,8 @@ def reduce(x, out, laws, law, count, n, inner, x_pitch, out_pitch):
 
 # -- short rows: a thread has a row, and a block brings its rows in and out through shared memory ----------
 # The block reads THREADS n neighbouring entries, neighbouring threads neighbouring entries, and each thread
-# finds its own in shared memory, where a word in 33 is left free so that rows of 8, 16 or 32 do not meet in one
-# bank. With loads of 128 bits, the writes to shared memory would meet there instead.
+# finds its own in shared memory, where a word in 33 is left free so that rows of 8, 16 or 32 do not meet in
+# one bank. With loads of 128 bits, the writes to shared memory would meet there instead.
 
 
 def stage_piece(state, piece):

@@ -1,8 +1,8 @@
 """Devices, and the short way to a kernel on them: the driver's own functions, called through ctypes.
 
-A launch that is prepared once, with its arguments in place, costs some assignments and two calls of the driver
-afterwards: 2.3 us on a host, with a driver that does nothing. Kernels are compiled for the device at hand when
-they are first used, and their PTX is kept beside the machine code of the CPU's (see `_jit`).
+A launch that is prepared once, with its arguments in place, costs some assignments and two calls of the
+driver afterwards: 2.3 us on a host, with a driver that does nothing. Kernels are compiled for the device at
+hand when they are first used, and their PTX is kept beside the machine code of the CPU's (see `_jit`).
 """
 
 import contextlib

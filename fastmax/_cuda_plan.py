@@ -53,8 +53,8 @@ class Class(NamedTuple):
     words: int
 
 
-# Short rows: a thread has up to 32 entries in registers, and neighbouring threads read neighbouring entries by
-# way of shared memory, which 128 rows of 32 float64 nearly fill (34 of 48 kB).
+# Short rows: a thread has up to 32 entries in registers, and neighbouring threads read neighbouring entries
+# by way of shared memory, which 128 rows of 32 float64 nearly fill (34 of 48 kB).
 SHORT = 32
 SHORT_THREADS = 128
 
@@ -130,8 +130,8 @@ def _fit(classes, operation, dtype, n, capability):
 
 
 def _spec(function, operation, dtype, class_, pieces, access, per_slice):
-    _, *sizes, _ = class_[:5]
-    return Spec(function, operation, dtype, class_.group, *sizes, pieces, access, per_slice)
+    group, threads, members, blocks, _ = class_
+    return Spec(function, operation, dtype, group, threads, members, blocks, pieces, access, per_slice)
 
 
 def elementwise(operation):
@@ -166,7 +166,7 @@ def plan(operation, dtype, n, is_columns, is_packed, access, per_slice, capabili
 
 
 def strided_plan(operation, dtype, n, is_across, per_slice, masked, ranks):
-    """Spec for any strides; ``is_across`` says that neighbouring slices are nearer than entries of a slice."""
+    """Spec for any strides; ``is_across`` says that slices are nearer to each other than entries."""
     verb = "transform" if elementwise(operation) else "reduce"
     class_ = STRIDED_COLUMN if is_across else STRIDED_BLOCK if n >= STRIDED_LONG else STRIDED_WARP
     spec = _spec(f"{verb}_strided", operation, dtype, class_, 1, 1, per_slice)

@@ -297,7 +297,8 @@ def _empty(x, shape, dtype, device):
 def _empty_of_numba(shape, dtype):
     from numba import cuda
 
-    return cuda.device_array(shape, np.dtype(dtype))
+    kind: Any = np.dtype(dtype)
+    return cuda.device_array(shape, kind)
 
 
 # -- temperatures -------------------------------------------------------------------------------------

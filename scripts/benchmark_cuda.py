@@ -1,14 +1,15 @@
 """Check fastmax's CUDA kernels against its CPU functions, then time them beside their rivals, on a GPU.
 
-The rivals are a copy from device to device, torch.softmax, torch.compile of it, and the fused softmax that one
-writes in Triton. Every call is captured in a CUDA graph several times over, on as many arrays as the L2 cache
-cannot hold, and replayed between CUDA events, so that what is timed is the device. Writes benchmark_cuda.csv,
-with a row per case and library, and benchmark_cuda.png and .svg: bytes read and written per second against
-the length of the rows.
+The rivals are a copy from device to device, torch.softmax, torch.compile of it, and the fused softmax that
+one writes in Triton. Every call is captured in a CUDA graph several times over, on as many arrays as the L2
+cache cannot hold, and replayed between CUDA events, so that what is timed is the device. Writes
+benchmark_cuda.csv, with a row per case and library, and benchmark_cuda.png and .svg: bytes read and written
+per second against the length of the rows.
 """
 
 import argparse
 import concurrent.futures
+import importlib
 import importlib.util
 import itertools
 import math
@@ -326,7 +327,7 @@ def draw(rows: Sequence[Row]) -> Figure:
 
 def main() -> None:
     """Read the options, check, time, and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     add_output_options(parser)
     parser.add_argument(
         "--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES, help="types to time (default: all)"
@@ -340,8 +341,7 @@ def main() -> None:
         )
     if importlib.util.find_spec("torch") is None:
         parser.exit(1, "PyTorch is needed to time fastmax beside it: pip install torch\n")
-    import torch
-
+    torch = importlib.import_module("torch")
     start = time.perf_counter()
     print(f"compiled {compile_all()} kernels in {time.perf_counter() - start:.0f} s", flush=True)
     print(

@@ -8,6 +8,7 @@ shows.
 """
 
 import ctypes
+import functools
 import itertools
 import random
 import sys
@@ -445,7 +446,7 @@ class Array:
 
     @classmethod
     def empty(cls, shape, dtype):
-        dtype = DTYPES.get(str(dtype), dtype)
+        dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
         address = allocate(max(int(np.prod(shape)) * dtype.itemsize, 1))
         return cls(_allocations[address][: int(np.prod(shape)) * dtype.itemsize].view(dtype).reshape(shape))
 
@@ -495,6 +496,19 @@ def install(monkeypatch, capability=CAPABILITY):
     """Let `fastmax.cuda` run here."""
     from fastmax import _cuda_launch, cuda
 
+    # Blocks of one or two warps, as the other threads of larger ones would have no slices in most tests.
+    small = {("warp", 128): 32, ("column", 128): 32, ("column", 256): 64}
+    shrunk = {
+        name: tuple(c._replace(threads=small.get(c[:2], c.threads)) for c in getattr(_cuda_plan, name))
+        for name in ("ROWS", "COLUMNS")
+    }
+    for name, classes in shrunk.items():
+        monkeypatch.setattr(_cuda_plan, name, classes)
+    for name in ("STRIDED_WARP", "STRIDED_COLUMN"):
+        class_ = getattr(_cuda_plan, name)
+        monkeypatch.setattr(_cuda_plan, name, class_._replace(threads=small[class_[:2]]))
+    monkeypatch.setattr(_cuda_plan, "SHORT_THREADS", 32)
+    monkeypatch.setattr(_cuda_plan, "plan", functools.cache(_cuda_plan.plan.__wrapped__))
     monkeypatch.setattr(_cuda_launch, "run", run)
     monkeypatch.setattr(_cuda_launch, "upload", upload)
     monkeypatch.setattr(_cuda_launch, "capability", lambda device: capability)
@@ -504,9 +518,9 @@ def install(monkeypatch, capability=CAPABILITY):
 def on_gpu(function):
     """Let a function of the package take and return NumPy arrays that visit the GPU."""
 
-    def visit(x, /, temperature=1.0, *, axis=0, where=None, out=None):
+    def visit(x, /, temperature: Any = 1.0, *, axis=0, where=None, out=None):
         inside = Array.like(x)
-        options = {"axis": axis}
+        options: dict[str, Any] = {"axis": axis}
         if where is not None:
             options["where"] = Array.like(np.asarray(where, bool))
         if out is not None:

@@ -29,7 +29,6 @@ ROUTES = [
     if path not in NOT_HERE
 ]
 SMALL = 40  # entries of the slices that go through every path
-FLOATS = (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -69,16 +68,21 @@ def spaced(function, x, temperatures):
     return lambda i: result[i, ::2] if result.ndim == 2 else result[i]
 
 
-LAYOUTS = {"rows": (rows, 100), "columns": (columns, 45), "spaced": (spaced, 45)}
+LAYOUTS = {"rows": rows, "columns": columns, "spaced": spaced}
+# The longest slices for each layout and dtype; 16 bits differ in how they are read and written alone.
+LONGEST = [
+    *(("rows", dtype, 100) for dtype in (np.float32, np.float64)),
+    *(("columns", dtype, 45) for dtype in (np.float32, np.float64)),
+    *(("rows", dtype, 17) for dtype in (np.float16, ml_dtypes.bfloat16)),
+    ("spaced", np.float32, 45),
+    ("columns", ml_dtypes.bfloat16, 17),
+]
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", oracle.FUNCTIONS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_slices_conform(layout, name, dtype):
-    batch, longest = LAYOUTS[layout]
-    if dtype not in (np.float32, np.float64):
-        longest = 17
+@pytest.mark.parametrize(("layout", "dtype", "longest"), LONGEST)
+def test_slices_conform(layout, dtype, longest, name):
+    batch = LAYOUTS[layout]
     assert faults(name, on_gpu(getattr(fastmax, name)), dtype, longest, batch) == []
 
 
@@ -87,7 +91,7 @@ def test_paths_conform(path, name):
     """Every layout and argument, on a few slices each."""
     function, found = on_gpu(getattr(fastmax, name)), []
     chosen = [case for case in cases(np.float32) if len(case[1]) <= SMALL]
-    for description, x, temperature, expected in chosen[sum(map(ord, path + name)) % 23 :: 23]:
+    for description, x, temperature, expected in chosen[sum(map(ord, path + name)) % 41 :: 41]:
         fault = oracle.fault(name, (PATHS | IN_PLACE)[path](function, x, temperature), expected)
         if fault:
             found.append(f"{description}: {fault}")
@@ -115,14 +119,11 @@ def small_classes(monkeypatch):
     monkeypatch.setattr(_cuda_plan, "SPLIT_ROWS", class_("block", 64, 64, 1, 8))
     monkeypatch.setattr(_cuda_plan, "SPLIT_COLUMNS", class_("column", 64, 4, 1, 8))
     monkeypatch.setattr(_cuda_plan, "WAVE_BYTES", 4 * 4096)
-    _cuda_plan.plan.cache_clear()
 
 
 @pytest.fixture
 def _small(monkeypatch):
     small_classes(monkeypatch)
-    yield
-    _cuda_plan.plan.cache_clear()
 
 
 def check(name, n, axis, dtype=np.float32, count=3, temperature=0.7):
@@ -176,44 +177,7 @@ def test_faint_terms_beside_a_maximum_of_zero():
         oracle.assert_close("logsumexp", result, x, 1e33)
 
 
-# --- what is chosen ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("n", "group", "threads", "members", "blocks"),
-    [
-        (32, "thread", 128, 1, 1),
-        (33, "warp", 128, 8, 1),
-        (64, "warp", 128, 8, 1),
-        (65, "warp", 128, 16, 1),
-        (128, "warp", 128, 16, 1),
-        (129, "warp", 128, 32, 1),
-        (1024, "warp", 128, 32, 1),
-        (1025, "block", 128, 128, 1),
-        (2049, "block", 256, 256, 1),
-        (4097, "block", 512, 512, 1),
-        (8193, "block", 1024, 1024, 1),
-        (24576, "block", 1024, 1024, 1),
-        (24577, "cluster", 1024, 1024, 2),
-        (32769, "cluster", 1024, 1024, 4),
-        (65537, "cluster", 1024, 1024, 8),
-        (131072, "cluster", 1024, 1024, 8),
-    ],
-)
-def test_class_of_a_length(n, group, threads, members, blocks):
-    (spec,) = _cuda_plan.plan("softmax", "float32", n, False, True, 1, False, (9, 0))
-    assert (spec.group, spec.threads, spec.members, spec.blocks) == (group, threads, members, blocks)
-    assert spec.capacity >= n or group == "thread"
-
-
-def test_longer_rows_are_split_and_without_clusters_so_are_shorter_ones():
-    for n, capability in [(131073, (9, 0)), (24577, (8, 0))]:
-        specs = _cuda_plan.plan("softmax", "float32", n, False, True, 1, False, capability)
-        assert [spec.function for spec in specs] == ["summarise", "transform_parts"]
-
-
-def test_the_choice_does_not_depend_on_the_batch(monkeypatch):
-    """So the bits of a slice cannot either."""
+def test_the_bits_of_a_slice_do_not_depend_on_the_batch():
     x = np.random.default_rng(3).normal(size=(40, 70)).astype(np.float32)
     many, one = (on_gpu(fastmax.softmax)(part, 0.3, axis=1) for part in (x, x[:1].copy()))
     assert np.array_equal(many[:1], one)
@@ -248,7 +212,7 @@ def test_results_are_of_the_kind_of_x_and_keep_its_layout():
     assert isinstance(result, Array)
     assert result.memory.flags.f_contiguous
     assert cuda.logsumexp(x, axis=0, keepdims=True).memory.shape == (1, 4)
-    assert cuda.entropy(x, axis=None).memory.shape == ()
+    assert cuda.evaluate("entropy", x, 1.0, None, None, None).memory.shape == ()
 
 
 def test_out_is_returned():
@@ -267,7 +231,7 @@ def test_slices_without_entries(name):
 
 def test_wrong_arguments_are_refused():
     x = Array.like(np.ones((3, 4), np.float32))
-    with pytest.raises(TypeError, match="x must be float16, bfloat16, float32 or float64, got dtype <i8"):
+    with pytest.raises(TypeError, match="x must be float16, bfloat16, float32 or float64, got dtype int64"):
         fastmax.softmax(Array.like(np.ones(3, np.int64)))
     with pytest.raises(TypeError, match="x must be an array on the GPU, got ndarray"):
         cuda.softmax(np.ones(3))

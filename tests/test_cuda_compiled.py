@@ -1,6 +1,8 @@
 """The CUDA kernels as the compiler makes them, without a GPU: PTX, and what the assembler says of it."""
 
+import importlib
 import re
+from typing import Any
 
 import pytest
 
@@ -9,9 +11,8 @@ pytest.importorskip("numba.cuda.extending", reason="numba-cuda is not installed"
 from fastmax import _cuda_plan
 
 try:
-    from cuda.bindings import nvjitlink, nvvm
-
-    nvvm.version()
+    nvjitlink: Any = importlib.import_module("cuda.bindings.nvjitlink")
+    importlib.import_module("cuda.bindings.nvvm").version()
 except Exception as error:  # whatever a missing or old library raises
     pytest.skip(f"the CUDA compiler is not installed: {error}", allow_module_level=True)
 
@@ -32,8 +33,7 @@ def strided(operation):
 
 
 def short(operation, dtype, n):
-    (spec,) = _cuda_plan.plan(operation, dtype, n, False, True, 1, False, HOPPER)
-    return spec
+    return _cuda_plan.plan(operation, dtype, n, False, True, 1, False, HOPPER)[0]
 
 
 # A kernel of each kind, with the most entries per thread, where registers are scarce.

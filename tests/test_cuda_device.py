@@ -1,5 +1,7 @@
 """The CUDA kernels on a GPU: the conformance suite through PyTorch and CuPy; skipped where there is none."""
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import oracle
@@ -66,9 +68,9 @@ def visiting(function, library):
     """Let a function take and return NumPy arrays that visit the GPU."""
     inside, outside = LIBRARIES[library]
 
-    def visit(x, /, temperature=1.0, *, axis=0, where=None, out=None):
+    def visit(x, /, temperature: Any = 1.0, *, axis=0, where=None, out=None):
         own = inside(x)
-        options = {"axis": axis}
+        options: dict[str, Any] = {"axis": axis}
         if where is not None:
             options["where"] = inside(np.asarray(where, bool))
         if out is None:
@@ -134,10 +136,10 @@ def test_a_call_that_was_prepared_gives_the_same():
 def test_tensors_that_require_gradients_and_numba_arrays():
     torch = pytest.importorskip("torch")
     x = torch.randn(3, 40, device="cuda", requires_grad=True)
-    found = fastmax.softmax(x, axis=1)
+    found: Any = fastmax.softmax(x, axis=1)
     assert not found.requires_grad
     from numba import cuda as numba_cuda
 
     host = x.detach().cpu().numpy()
-    own = fastmax.softmax(numba_cuda.to_device(host), axis=1).copy_to_host()
-    assert np.array_equal(own, found.cpu().numpy())
+    own: Any = fastmax.softmax(numba_cuda.to_device(host), axis=1)
+    assert np.array_equal(own.copy_to_host(), found.cpu().numpy())

@@ -10,7 +10,7 @@ pytest.importorskip("numba.cuda.extending", reason="numba-cuda is not installed"
 
 from fastmax import _cuda_launch, _cuda_plan, _jit, cuda
 
-SPEC = _cuda_plan.plan("softmax", "float32", 40000, False, True, 4, False, (9, 0))[0]
+SPEC = _cuda_plan.plan("softmax", "float32", 30000, False, True, 4, False, (9, 0))[0]
 
 
 class Driver:
@@ -51,13 +51,13 @@ def notes(monkeypatch):
 
 def test_launch_hands_over_grid_cluster_stream_and_arguments(notes):
     law = cuda._law_of(0.5, "float32")
-    launch = _cuda_launch.Launch(SPEC, 0, (4, 1), (10, 20, 0, law, 2, 40000, 1, 40000, 40000))
+    launch = _cuda_launch.Launch(SPEC, 0, (4, 1), (10, 20, 0, law, 2, 30000, 1, 30000, 30000))
     launch(77, 30, 40)
     ((grid, threads, stream, kernel, values),) = notes.launches
     assert (grid, threads, stream, kernel) == ([4, 1, 1], [1024, 1, 1], 77, 9)
     assert notes.cluster == [2, 1, 1]
     assert values[:3] == [30, 40, 0]
-    assert values[-5:] == [2, 40000, 1, 40000, 40000]
+    assert values[-5:] == [2, 30000, 1, 30000, 30000]
     words = np.array(values[3:-5], np.int64).view(np.float32)[::2]
     assert np.array_equal(words, law)
     assert notes.contexts == []
@@ -122,3 +122,40 @@ def test_nothing_is_available_without_a_driver(monkeypatch):
 
     monkeypatch.setattr(_cuda_launch, "_library", missing)
     assert not cuda.is_available()
+
+
+# --- what is chosen ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "group", "threads", "members", "blocks"),
+    [
+        (32, "thread", 128, 1, 1),
+        (33, "warp", 128, 8, 1),
+        (64, "warp", 128, 8, 1),
+        (65, "warp", 128, 16, 1),
+        (128, "warp", 128, 16, 1),
+        (129, "warp", 128, 32, 1),
+        (1024, "warp", 128, 32, 1),
+        (1025, "block", 128, 128, 1),
+        (2049, "block", 256, 256, 1),
+        (4097, "block", 512, 512, 1),
+        (8193, "block", 1024, 1024, 1),
+        (24576, "block", 1024, 1024, 1),
+        (24577, "cluster", 1024, 1024, 2),
+        (32769, "cluster", 1024, 1024, 4),
+        (65537, "cluster", 1024, 1024, 8),
+        (131072, "cluster", 1024, 1024, 8),
+    ],
+)
+def test_class_of_a_length(n, group, threads, members, blocks):
+    spec, *others = _cuda_plan.plan("softmax", "float32", n, False, True, 1, False, (9, 0))
+    assert others == []
+    assert (spec.group, spec.threads, spec.members, spec.blocks) == (group, threads, members, blocks)
+    assert spec.capacity >= n or group == "thread"
+
+
+def test_longer_rows_are_split_and_without_clusters_so_are_shorter_ones():
+    for n, capability in [(131073, (9, 0)), (24577, (8, 0))]:
+        specs = _cuda_plan.plan("softmax", "float32", n, False, True, 1, False, capability)
+        assert [spec.function for spec in specs] == ["summarise", "transform_parts"]
