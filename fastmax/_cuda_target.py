@@ -395,9 +395,8 @@ def _offset(index, sizes, strides):
         return lambda index, sizes, strides: index * strides[0]
 
     def unravel(index, sizes, strides):
-        size = sizes[len(sizes) - 1]
-        rest = offset(index // size, sizes[: len(sizes) - 1], strides[: len(sizes) - 1])
-        return rest + index % size * strides[len(sizes) - 1]
+        rest = offset(index // sizes[-1], sizes[:-1], strides[:-1])
+        return rest + index % sizes[-1] * strides[-1]
 
     return unravel
 
