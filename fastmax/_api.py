@@ -61,6 +61,13 @@ class Operation:
 
         return getattr(_gufunc, self.name)
 
+    @functools.cached_property
+    def on_gpu(self):
+        """Function that runs arrays on a GPU."""
+        from fastmax import cuda
+
+        return cuda.evaluate
+
 
 _SOFTMAX = Operation("softmax", True, 0.0)
 _LOG_SOFTMAX = Operation("log_softmax", True, -math.inf)
@@ -398,10 +405,7 @@ def _run_plain(operation, x, temperature, axis, where, out) -> Any:
 def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
     """Check the arguments, run the operation, and give the result its shape and dtype."""
     if _is_on_gpu(x):
-        from fastmax import cuda
-
-        options = {} if operation.elementwise else {"keepdims": keepdims}
-        return getattr(cuda, operation.name)(x, temperature, axis=axis, where=where, out=out, **options)
+        return operation.on_gpu(operation.name, x, temperature, axis, where, out, keepdims)
     x, result_dtype = _as_array(x)
     temperature = _as_temperature(temperature)
     if not keepdims and (out is None or operation.elementwise) and x.flags.c_contiguous:

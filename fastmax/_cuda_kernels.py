@@ -2,13 +2,14 @@
 
 All schedules are one: a *group* of threads takes a slice, and each of them holds `PIECES` pieces of it in
 registers, a piece being the lanes of one 128-bit access. Entries are read once and written once. What differs
-is the group: a thread, some lanes of a warp, a block, the blocks of a cluster, or a column of a block, and how it
-finds the maximum and the sum. A slice that is too long for a group is split: one kernel leaves the maximum and the
-sum of each part in memory, another merges them, which reads the entries twice, the second time from the L2 cache.
-`strided` takes whatever has no such form.
+is the group: a thread, some lanes of a warp, a block, the blocks of a cluster, or a column of a block, and
+how it finds the maximum and the sum. A slice that is too long for a group is split: one kernel leaves the
+maximum and the sum of each part in memory, another merges them, and so entries are read twice, the second
+time from the L2 cache. The kernels for any strides take what has no such form.
 
-The functions here are plain Python over the primitives of `_cuda_target`. The names in capitals, and those of the
-table `HOOKS`, are set when a kernel is built (see `cuda.build`); so is what `load` and `store` do.
+The functions here are plain Python over the primitives of `_cuda_target`. The names in capitals, and those in
+the tables at the end, get their values when a kernel is built (see `_cuda_plan.names`); so do `load`,
+`store`, `stage`, `unstage` and `slots`.
 """
 
 from fastmax._cuda_target import (
@@ -273,7 +274,7 @@ arrive_first, wait_first = no_cluster, no_cluster
 
 
 # -- what each function sums --------------------------------------------------------------------------
-# Of softmax, the terms; of the others, ties, the rest and, for the entropy, the moment (see `_math.log_of_sum`).
+# Of softmax, the terms; of the others, ties, the rest and, for the entropy, the moment, as in `log_of_sum`.
 # ``_add`` is a step of `scanned` that makes terms or leaves the entries as they are.
 
 
@@ -544,7 +545,7 @@ base_of = rows_base
 
 
 def transform(x, out, laws, law, count, n, inner, x_pitch, out_pitch):
-    """softmax or log_softmax: each entry is read once and written once."""
+    """Softmax or log_softmax: each entry is read once and written once."""
     arrive_first()
     index, member = place()
     last = min(index, count - 1)  # threads without a slice do what others do, and write nothing
@@ -557,7 +558,7 @@ def transform(x, out, laws, law, count, n, inner, x_pitch, out_pitch):
 
 
 def reduce(x, out, laws, law, count, n, inner, x_pitch, out_pitch):
-    """logsumexp or entropy: each entry is read once, one value per slice written."""
+    """Logsumexp or entropy: each entry is read once, one value per slice written."""
     arrive_first()
     index, member = place()
     last = min(index, count - 1)
@@ -570,8 +571,9 @@ def reduce(x, out, laws, law, count, n, inner, x_pitch, out_pitch):
 
 
 # -- short rows: a thread has a row, and a block brings its rows in and out through shared memory ----------
-# The block reads THREADS n neighbouring entries, neighbouring threads neighbouring entries, and each thread finds
-# its own in shared memory, where a word in 33 is left free so that rows of 8, 16 or 32 do not meet in one bank.
+# The block reads THREADS n neighbouring entries, neighbouring threads neighbouring entries, and each thread
+# finds its own in shared memory, where a word in 33 is left free so that rows of 8, 16 or 32 do not meet in
+# one bank. With loads of 128 bits, the writes to shared memory would meet there instead.
 
 
 def stage_piece(state, piece):

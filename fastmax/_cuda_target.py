@@ -1,32 +1,34 @@
 """What the CUDA kernels are made of: lanes, memory, exchange between threads; and how they are compiled.
 
 Every import of numba-cuda is here. Kernels and the mathematics are plain Python over a few primitives, which
-are called by name: `rebuilt` makes a copy of a function, and of all that it calls, in which these names stand for
-CUDA's primitives. So `_math` is written once, and a simulator needs nothing but primitives of its own.
+are called by name: `rebuilt` makes a copy of a function, and of all that it calls, in which these names stand
+for CUDA's primitives. So `_math` is written once, and a simulator needs nothing but primitives of its own.
 
 A float is a `Lanes` of count 1 here. Sums and products are the instructions that are rounded by themselves
-(``add.rn``, ``mul.rn``): the compiler may contract all others to ``fma``, and then nothing is left of error-free
-transformations.
+(``add.rn``, ``mul.rn``): the compiler may contract all others to ``fma``, and then nothing is left of
+error-free transformations.
 """
 
 import contextlib
+import importlib
 import math
 import operator
 import re
 import types as python_types
 from typing import Any
 
-import numba.cuda
 from llvmlite import ir
-from numba.cuda import dispatcher, types
-from numba.cuda.extending import intrinsic as numba_intrinsic
-from numba.cuda.extending import lower_builtin, models, overload, register_model
-from numba.cuda.typing.templates import AbstractTemplate, infer_global, signature
 
 from fastmax._math import LAW_WORDS
 
-# What it makes is called with other arguments than the function that it decorates.
-intrinsic: Any = numba_intrinsic
+# Imported by name, for numba-cuda is found by a hook, of which a type checker knows nothing.
+cuda: Any = importlib.import_module("numba.cuda")
+types: Any = importlib.import_module("numba.cuda.types")
+dispatcher: Any = importlib.import_module("numba.cuda.dispatcher")
+extending: Any = importlib.import_module("numba.cuda.extending")
+templates: Any = importlib.import_module("numba.cuda.typing.templates")
+intrinsic, overload = extending.intrinsic, extending.overload
+models, register_model = extending.models, extending.register_model
 
 _I1, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 16, 32, 64))
 _SCALAR = {types.float32: ir.FloatType(), types.float64: ir.DoubleType(), types.boolean: _I1}
@@ -121,11 +123,11 @@ def _asm(builder, result, code, constraints, *arguments, effect=False):
 
 
 def _define_operator(function, emit, result):
-    @infer_global(function)
-    class _Template(AbstractTemplate):
+    @templates.infer_global(function)
+    class _Template(templates.AbstractTemplate):
         def generic(self, args, kws):
             if not kws and isinstance(args[0], Lanes) and all(arg == args[0] for arg in args):
-                return signature(result(args[0]), *args)
+                return templates.signature(result(args[0]), *args)
             return None
 
     def lower(context, builder, sig, args):
@@ -138,7 +140,7 @@ def _define_operator(function, emit, result):
         return value if isinstance(sig.return_type, Lanes) else _only(builder, value)
 
     arity = 1 if function in (operator.neg, abs) else 2
-    lower_builtin(function, *(Lanes,) * arity)(lower)
+    extending.lower_builtin(function, *(Lanes,) * arity)(lower)
 
 
 for _function, _emit in {
@@ -337,16 +339,16 @@ def scanned(step, state, pieces) -> Any:
 def _scanned(step, state, pieces):
     if len(pieces) == 1:
 
-        def scan(step, state, pieces):
+        def last(step, state, pieces):
             state, result = step(state, pieces[0])
             return state, (result,)
 
-    else:
+        return last
 
-        def scan(step, state, pieces):
-            state, result = step(state, pieces[0])
-            state, results = scanned(step, state, pieces[1:])
-            return state, (result, *results)
+    def scan(step, state, pieces):
+        state, result = step(state, pieces[0])
+        state, results = scanned(step, state, pieces[1:])
+        return state, (result, *results)
 
     return scan
 
@@ -393,9 +395,8 @@ def _offset(index, sizes, strides):
         return lambda index, sizes, strides: index * strides[0]
 
     def unravel(index, sizes, strides):
-        size = sizes[len(sizes) - 1]
-        rest = offset(index // size, sizes[: len(sizes) - 1], strides[: len(sizes) - 1])
-        return rest + index % size * strides[len(sizes) - 1]
+        rest = offset(index // sizes[-1], sizes[:-1], strides[:-1])
+        return rest + index % sizes[-1] * strides[-1]
 
     return unravel
 
@@ -561,7 +562,8 @@ def load_one(typingctx, pointer, index):
     dtype = _work_dtype(pointer.dtype)
 
     def codegen(context, builder, sig, args):
-        (value,) = _read(builder, sig.args[0].dtype, *args, 1)
+        pointer, index = args
+        (value,) = _read(builder, sig.args[0].dtype, pointer, index, 1)
         return _each(builder, ir.VectorType(value.type, 1), lambda: value)
 
     return Lanes(dtype, 1)(pointer, types.int64), codegen
@@ -584,7 +586,7 @@ def byte(typingctx, pointer, index):
     """Byte ``index`` of a mask."""
 
     def codegen(context, builder, sig, args):
-        value = builder.load(_address(builder, *args, ir.IntType(8)), align=1)
+        value = builder.load(_address(builder, args[0], args[1], ir.IntType(8)), align=1)
         return builder.zext(value, _I64)
 
     return types.int64(pointer, types.int64), codegen
@@ -595,7 +597,8 @@ def number(typingctx, pointer, index):
     """Entry ``index``, a temperature, as a float64."""
 
     def codegen(context, builder, sig, args):
-        (value,) = _read(builder, sig.args[0].dtype, *args, 1)
+        pointer, index = args
+        (value,) = _read(builder, sig.args[0].dtype, pointer, index, 1)
         return value if value.type == ir.DoubleType() else builder.fpext(value, ir.DoubleType())
 
     return types.float64(pointer, types.int64), codegen
@@ -736,7 +739,7 @@ def slots_for(count):
             element = _SCALAR[fields[0].dtype]
             array = ir.ArrayType(element, count * len(fields))
             name = builder.module.get_unique_name(f"{builder.function.name}.slots")
-            memory = ir.GlobalVariable(builder.module, array, name, _SHARED)
+            memory: Any = ir.GlobalVariable(builder.module, array, name, _SHARED)
             memory.linkage = "internal"
             memory.initializer = ir.Constant(array, ir.Undefined)
             memory.align = 16
@@ -928,9 +931,9 @@ def compile_kernel(name, function, replaced, arguments, capability, threads):
     def wrap(copy):
         return copy if copy.__code__ is function.__code__ else device(copy)
 
-    device = numba.cuda.jit(device=True, forceinline=True)
+    device = cuda.jit(device=True, forceinline=True)
     with _compiling_for(capability):
-        ptx, _ = numba.cuda.compile(
+        ptx, _ = cuda.compile(
             rebuilt(function, replaced, wrap),
             types.void(*arguments),
             device=False,

@@ -1,19 +1,21 @@
 """The same four functions for arrays on an NVIDIA GPU: CuPy, PyTorch and Numba arrays.
 
-``fastmax.softmax`` and the others call these when they are given such an array. The result is an array of the
-caller's kind on the same device, computed on its current stream; nothing is copied to the host, and nothing waits.
+``fastmax.softmax`` and the others come here when they are given such an array. The result is an array of the
+caller's kind on the same device, computed on its current stream; nothing is copied to the host, and nothing
+waits.
 """
 
 import functools
 import math
+import sys
 import threading
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastmax import _cuda_launch as driver
 from fastmax import _api, _cuda_plan
+from fastmax import _cuda_launch as driver
 from fastmax._jit import kernel
 from fastmax._math import LAW_WORDS, law_of
 
@@ -45,7 +47,8 @@ def softmax(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, out=None)
     Parameters
     ----------
     x : array on a GPU
-        CuPy or Numba array or PyTorch tensor of float16, bfloat16, float32 or float64, of any shape and strides.
+        CuPy or Numba array or PyTorch tensor of float16, bfloat16, float32 or float64, of any shape and
+        strides.
     temperature : array_like or array on a GPU, optional
         Real values in [0, inf]: one for all slices, or an array that broadcasts against the shape of `x` with
         `axis` removed. One on the GPU is not read back: where it is negative or NaN, the slice becomes NaN.
@@ -82,7 +85,7 @@ def softmax(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, out=None)
     ...     import cupy
     ...     p = cuda.softmax(cupy.array([1.0, 3.0, 3.0]), temperature=0)
     """
-    return _evaluate("softmax", x, temperature, axis, where, out)
+    return evaluate("softmax", x, temperature, axis, where, out)
 
 
 def log_softmax(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, out=None):
@@ -116,7 +119,7 @@ def log_softmax(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, out=N
     ...     import cupy
     ...     q = cuda.log_softmax(cupy.zeros((2, 3)), axis=1)
     """
-    return _evaluate("log_softmax", x, temperature, axis, where, out)
+    return evaluate("log_softmax", x, temperature, axis, where, out)
 
 
 def logsumexp(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, keepdims=False, out=None):
@@ -152,7 +155,7 @@ def logsumexp(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, keepdim
     ...     import cupy
     ...     value = cuda.logsumexp(cupy.array([1000.0, 1000.0]))
     """
-    return _evaluate("logsumexp", x, temperature, axis, where, out, keepdims)
+    return evaluate("logsumexp", x, temperature, axis, where, out, keepdims)
 
 
 def entropy(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, keepdims=False, out=None):
@@ -188,7 +191,7 @@ def entropy(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, keepdims=
     ...     import cupy
     ...     h = cuda.entropy(cupy.array([1.0, 3.0, 3.0]), [0.0, 1.0, float("inf")])
     """
-    return _evaluate("entropy", x, temperature, axis, where, out, keepdims)
+    return evaluate("entropy", x, temperature, axis, where, out, keepdims)
 
 
 # -- arrays of the three kinds ------------------------------------------------------------------------
@@ -196,7 +199,12 @@ def entropy(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, keepdims=
 
 def _library_of(x):
     """Name of the package that an array comes from."""
-    return type(x).__module__.partition(".")[0]
+    return _package_of(type(x))
+
+
+@functools.cache
+def _package_of(kind):
+    return kind.__module__.partition(".")[0]
 
 
 class _Place(NamedTuple):
@@ -263,12 +271,11 @@ def _stream(x, device):
     """Stream on which the owner of an array works."""
     library = _library_of(x)
     if library == "torch":
-        import torch
-
-        return torch.cuda.current_stream(device).cuda_stream
+        return sys.modules[library].cuda.current_stream(device).cuda_stream
     if library == "cupy":
-        import cupy
-
+        cupy = sys.modules[library]
+        if cupy.cuda.runtime.getDevice() == device:
+            return cupy.cuda.get_current_stream().ptr
         with cupy.cuda.Device(device):
             return cupy.cuda.get_current_stream().ptr
     return x.__cuda_array_interface__.get("stream") or 0
@@ -278,12 +285,10 @@ def _empty(x, shape, dtype, device):
     """New array of the kind of x, C-contiguous, on its device."""
     library = _library_of(x)
     if library == "torch":
-        import torch
-
+        torch = sys.modules[library]
         return torch.empty(shape, dtype=getattr(torch, dtype), device=x.device)
     if library == "cupy":
-        import cupy
-
+        cupy = sys.modules[library]
         with cupy.cuda.Device(device):
             return cupy.empty(shape, x.dtype if dtype == _place(x, "x").dtype else dtype)
     return _empty_of_numba(shape, dtype)
@@ -292,7 +297,8 @@ def _empty(x, shape, dtype, device):
 def _empty_of_numba(shape, dtype):
     from numba import cuda
 
-    return cuda.device_array(shape, np.dtype(dtype))
+    kind: Any = np.dtype(dtype)
+    return cuda.device_array(shape, kind)
 
 
 # -- temperatures -------------------------------------------------------------------------------------
@@ -346,9 +352,7 @@ def _evaluate_ready(operation, x, temperature, axis, out):
         return None
     result, to = x, address
     if out is None:
-        import importlib
-
-        result = importlib.import_module(library).empty_like(x)
+        result = sys.modules[library].empty_like(x)
         to = result.data_ptr() if library == "torch" else result.data.ptr
     launch(_stream(x, device), address, to)
     return result
@@ -402,7 +406,7 @@ class _Laws(NamedTuple):
     memory: Any = None
 
 
-def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
+def evaluate(operation, x, temperature, axis, where, out, keepdims=False):
     """Check the arguments, run the operation, and return the result."""
     elementwise = _cuda_plan.elementwise(operation)
     simple = (
@@ -468,7 +472,7 @@ def _address(ghost):
 
 
 def _degrees_of(temperature, place):
-    """The temperatures, as float64 on the host or as a stand-in for an array on the GPU, and which dtype that has."""
+    """Temperatures as float64 on the host, or a stand-in for those on the GPU, and what dtype these have."""
     if not _api._is_on_gpu(temperature):
         return _api._as_temperature(temperature), None
     warm = _place(temperature, "temperature")
@@ -537,7 +541,7 @@ def _filled(x, shape, place, value, out):
 
 
 def _laws_of(task, degrees, dtype, batch, order):
-    """Laws for the slices of a batch whose axes are taken in an order; ``dtype`` is that of degrees on the GPU."""
+    """Laws for the slices of a batch with its axes in an order; ``dtype`` is that of degrees on the GPU."""
     if dtype is None and degrees.size == 1:
         return _Laws(False, 0, _law_of(float(degrees.reshape(())), task.dtype))
     source = None
@@ -611,7 +615,7 @@ def _run_packed(task, x, out, count, n, inner, x_pitch, out_pitch, laws):
 
 
 def _run_split(task, specs, x, out, count, n, inner, x_pitch, out_pitch, laws):
-    """Run slices in parts: as many slices at a time as the L2 cache holds, so that it serves the second reading."""
+    """Run slices in parts, as many slices at a time as the L2 cache holds for the second reading."""
     first, second = specs
     parts = -(-n // first.capacity)
     wave = max(1, _cuda_plan.WAVE_BYTES // (n * task.itemsize) // first.slices) * first.slices

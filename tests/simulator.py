@@ -1,17 +1,18 @@
 """A GPU in plain Python: runs the kernels of `_cuda_kernels` thread by thread, on host memory.
 
-Numba's own simulator knows no shuffles, clusters, bfloat16 or raw pointers, and a barrier of its Python threads
-takes milliseconds. Here the threads are greenlets, lanes are NumPy arrays, and the primitives of `_cuda_target` are
-these functions. What a GPU would let pass is an error: memory that was not allocated, an access that is not
-aligned, threads that do not meet at a barrier or shuffle. Threads run in a random order between two
-meetings, so that a result that depends on the order shows.
+Numba's own simulator knows no shuffles, clusters, bfloat16 or raw pointers. Here the threads are greenlets,
+lanes are NumPy arrays, and the primitives of `_cuda_target` are these functions. What a GPU would let pass is
+an error: memory that was not allocated, an access that is not aligned, threads that do not meet at a barrier
+or shuffle. Threads run in a random order between two meetings, so that a result that depends on the order
+shows.
 """
 
 import ctypes
+import functools
 import itertools
 import random
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import greenlet
 import ml_dtypes
@@ -386,7 +387,7 @@ def as_lanes(values):
 class _Target:
     """What `_cuda_plan.names` asks of a target."""
 
-    PRIMITIVES: Any = {
+    PRIMITIVES: ClassVar[dict[str, Any]] = {
         "across": across,
         "anyone_in_block": anyone_in_block,
         "as_lanes": as_lanes,
@@ -446,7 +447,7 @@ class Array:
 
     @classmethod
     def empty(cls, shape, dtype):
-        dtype = DTYPES.get(str(dtype), dtype)
+        dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
         address = allocate(max(int(np.prod(shape)) * dtype.itemsize, 1))
         return cls(_allocations[address][: int(np.prod(shape)) * dtype.itemsize].view(dtype).reshape(shape))
 
@@ -473,7 +474,7 @@ class Array:
             "version": 3,
         }
 
-    class device:  # noqa: N801, D106
+    class device:
         id = 0
 
     def transpose(self, order):
@@ -496,6 +497,19 @@ def install(monkeypatch, capability=CAPABILITY):
     """Let `fastmax.cuda` run here."""
     from fastmax import _cuda_launch, cuda
 
+    # Blocks of one or two warps, as the other threads of larger ones would have no slices in most tests.
+    small = {("warp", 128): 32, ("column", 128): 32, ("column", 256): 64}
+    shrunk = {
+        name: tuple(c._replace(threads=small.get(c[:2], c.threads)) for c in getattr(_cuda_plan, name))
+        for name in ("ROWS", "COLUMNS")
+    }
+    for name, classes in shrunk.items():
+        monkeypatch.setattr(_cuda_plan, name, classes)
+    for name in ("STRIDED_WARP", "STRIDED_COLUMN"):
+        class_ = getattr(_cuda_plan, name)
+        monkeypatch.setattr(_cuda_plan, name, class_._replace(threads=small[class_[:2]]))
+    monkeypatch.setattr(_cuda_plan, "SHORT_THREADS", 32)
+    monkeypatch.setattr(_cuda_plan, "plan", functools.cache(_cuda_plan.plan.__wrapped__))
     monkeypatch.setattr(_cuda_launch, "run", run)
     monkeypatch.setattr(_cuda_launch, "upload", upload)
     monkeypatch.setattr(_cuda_launch, "capability", lambda device: capability)
@@ -505,11 +519,11 @@ def install(monkeypatch, capability=CAPABILITY):
 def on_gpu(function):
     """Let a function of the package take and return NumPy arrays that visit the GPU."""
 
-    def visit(x, /, temperature=1.0, *, axis=0, where=None, out=None):
+    def visit(x, /, temperature: Any = 1.0, *, axis=0, where=None, out=None):
         inside = Array.like(x)
-        options = {"axis": axis}
+        options: dict[str, Any] = {"axis": axis}
         if where is not None:
-            options["where"] = Array.like(np.asarray(where))
+            options["where"] = Array.like(np.asarray(where, bool))
         if out is not None:
             options["out"] = inside if out is x else Array.like(out)
         result = function(inside, temperature, **options).memory

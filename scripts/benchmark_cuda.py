@@ -1,0 +1,362 @@
+"""Check fastmax's CUDA kernels against its CPU functions, then time them beside their rivals, on a GPU.
+
+The rivals are a copy from device to device, torch.softmax, torch.compile of it, and the fused softmax that
+one writes in Triton. Every call is captured in a CUDA graph several times over, on as many arrays as the L2
+cache cannot hold, and replayed between CUDA events, so that what is timed is the device. Writes
+benchmark_cuda.csv, with a row per case and library, and benchmark_cuda.png and .svg: bytes read and written
+per second against the length of the rows.
+"""
+
+import argparse
+import concurrent.futures
+import importlib
+import importlib.util
+import itertools
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from drawing import add_output_options, make_output_folder, report, save, use_style
+from matplotlib.figure import Figure
+from tables import header, show_table, write_table
+
+import fastmax
+from fastmax import cuda
+
+Row = dict[str, Any]
+
+TRAFFIC = 2**30  # bytes read and written by a call that fills the GPU
+LENGTHS = (3, 10, 32, 64, 128, 256, 1000, 1024, 1025, 2048, 4096, 8192, 16384, 32768, 50257, 65536, 128256)
+LONG = (2**18, 10**6)
+BATCHES = (1, 2, 4, 8, 16, 32, 64)  # rows of 128256
+INNER = (1, 8, 64, 1024, 8192)  # columns, of COLUMN entries and as many as fill the traffic
+COLUMN = 1000
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+COMPILED = (64, 1024, 8192, 65536)  # lengths for torch.compile, which takes seconds for each
+TRITON_LIMIT = 65536  # longest row that the fused kernel holds
+CACHE_BYTES = 128 * 2**20  # more than any L2 cache
+REPLAYS = 7
+OPERATIONS = ("softmax", "log_softmax", "logsumexp", "entropy")
+# Largest differences to the CPU function, in units in the last place of what the result is compared with.
+TOLERANCE = {"float32": 4.0, "float64": 4.0, "float16": 1.0, "bfloat16": 1.0}
+
+
+# -- correctness ----------------------------------------------------------------------------------------
+
+
+def lengths_to_check(operation: str, dtype: str) -> list[int]:
+    """Return lengths for every class of kernels; for softmax of float32 both sides of every threshold."""
+    if operation != "softmax":
+        return [3, 33, 1025, 20000, 40000, 300000] if dtype == "float32" else [33, 1025]
+    if dtype != "float32":
+        return [3, 33, 129, 1025, 20000, 128256, 300000]
+    short = [1, 3, 31, 32, 33, 64, 65, 128, 129, 1000, 1024, 1025]
+    return [*short, 2049, 4097, 8193, 24576, 24577, 50257, 128256, 131073, 300000]
+
+
+def make_rows(n: int, dtype: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows with infinities and NaN among ordinary ones, exact in the dtype, and their temperatures."""
+    x = rng.normal(scale=3.0, size=(7, n))
+    x[1] += 300.0
+    x[2, n // 2] = -np.inf
+    x[3, n // 3] = np.inf
+    x[4, n - 1] = np.nan
+    x[5] = -np.inf
+    temperatures = np.array([1.0, 0.3, np.inf, 1.0, 2.0, 1.0, 0.0])
+    return x, temperatures
+
+
+def difference(operation: str, found: np.ndarray, expected: np.ndarray, dtype: str) -> float:
+    """Return the largest difference in ulp of the dtype, infinite where only one is NaN or infinite."""
+    info = {"float32": (24, -149), "float64": (53, -1074), "float16": (11, -24), "bfloat16": (8, -133)}[dtype]
+    found, expected = found.astype(np.float64), expected.astype(np.float64)
+    same = (found == expected) | (np.isnan(found) & np.isnan(expected))
+    with np.errstate(all="ignore"):
+        size = (
+            np.abs(expected) if operation in ("softmax", "log_softmax") else np.maximum(np.abs(expected), 1.0)
+        )
+        ulp = np.exp2(np.maximum(np.floor(np.log2(size)) + 1 - info[0], info[1]))
+        distance = np.where(
+            np.isfinite(expected) & np.isfinite(found), np.abs(found - expected) / ulp, np.inf
+        )
+    return float(np.where(same, 0.0, distance).max(initial=0.0))
+
+
+def check_case(torch: Any, operation: str, dtype: str, x: np.ndarray, temperatures: np.ndarray) -> float:
+    """Return the largest difference between GPU and CPU over layouts and ways to give the temperature."""
+    tensor = torch.tensor(x, device="cuda").to(getattr(torch, dtype))
+    exact = tensor.double().cpu().numpy()
+    work = exact if dtype == "float64" else exact.astype(np.float32)
+    function = getattr(fastmax, operation)
+    expected = function(work, temperatures, axis=1)
+    on_device = torch.tensor(temperatures, device="cuda")
+    # A view whose rows are a little apart, so that they are neither packed nor aligned.
+    wide = torch.empty(x.shape[0], x.shape[1] + 3, dtype=tensor.dtype, device="cuda")[:, 1:-2]
+    wide.copy_(tensor)
+    found = [
+        function(tensor, temperatures, axis=1),
+        function(tensor, on_device, axis=1),
+        function(wide, on_device, axis=1),
+        function(tensor.t().contiguous(), on_device, axis=0),
+    ]
+    if operation in ("softmax", "log_softmax"):
+        found[3] = found[3].t()
+        in_place = tensor.clone()
+        found.append(function(in_place, on_device, axis=1, out=in_place))
+    worst = max(difference(operation, value.double().cpu().numpy(), expected, dtype) for value in found)
+    if operation != "softmax":
+        return worst
+    alone = function(tensor, 0.7, axis=1).double().cpu().numpy()
+    return max(worst, difference(operation, alone, function(work, 0.7, axis=1), dtype))
+
+
+def check_everything(torch: Any) -> int:
+    """Compare all kinds of kernels with the CPU functions; return how many cases were compared, or stop."""
+    rng = np.random.default_rng(0)
+    count = 0
+    for operation, dtype in itertools.product(OPERATIONS, DTYPES):
+        for n in lengths_to_check(operation, dtype):
+            worst = check_case(torch, operation, dtype, *make_rows(n, dtype, rng))
+            count += 1
+            if not worst <= TOLERANCE[dtype]:
+                sys.exit(f"{operation} of {dtype} rows of {n}: {worst:.3g} ulp from the CPU's result")
+    return count
+
+
+# -- rivals ---------------------------------------------------------------------------------------------
+
+
+def triton_softmax() -> Callable[[Any], Any]:
+    """Return the softmax that one writes in Triton: a program per row, which holds all of it."""
+    from fused_triton import softmax
+
+    return softmax
+
+
+def contenders(torch: Any, n: int, axis: int) -> dict[str, Callable[[Any], Any]]:
+    """Return what is timed, by name."""
+    found: dict[str, Callable[[Any], Any]] = {
+        "copy": lambda x: x.clone(),
+        "fastmax": lambda x: fastmax.softmax(x, 1.0, axis=axis),
+        "torch": lambda x: torch.softmax(x, axis),
+    }
+    if axis == 1 and n <= TRITON_LIMIT:
+        found["triton"] = triton_softmax()
+    if axis == 1 and n in COMPILED:
+        found["torch.compile"] = torch.compile(lambda x: torch.softmax(x, axis), dynamic=False)
+    return found
+
+
+# -- timing ---------------------------------------------------------------------------------------------
+
+
+def device_seconds(torch: Any, function: Callable[[Any], Any], arrays: Sequence[Any]) -> list[float]:
+    """Return the time of one call in each of several replays of calls on all arrays."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            for x in arrays[:2]:
+                function(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for x in arrays:
+            function(x)
+    graph.replay()
+    seconds = []
+    for _ in range(REPLAYS):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        seconds.append(start.elapsed_time(stop) / 1000 / len(arrays))
+    return seconds
+
+
+def host_seconds(torch: Any, function: Callable[[Any], Any], calls: int = 2000) -> float:
+    """Return the host's time for a call on a small array, which the device does not hold up."""
+    x = torch.randn(32, 10, device="cuda")
+    function(x)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        function(x)
+    seconds = (time.perf_counter() - start) / calls
+    torch.cuda.synchronize()
+    return seconds
+
+
+def cases(dtypes: Sequence[str]) -> list[tuple[str, str, tuple[int, int], int]]:
+    """Return (group, dtype, shape, axis) of everything that is timed."""
+    found = []
+    for dtype in dtypes:
+        size = {"float64": 8, "float32": 4}.get(dtype, 2)
+        entries = TRAFFIC // (2 * size)
+        rows = [(n, max(1, entries // n)) for n in (*LENGTHS, *LONG)]
+        found += [("rows", dtype, (count, n), 1) for n, count in rows]
+        found += [("batch", dtype, (count, 128256), 1) for count in BATCHES]
+        found += [("one row", dtype, (1, 10**6), 1)]
+        found += [("columns", dtype, (COLUMN, inner), 0) for inner in INNER]
+        found += [("long columns", dtype, (max(1, entries // inner), inner), 0) for inner in INNER]
+    return found
+
+
+def time_case(torch: Any, group: str, dtype: str, shape: tuple[int, int], axis: int) -> list[Row]:
+    """Time all contenders on one shape."""
+    size = getattr(torch, dtype).itemsize
+    bytes_moved = 2 * size * math.prod(shape)
+    count = max(1, min(64, CACHE_BYTES // bytes_moved))
+    arrays = [
+        torch.randn(shape, device="cuda", dtype=torch.float32).to(getattr(torch, dtype)) for _ in range(count)
+    ]
+    rows = []
+    for name, function in contenders(torch, shape[axis], axis).items():
+        seconds = device_seconds(torch, function, arrays)
+        middle = statistics.median(seconds)
+        rows.append(
+            {
+                "group": group,
+                "dtype": dtype,
+                "shape": "x".join(map(str, shape)),
+                "axis": axis,
+                "n": shape[axis],
+                "library": name,
+                "microseconds": 1e6 * middle,
+                "fastest": 1e6 * min(seconds),
+                "slowest": 1e6 * max(seconds),
+                "TB/s": bytes_moved / middle / 1e12,
+            }
+        )
+    ceiling = rows[0]["TB/s"]
+    return [row | {"of copy": row["TB/s"] / ceiling} for row in rows]
+
+
+# -- compiling beforehand -----------------------------------------------------------------------------------
+
+
+def build(job: tuple[Any, tuple[int, int]]) -> None:
+    """Compile a kernel into the cache, in a process of its own."""
+    from fastmax import _cuda_launch
+
+    _cuda_launch.ptx_of(*job)
+
+
+def specs_needed() -> list[Any]:
+    """Return the kernels that checks and timings will ask for, most of them."""
+    from fastmax import _cuda_launch, _cuda_plan
+
+    capability = _cuda_launch.capability(0)
+    found: dict[Any, None] = {}
+    for operation, dtype in itertools.product(OPERATIONS, DTYPES):
+        lengths = [(n, True) for n in lengths_to_check(operation, dtype)]
+        if operation == "softmax":
+            lengths += [(n, False) for n in (*lengths_to_check(operation, dtype), *LENGTHS, *LONG, COLUMN)]
+        for n, per_slice in lengths:
+            access = math.gcd(16 // _cuda_plan.ITEMSIZE[dtype], n)
+            for is_columns in (False, True):
+                for spec in _cuda_plan.plan(
+                    operation, dtype, n, is_columns, True, access, per_slice, capability
+                ):
+                    found[spec] = None
+    return [(spec, capability) for spec in found]
+
+
+def compile_all() -> int:
+    """Compile kernels on all cores."""
+    jobs = specs_needed()
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing_context()) as pool:
+        list(pool.map(build, jobs))
+    return len(jobs)
+
+
+def multiprocessing_context() -> Any:
+    """Return the context whose processes know nothing of this one's GPU."""
+    import multiprocessing
+
+    return multiprocessing.get_context("spawn")
+
+
+# -- figure ---------------------------------------------------------------------------------------------
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """Draw TB/s against the length of the rows, a panel per dtype."""
+    own = [row for row in rows if row["group"] == "rows"]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in own))
+    figure, axes = plt.subplots(1, len(dtypes), figsize=(1 + 4 * len(dtypes), 4), sharey=True, squeeze=False)
+    names = list(dict.fromkeys(row["library"] for row in own))
+    for ax, dtype in zip(axes.flat, dtypes, strict=True):
+        for i, name in enumerate(names):
+            points = [
+                (row["n"], row["TB/s"]) for row in own if (row["dtype"], row["library"]) == (dtype, name)
+            ]
+            if points:
+                lengths, speeds = zip(*sorted(points), strict=True)
+                ax.plot(lengths, speeds, color=f"C{i}", marker="." if name != "copy" else "", label=name)
+        ax.set_xscale("log")
+        ax.set_title(dtype)
+        ax.set_xlabel("entries in a row")
+    axes[0, 0].set_ylabel("TB/s read and written")
+    axes[0, 0].set_ylim(bottom=0)
+    handles, titles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, titles, loc="outside upper center", ncols=len(names))
+    return figure
+
+
+def main() -> None:
+    """Read the options, check, time, and write."""
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    add_output_options(parser)
+    parser.add_argument(
+        "--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES, help="types to time (default: all)"
+    )
+    parser.add_argument("--check-only", action="store_true", help="compare with the CPU, time nothing")
+    options = parser.parse_args()
+    make_output_folder(parser, options.output)
+    if not cuda.is_available():
+        parser.exit(
+            1, "There is no NVIDIA GPU here, or no driver for it: nothing was checked and nothing timed.\n"
+        )
+    if importlib.util.find_spec("torch") is None:
+        parser.exit(1, "PyTorch is needed to time fastmax beside it: pip install torch\n")
+    torch = importlib.import_module("torch")
+    start = time.perf_counter()
+    print(f"compiled {compile_all()} kernels in {time.perf_counter() - start:.0f} s", flush=True)
+    print(
+        f"{check_everything(torch)} cases agree with the CPU after {time.perf_counter() - start:.0f} s",
+        flush=True,
+    )
+    if options.check_only:
+        return
+    overhead = {
+        "fastmax": host_seconds(torch, lambda x: fastmax.softmax(x, 1.0, axis=1)),
+        "torch": host_seconds(torch, lambda x: torch.softmax(x, 1)),
+    }
+    rows: list[Row] = []
+    for case in cases(options.dtypes):
+        rows += time_case(torch, *case)
+        torch.cuda.empty_cache()
+    comments = header(["numba", "numba-cuda", "torch", "numpy"])
+    comments += [
+        f"GPU: {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}",
+        "host's time for a call on 32 x 10: "
+        + ", ".join(f"{k} {1e6 * v:.1f} us" for k, v in overhead.items()),
+        "TB/s: bytes of x and of the result, over the median time of a call; of copy: over that of the copy",
+    ]
+    table = write_table(options.output / "benchmark_cuda.csv", comments, rows)
+    show_table("softmax on a GPU", rows, lambda value: f"{value:.3g}")
+    use_style()
+    figures = save(draw(rows), options.output / "benchmark_cuda", options.format)
+    print(f"{time.perf_counter() - start:.0f} s in all; host: {comments[-2]}")
+    report([table, *figures])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""The CUDA kernels without a GPU: their logic in a simulator, every class against the exact values."""
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from conformance import TEMPERATURES, cases, slices
+from paths import IN_PLACE, PATHS
+
+import fastmax
+
+pytest.importorskip("numba.cuda.extending", reason="numba-cuda is not installed")
+pytest.importorskip("greenlet", reason="the simulator needs greenlet")
+
+import simulator
+from simulator import Array, on_gpu
+
+from fastmax import _cuda_plan, cuda
+
+# What a GPU cannot hold, and shapes with so many slices that each takes the simulator minutes.
+NOT_HERE = (
+    *("byte swapped", "unaligned", "field of records"),
+    *("many rows", "many columns", "middle axis of many", "in place rows", "in place columns"),
+)
+ROUTES = [
+    (path, name)
+    for path in PATHS | IN_PLACE
+    for name in (oracle.FUNCTIONS if path in PATHS else oracle.ELEMENTWISE)
+    if path not in NOT_HERE
+]
+SMALL = 40  # entries of the slices that go through every path
+
+
+@pytest.fixture(autouse=True)
+def _simulated(monkeypatch):
+    simulator.install(monkeypatch)
+
+
+def faults(name, function, dtype, longest, batch):
+    """Return what a function gets wrong on the conformance slices, at all temperatures in one call."""
+    found = []
+    for description, x in slices(dtype).items():
+        if 0 < len(x) <= longest:
+            results = batch(function, x, np.array(TEMPERATURES))
+            for i, temperature in enumerate(TEMPERATURES):
+                fault = oracle.fault(name, results(i), oracle.expect(x, temperature))
+                if fault:
+                    found.append(f"{description}, T = {temperature}: {fault}")
+    return found
+
+
+def rows(function, x, temperatures):
+    result = function(np.tile(x, (len(temperatures), 1)), temperatures, axis=1)
+    return lambda i: result[i]
+
+
+def columns(function, x, temperatures):
+    result = function(np.tile(x[:, np.newaxis], len(temperatures)), temperatures, axis=0)
+    return lambda i: result[..., i]
+
+
+def spaced(function, x, temperatures):
+    """Any strides, with a mask."""
+    wide = np.full((len(temperatures), 2 * len(x)), np.nan, x.dtype)
+    wide[:, ::2] = x
+    mask = np.resize([True, False], wide.shape)
+    result = function(wide, temperatures, axis=1, where=mask)
+    return lambda i: result[i, ::2] if result.ndim == 2 else result[i]
+
+
+LAYOUTS = {"rows": rows, "columns": columns, "spaced": spaced}
+# The longest slices for each layout and dtype; 16 bits differ in how they are read and written alone.
+LONGEST = [
+    *(("rows", dtype, 100) for dtype in (np.float32, np.float64)),
+    *(("columns", dtype, 45) for dtype in (np.float32, np.float64)),
+    *(("rows", dtype, 17) for dtype in (np.float16, ml_dtypes.bfloat16)),
+    ("spaced", np.float32, 45),
+    ("columns", ml_dtypes.bfloat16, 17),
+]
+
+
+@pytest.mark.parametrize("name", oracle.FUNCTIONS)
+@pytest.mark.parametrize(("layout", "dtype", "longest"), LONGEST)
+def test_slices_conform(layout, dtype, longest, name):
+    batch = LAYOUTS[layout]
+    assert faults(name, on_gpu(getattr(fastmax, name)), dtype, longest, batch) == []
+
+
+@pytest.mark.parametrize(("path", "name"), ROUTES)
+def test_paths_conform(path, name):
+    """Every layout and argument, on a few slices each."""
+    function, found = on_gpu(getattr(fastmax, name)), []
+    chosen = [case for case in cases(np.float32) if len(case[1]) <= SMALL]
+    for description, x, temperature, expected in chosen[sum(map(ord, path + name)) % 41 :: 41]:
+        fault = oracle.fault(name, (PATHS | IN_PLACE)[path](function, x, temperature), expected)
+        if fault:
+            found.append(f"{description}: {fault}")
+    assert found == []
+
+
+# --- both sides of every threshold ------------------------------------------------------------------
+
+
+def small_classes(monkeypatch):
+    """Let groups be so small that every class, and the split, have slices that the simulator can run."""
+    class_ = _cuda_plan.Class
+    monkeypatch.setattr(
+        _cuda_plan,
+        "ROWS",
+        (
+            class_("warp", 64, 8, 1, 8),
+            class_("warp", 64, 32, 1, 8),
+            class_("block", 64, 64, 1, 8),
+            class_("cluster", 64, 64, 2, 8),
+            class_("cluster", 64, 64, 4, 8),
+        ),
+    )
+    monkeypatch.setattr(_cuda_plan, "COLUMNS", (class_("column", 64, 1, 1, 8), class_("column", 64, 4, 1, 8)))
+    monkeypatch.setattr(_cuda_plan, "SPLIT_ROWS", class_("block", 64, 64, 1, 8))
+    monkeypatch.setattr(_cuda_plan, "SPLIT_COLUMNS", class_("column", 64, 4, 1, 8))
+    monkeypatch.setattr(_cuda_plan, "WAVE_BYTES", 4 * 4096)
+
+
+@pytest.fixture
+def _small(monkeypatch):
+    small_classes(monkeypatch)
+
+
+def check(name, n, axis, dtype=np.float32, count=3, temperature=0.7):
+    """Assert that slices of a length are right, each at a temperature of its own, and one with NaN."""
+    rng = np.random.default_rng(n)
+    x = rng.choice(rng.normal(scale=3.0, size=60), size=(count, n)).astype(dtype)
+    x[0, n // 2] = -np.inf
+    temperatures = np.resize([temperature, np.inf, 0.0], count)
+    result = on_gpu(getattr(fastmax, name))(x if axis else x.T.copy(), temperatures, axis=axis)
+    for i in range(count):
+        own = result[i] if axis or result.ndim == 1 else result[:, i]
+        oracle.assert_close(name, own, x[i], temperatures[i])
+
+
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("n", [32, 33, 64, 65, 256, 257, 512, 513, 1024, 1025, 2048, 2049, 4100])
+@pytest.mark.parametrize("name", oracle.FUNCTIONS)
+def test_rows_on_both_sides_of_thresholds(name, n):
+    check(name, n, 1)
+
+
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("n", [8, 9, 32, 33, 95])
+@pytest.mark.parametrize("name", oracle.FUNCTIONS)
+def test_columns_on_both_sides_of_thresholds(name, n):
+    check(name, n, 0)
+
+
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("n", [200, 520, 3000])
+def test_other_dtypes_in_blocks_clusters_and_parts(n, dtype):
+    check("softmax", n, 1, dtype)
+    check("log_softmax", n, 1, dtype)
+
+
+@pytest.mark.parametrize("n", [511, 512, 513])
+@pytest.mark.parametrize("name", oracle.FUNCTIONS)
+def test_strided_slices_for_warps_and_blocks(name, n):
+    x = np.random.default_rng(n).normal(size=(2, n, 2)).astype(np.float32)
+    result = on_gpu(getattr(fastmax, name))(x[:, :, 0], axis=1)
+    for i in range(2):
+        oracle.assert_close(name, result[i], x[i, :, 0])
+
+
+def test_faint_terms_beside_a_maximum_of_zero():
+    """T log(sum) shows though the sum is 1 to float32."""
+    x = np.array([0.0, -1e35, -1.2e35], np.float32)
+    for layout in (rows, columns):
+        result = layout(on_gpu(fastmax.logsumexp), x, np.array([1e33]))(0)
+        oracle.assert_close("logsumexp", result, x, 1e33)
+
+
+def test_the_bits_of_a_slice_do_not_depend_on_the_batch():
+    x = np.random.default_rng(3).normal(size=(40, 70)).astype(np.float32)
+    many, one = (on_gpu(fastmax.softmax)(part, 0.3, axis=1) for part in (x, x[:1].copy()))
+    assert np.array_equal(many[:1], one)
+
+
+# --- arguments -------------------------------------------------------------------------------------
+
+
+def test_temperatures_on_the_gpu_are_not_read_back():
+    x = np.tile(np.array([1.0, 2.0, 4.0], np.float32), (6, 1))
+    temperatures = np.array([-1.0, np.nan, 0.0, 1.0, np.inf, -0.0])
+    for name in oracle.FUNCTIONS:
+        for dtype in (np.float64, np.float32):
+            found = getattr(cuda, name)(Array.like(x), Array.like(temperatures.astype(dtype)), axis=1).memory
+            assert np.isnan(found[:2]).all()
+            for i in range(2, 6):
+                oracle.assert_close(name, found[i], x[i], abs(temperatures[i]))
+
+
+def test_invalid_temperatures_spoil_single_entries_and_infinities_as_well():
+    for x in ([3.0], [np.inf, 0.0], [-np.inf, -np.inf]):
+        for name in oracle.FUNCTIONS:
+            found = getattr(cuda, name)(
+                Array.like(np.array([x], np.float32)), Array.like(np.array([-1.0])), axis=1
+            )
+            assert np.isnan(found.memory).all()
+
+
+def test_results_are_of_the_kind_of_x_and_keep_its_layout():
+    x = Array.like(np.ones((3, 4), np.float32, order="F"))
+    result = cuda.softmax(x, axis=0)
+    assert isinstance(result, Array)
+    assert result.memory.flags.f_contiguous
+    assert cuda.logsumexp(x, axis=0, keepdims=True).memory.shape == (1, 4)
+    assert cuda.evaluate("entropy", x, 1.0, None, None, None).memory.shape == ()
+
+
+def test_out_is_returned():
+    x = Array.like(np.ones((3, 4), np.float32))
+    out = Array.like(np.zeros((3, 1), np.float32))
+    assert cuda.logsumexp(x, axis=1, keepdims=True, out=out) is out
+    oracle.assert_close("logsumexp", out.memory[2, 0], x.memory[2])
+
+
+@pytest.mark.parametrize("name", oracle.FUNCTIONS)
+def test_slices_without_entries(name):
+    x = Array.like(np.ones((2, 0), np.float32))
+    expected = getattr(fastmax, name)(np.ones((2, 0), np.float32), axis=1)
+    assert np.array_equal(getattr(cuda, name)(x, axis=1).memory, expected)
+
+
+def test_wrong_arguments_are_refused():
+    x = Array.like(np.ones((3, 4), np.float32))
+    with pytest.raises(TypeError, match="x must be float16, bfloat16, float32 or float64, got dtype int64"):
+        fastmax.softmax(Array.like(np.ones(3, np.int64)))
+    with pytest.raises(TypeError, match="x must be an array on the GPU, got ndarray"):
+        cuda.softmax(np.ones(3))
+    with pytest.raises(TypeError, match="where must be an array on the GPU, got ndarray"):
+        fastmax.softmax(x, where=np.ones((3, 4), bool))
+    with pytest.raises(TypeError, match="where must be boolean, got dtype float32"):
+        fastmax.softmax(x, where=x)
+    with pytest.raises(ValueError, match=r"where of shape \(5,\) does not broadcast"):
+        fastmax.softmax(x, where=Array.like(np.ones(5, bool)))
+    with pytest.raises(ValueError, match=r"temperature must be in \[0, inf\], got -1.0"):
+        fastmax.softmax(x, -1.0)
+    with pytest.raises(ValueError, match="out must have the shape"):
+        fastmax.softmax(x, out=Array.like(np.ones((4, 3), np.float32)))
+    with pytest.raises(ValueError, match="overlaps x in part"):
+        fastmax.softmax(Array(x.memory[:2]), out=Array(x.memory[1:]))
+    with pytest.raises(np.exceptions.AxisError):
+        fastmax.softmax(x, axis=2)
+
+
+# --- the simulator itself -----------------------------------------------------------------------------
+
+
+def test_simulator_refuses_what_a_gpu_would_let_pass():
+    pointer = simulator.Pointer(simulator.allocate(64), np.dtype(np.float32))
+    with pytest.raises(IndexError, match="not allocated"):
+        pointer.read(16, 1)
+    with pytest.raises(ValueError, match="not aligned"):
+        pointer.read(1, 4)
