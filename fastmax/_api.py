@@ -1,6 +1,7 @@
 """Public functions: arguments are checked here, and the kernels that suit them chosen."""
 
 import functools
+import importlib
 import math
 import operator
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 from numpy.typing import ArrayLike
+
+from fastmax._process import uninterrupted
 
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT64 = np.dtype(np.float64)
@@ -31,23 +34,22 @@ class Operation:
     @functools.cached_property
     def slice(self):
         """Kernel for one vector, on one thread."""
-        from fastmax import _slice
-
-        return getattr(_slice, self.name)
+        return getattr(_imported("_slice"), self.name)
 
     @functools.cached_property
     def schedule(self):
         """Function that runs contiguous slices, on all threads."""
-        from fastmax import _cpu
-
-        return getattr(_cpu, self.name)
+        return getattr(_imported("_cpu"), self.name)
 
     @functools.cached_property
     def broadcast(self):
         """Function that runs slices of any stride, against temperatures of any shape."""
-        from fastmax import _gufunc
+        return getattr(_imported("_gufunc"), self.name)
 
-        return getattr(_gufunc, self.name)
+
+def _imported(name) -> Any:
+    """A module of kernels; to be interrupted in the middle would leave it, and Numba, half imported."""
+    return uninterrupted(importlib.import_module, f"fastmax.{name}")
 
 
 _SOFTMAX = Operation("softmax", True, 0.0)
