@@ -4,6 +4,7 @@ import functools
 import importlib
 import math
 import operator
+import sys
 from typing import Any
 
 import numpy as np
@@ -345,6 +346,8 @@ def _around(shape, axis):
 
 def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
     """Check the arguments, run the operation, and give the result its shape and dtype."""
+    if _is_lazy(x) or _is_lazy(temperature) or _is_lazy(where):
+        return _imported("_dask").evaluate(operation, x, temperature, axis, where, out, keepdims)
     x, result_dtype = _as_array(x)
     temperature = _as_temperature(temperature)
     if where is None and not keepdims and temperature.ndim == 0 and x.flags.c_contiguous:
@@ -519,6 +522,12 @@ def _slices_last(x, axes):
     """View (a copy if need be) of x in which a slice lies along the last axis."""
     moved = np.moveaxis(x, axes, range(-len(axes), 0))
     return moved.reshape(*moved.shape[: x.ndim - len(axes)], -1)
+
+
+def _is_lazy(argument):
+    """Whether an argument is a dask array; if so, dask has been imported."""
+    dask = sys.modules.get("dask.array")
+    return dask is not None and isinstance(argument, dask.Array)
 
 
 # -- arguments ------------------------------------------------------------------------------------

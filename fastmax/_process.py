@@ -113,7 +113,7 @@ def uninterrupted(function, *arguments) -> Any:
     def run():
         try:
             outcome.append((function(*arguments), None))
-        except BaseException as error:  # noqa: BLE001  (raised again in the thread that waits)
+        except BaseException as error:
             outcome.append((None, error))
 
     thread = threading.Thread(target=run, name=f"fastmax: {function.__name__}")
