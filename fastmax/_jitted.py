@@ -1,7 +1,7 @@
 """The functions of `_api` for jitted callers: any strides, any axes, temperatures that broadcast.
 
-A slice goes to the kernel of `_slice` for one vector, on the caller's thread, so that a caller's own ``prange``
-decides about threads. Slices that lie in memory as such are taken where they lie; others, of several axes or
+A slice goes to the kernel of `_slice` for one vector, on the caller's thread: a caller's own ``prange`` decides
+about threads. Slices that lie in memory as such are taken where they lie; others, of several axes or
 of integers, are copied to working memory first.
 """
 

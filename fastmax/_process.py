@@ -2,7 +2,7 @@
 
 Numba's threads come from one of three layers. GNU OpenMP kills a forked child that uses what its parent has
 started; workqueue aborts the process when two threads launch work at once. Where threads are not safe, or
-would compete with others for the same cores, a call stays on its own thread, and its result has the same bits.
+would compete with others for the same cores, a call stays on its own thread; its result has the same bits.
 """
 
 import multiprocessing
@@ -65,7 +65,7 @@ def _before_fork():
     global _forked_in_peace
     global_compiler_lock.acquire()
     held = all_threads.acquire(timeout=1.0)
-    _forked_in_peace = held and threading.current_thread() is threading.main_thread()
+    _forked_in_peace = held and threading.active_count() == 1
     if held:
         _held.append(all_threads)
 
@@ -86,7 +86,7 @@ def _after_fork_in_child():
         _safe = _safe and not _has_gnu_openmp()
     elif layer == "omp":
         _safe = False
-    elif layer == "tbb":
+    elif layer == "tbb":  # it cannot end the part that another thread has in it
         _safe = _safe and _forked_in_peace
 
 

@@ -1,4 +1,4 @@
-"""Random arguments of every kind against the exact values: shapes, layouts, axes, temperatures, masks, outputs."""
+"""Random arguments of every kind against the exact values: layouts, axes, temperatures, masks, outputs."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def arrays(draw):
         x = np.lib.stride_tricks.as_strided(buffer, shape, strides, writeable=False)
     elif layout == "repeated" and shape:
         axis = draw(st.integers(0, len(shape) - 1))
-        one = shape[:axis] + (1,) + shape[axis + 1 :]
+        one = (*shape[:axis], 1, *shape[axis + 1 :])
         x = np.broadcast_to(buffer[: int(np.prod(one))].reshape(one), shape)
     else:
         step = 2 if layout == "spaced" and shape else 1
@@ -140,7 +140,7 @@ def compare(name, result, x, axis, temperature, where=None, keepdims=False):
     mask = np.broadcast_to(mask, slices.shape)
     temperature = np.broadcast_to(temperature, batch)
     indices = list(np.ndindex(batch))
-    for i in indices[:: max(1, len(indices) // 8)]:
+    for i in indices[:: max(1, len(indices) // 3)]:
         expected = oracle.expect(slices[i], float(temperature[i]), mask[i])
         found = result[i]
         if not mask[i].any():
