@@ -12,6 +12,7 @@ would be lost beside it that show in a logsumexp.
 """
 
 import math
+from typing import Any
 
 import dask.array as da
 import numpy as np
@@ -52,7 +53,7 @@ def evaluate(operation, x, temperature, axis, where, out, keepdims):
     places = _api._places(given, axes, len(batch) + len(axes))
     mask = None if where is None else _as_mask(where, x)
     last = range(-len(axes), 0)
-    entries = da.moveaxis(x, axes, last)
+    entries: Any = da.moveaxis(x, axes, last)
     mask = None if mask is None else da.moveaxis(mask, axes, last)
     if 0 in (x.shape[i] for i in axes):
         sizes = [x.shape[i] for i in axes] if operation.elementwise else []
@@ -304,7 +305,7 @@ def _write(x, states, mask, reduced, operation):
             if rows:
                 _cpu.long_write_log(1, chunk.x, chunk.mask, own, maxima, sums, out)
             else:
-                outer, _, inner = chunk.blocks
+                outer, inner = chunk.blocks[::2]
                 sums = np.ascontiguousarray(sums.reshape(outer, inner, 5).transpose(0, 2, 1)).reshape(-1)
                 _cpu.tall_write_log(1, chunk.x, chunk.mask, own, maxima, sums, out)
     out = out.view(chunk.result_dtype).reshape([chunk.shape[i] for i in chunk.order])
@@ -389,7 +390,8 @@ def merge_states(states, merged):
                 own_sums = merged_sums(tied, own_sums, temperature)
             sums = merged_sums(sums, own_sums, temperature)
         merged[i, 0], merged[i, 1], merged[i, 7] = largest, ties, temperature
-        merged[i, 2], merged[i, 3], merged[i, 4], merged[i, 5], merged[i, 6] = sums
+        for quantity in range(5):
+            merged[i, 2 + quantity] = sums[quantity]
 
 
 @jit
@@ -404,7 +406,9 @@ def beside_maximum(states, i):
 def sums_beside_maxima(states, sums):
     """Write `beside_maximum` of each state."""
     for i in range(len(states)):
-        sums[i, 0], sums[i, 1], sums[i, 2], sums[i, 3], sums[i, 4] = beside_maximum(states, i)
+        five = beside_maximum(states, i)
+        for quantity in range(5):
+            sums[i, quantity] = five[quantity]
 
 
 @kernel

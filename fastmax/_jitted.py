@@ -1,21 +1,28 @@
 """The functions of `_api` for jitted callers: any strides, any axes, temperatures that broadcast.
 
-A slice goes to the kernel of `_slice` for one vector, on the caller's thread: a caller's own ``prange`` decides
-about threads. Slices that lie in memory as such are taken where they lie; others, of several axes or
-of integers, are copied to working memory first.
+A slice goes to the kernel of `_slice` for one vector, on the thread of the caller, whose ``prange`` decides
+about threads. Slices that lie in memory as such are taken where they lie; others, of several axes or of
+integers, are copied to working memory first.
 """
+
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic as numba_intrinsic
+from numba.extending import overload
 from numba.np.arrayobj import make_array, populate_array
-from numba.np.unsafe.ndarray import to_fixed_tuple
+from numba.np.unsafe import ndarray
 from numpy.exceptions import AxisError
 
 from fastmax import _slice
 from fastmax._jit import jit
 from fastmax._lanes import as_contiguous
+
+# What these make, or are, is called with other arguments than their source says.
+intrinsic: Any = numba_intrinsic
+to_fixed_tuple: Any = ndarray.to_fixed_tuple
 
 
 @intrinsic
@@ -65,7 +72,7 @@ def checked(temperature):
     return value
 
 
-def given_axes(axis, ndim):
+def given_axes(axis, ndim) -> Any:
     """Axes as they were given, in an array."""
 
 
@@ -185,7 +192,7 @@ def at_offset(array, offset):
     return slice_at(array, offset, 1, 0)[0]
 
 
-def as_array(sizes):
+def as_array(sizes) -> Any:
     """Tuple of sizes as an array."""
 
 
@@ -196,7 +203,7 @@ def _as_array(sizes):
     return lambda sizes: np.array(sizes)
 
 
-def entries_in(x):
+def entries_in(x) -> Any:
     """Numbers, sequences and arrays as an array; a number has one axis, and so has an array without any."""
 
 
@@ -394,7 +401,7 @@ def of_scalar(name, dtype, absent, temperature_ndim, elementwise):
     return transform if elementwise else reduction
 
 
-def check_of_scalar(axis):
+def check_of_scalar(axis) -> Any:
     """Refuse axes that a number does not have."""
 
 

@@ -4,6 +4,8 @@ This module is imported with the package, so it imports no kernel. What a functi
 stands in `_jitted`; here their types are checked.
 """
 
+from typing import Any
+
 import numpy as np
 from numba.core import types
 from numba.core.errors import TypingError
@@ -13,7 +15,7 @@ from fastmax import _api
 from fastmax._process import uninterrupted
 
 # Options that a function would inherit from the one that calls it, were they not given.
-_OPTIONS = {"fastmath": False, "error_model": "numpy", "forceinline": False}
+_OPTIONS: Any = {"fastmath": False, "error_model": "numpy", "forceinline": False}
 
 
 def _define(operation):
@@ -112,13 +114,17 @@ def _count_temperature_axes(temperature):
     return getattr(temperature, "ndim", 0 if entry is temperature else 1)
 
 
+def _types_in(sequence: Any):
+    return sequence.types
+
+
 def _count_axes(axis, ndim):
     """Number of axes that are reduced."""
     if axis is None:
         return ndim
     if _is_integer(axis):
         return min(ndim, 1)
-    if isinstance(axis, types.BaseTuple) and all(isinstance(i, types.Integer) for i in axis):
+    if isinstance(axis, types.BaseTuple) and all(isinstance(i, types.Integer) for i in _types_in(axis)):
         if len(axis) <= ndim:
             return len(axis)
         raise TypingError(f"axis must name at most the {ndim} axes of x, got {len(axis)}")

@@ -5,14 +5,15 @@ started; workqueue aborts the process when two threads launch work at once. Wher
 would compete with others for the same cores, a call stays on its own thread; its result has the same bits.
 """
 
-import multiprocessing
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import numba
 from numba.core.compiler_lock import global_compiler_lock
+from numba.np.ufunc.parallel import threading_layer
 
 # Held by the one call that runs on all threads; calls from other threads meanwhile keep to their own.
 all_threads = threading.RLock()
@@ -37,13 +38,13 @@ def may_use_all_threads():
         numba.get_num_threads()
     except ValueError:  # no threading layer can be loaded
         return False
-    return others == 0 or numba.threading_layer() != "workqueue"
+    return others == 0 or threading_layer() != "workqueue"
 
 
 def _launched():
     """Threading layer whose threads have been started, or None."""
     try:
-        return numba.threading_layer()
+        return threading_layer()
     except ValueError:
         return None
 
@@ -52,6 +53,12 @@ def _has_threads():
     """Whether the process has threads at all; right after a fork there are none."""
     tasks = Path("/proc/self/task")
     return not tasks.exists() or len(list(tasks.iterdir())) > 1
+
+
+def _is_child():
+    """Whether multiprocessing has made this process."""
+    multiprocessing = sys.modules.get("multiprocessing")
+    return multiprocessing is not None and multiprocessing.parent_process() is not None
 
 
 def _has_gnu_openmp():
@@ -96,7 +103,7 @@ if hasattr(os, "register_at_fork"):
     )
     if _launched() == "omp":
         # Started before this module was there to see a fork: by the parent of this process, perhaps.
-        _safe = multiprocessing.parent_process() is None and _has_threads()
+        _safe = _has_threads() and not _is_child()
 
 
 def uninterrupted(function, *arguments) -> Any:

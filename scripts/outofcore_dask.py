@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import dask.array as da
 import numpy as np
@@ -55,9 +56,8 @@ def parse_arguments():
 def write_random(path, size, chunk):
     """Write a float32 array of some bytes, with rows of 4096 entries, in chunks of whole and half rows."""
     rows = max(2, chunk // (4 * 2048))
-    x = da.random.default_rng(0).normal(
-        scale=5.0, size=(max(rows, size // (4 * 4096)), 4096), chunks=(rows, 2048)
-    )
+    chunks: Any = (rows, 2048)
+    x = da.random.default_rng(0).normal(scale=5.0, size=(max(rows, size // (4 * 4096)), 4096), chunks=chunks)
     x.astype(np.float32).to_zarr(str(path))
 
 
@@ -84,7 +84,7 @@ def run(arguments, client, folder):
         write_random(source, int(arguments.times * memory), arguments.chunk)
     x = da.from_zarr(str(source))
     print(f"input: {x.shape} {x.dtype}, {format_bytes(x.nbytes)} in {x.npartitions} chunks")
-    result = fastmax.softmax(x, arguments.temperature, axis=arguments.axis)
+    result: Any = fastmax.softmax(x, arguments.temperature, axis=arguments.axis)
     target = arguments.output or folder / "output.zarr"
     start = time.perf_counter()
     if client is None:
@@ -119,7 +119,7 @@ def main():
                     n_workers=arguments.workers,
                     threads_per_worker=1,
                     memory_limit=arguments.memory_limit,
-                    dashboard_address=None,
+                    dashboard_address="",
                     local_directory=str(folder),
                 ) as cluster,
                 Client(cluster) as client,

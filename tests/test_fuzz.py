@@ -150,22 +150,17 @@ def compare(name, result, x, axis, temperature, where=None, keepdims=False):
             assert oracle.fault(name, found, expected) == "", (i, slices[i], temperature[i], mask[i])
 
 
-OPTIONS: dict[str, Any] = {
-    "derandomize": True,
-    "deadline": None,
-    "database": None,
-    "suppress_health_check": list(HealthCheck),
-}
+CHECKS: Any = list(HealthCheck)
 
 
-@settings(max_examples=500, **OPTIONS)
+@settings(max_examples=500, derandomize=True, deadline=None, database=None, suppress_health_check=CHECKS)
 @given(calls())
 def test_random_calls(call):
     check(call)
 
 
 @pytest.mark.nightly
-@settings(max_examples=10_000, **(OPTIONS | {"derandomize": False}))
+@settings(max_examples=10_000, derandomize=False, deadline=None, database=None, suppress_health_check=CHECKS)
 @given(calls())
 def test_many_random_calls(call):
     check(call)

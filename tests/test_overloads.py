@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -15,6 +16,8 @@ from numba.core.errors import TypingError
 import fastmax
 
 every = pytest.mark.parametrize("name", oracle.FUNCTIONS)
+SOFTMAX: Any = fastmax.softmax
+jit: Any = numba.njit
 X = np.random.default_rng(0).normal(scale=3.0, size=(3, 4, 5))
 
 
@@ -149,12 +152,12 @@ def test_temperatures_of_another_shape():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda x: fastmax.softmax(x, 1.0, 0), "too many positional arguments"),
+        (lambda x: SOFTMAX(x, 1.0, 0), "too many positional arguments"),
         (lambda x: fastmax.softmax(x, where=x > 0), "where is not available inside jitted code"),
         (lambda x: fastmax.softmax(x, out=x), "out is not available inside jitted code"),
         (lambda x: fastmax.softmax(x, "1"), "temperature must be a real number"),
-        (lambda x: fastmax.softmax(x, axis=1.0), "axis must be an integer, a tuple of integers or None"),
-        (lambda x: fastmax.softmax(x, axis=(0, 1, 2, 0)), "axis must name at most the 3 axes of x"),
+        (lambda x: SOFTMAX(x, axis=1.0), "axis must be an integer, a tuple of integers or None"),
+        (lambda x: SOFTMAX(x, axis=(0, 1, 2, 0)), "axis must name at most the 3 axes of x"),
         (lambda x: fastmax.entropy(x, keepdims=x.size > 0), "keepdims must be True or False written out"),
         (lambda x: fastmax.entropy(x * 1j), "x must be an array .* got array.complex128"),
         (lambda x: fastmax.entropy("x"), "x must be an array"),
@@ -162,7 +165,7 @@ def test_temperatures_of_another_shape():
 )
 def test_typing_errors_say_what_is_wrong(function, message):
     with pytest.raises(TypingError, match=message):
-        numba.njit(function)(X)
+        jit(function)(X)
 
 
 # --- caches ---------------------------------------------------------------------------------------

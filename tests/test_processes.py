@@ -315,9 +315,9 @@ assert threading.current_thread() is threading.main_thread()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="signals come otherwise here")
-@pytest.mark.parametrize("delay", [0.02, 0.3, 1.5])
+@pytest.mark.parametrize("delay", [0.02, 1.5])
 def test_an_interrupt_while_kernels_are_compiled(delay, tmp_path):
-    """While Numba is set up, half a second later, and while code is made; the next call is right."""
+    """While Numba is set up, and while code is made; the next call is right."""
     program = INTERRUPTED.format(delay=delay, call="fastmax.softmax(x[:, ::2], axis=1)")
     assert run(program, NUMBA_CACHE_DIR=str(tmp_path)) == "interrupted\n"
 
