@@ -184,10 +184,11 @@ class _Chunk:
             x = np.broadcast_to(x, batch + sizes)
             mask = None if mask is None else np.broadcast_to(mask, batch + sizes)
         self.axes = tuple(range(x.ndim - reduced, x.ndim))
-        x = x.astype(dtype, copy=False)
+        given, x = x, x.astype(dtype, copy=False)
         order = _api._memory_order(x, self.axes)
         if order is None:
             x, order = np.ascontiguousarray(x), list(range(x.ndim))
+        self.is_copy = not np.may_share_memory(x, given)
         self.order, self.batch, self.shape = order, batch, x.shape
         self.blocks = _api._blocks(x.shape, self.axes, order)
         self.x = _api._as_stored(x).transpose(order).reshape(self.blocks)
@@ -286,7 +287,7 @@ def _merge_blocks(states, axis, keepdims):
 def _write(x, states, mask, reduced, operation):
     """Results of a chunk from the states of its slices."""
     chunk = _Chunk(x, mask, reduced, states.shape[:-1])
-    out = np.empty(chunk.x.shape, chunk.x.dtype)
+    out = chunk.x if chunk.is_copy else np.empty(chunk.x.shape, chunk.x.dtype)
     if out.size:
         own = chunk.temperatures(states[..., 7])
         ordered = chunk.per_slice(states)
