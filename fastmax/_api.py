@@ -1,13 +1,17 @@
 """Public functions: arguments are checked here, and the kernels that suit them chosen."""
 
 import functools
+import importlib
 import math
 import operator
+import sys
 from typing import Any
 
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 from numpy.typing import ArrayLike
+
+from fastmax._process import uninterrupted
 
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT64 = np.dtype(np.float64)
@@ -36,37 +40,27 @@ class Operation:
     @functools.cached_property
     def slice(self):
         """Kernel for one vector, on one thread."""
-        from fastmax import _slice
-
-        return getattr(_slice, self.name)
+        return getattr(_imported("_slice"), self.name)
 
     @functools.cached_property
     def few_rows(self):
         """Kernel for a few narrow rows, on one thread."""
-        from fastmax import _cpu
-
-        return getattr(_cpu, f"{self.name}_few_rows")
+        return getattr(_imported("_cpu"), f"{self.name}_few_rows")
 
     @functools.cached_property
     def schedule(self):
         """Function that runs contiguous slices, on all threads."""
-        from fastmax import _cpu
-
-        return getattr(_cpu, self.name)
+        return getattr(_imported("_cpu"), self.name)
 
     @functools.cached_property
     def broadcast(self):
         """Function that runs slices of any stride, against temperatures of any shape."""
-        from fastmax import _gufunc
+        return getattr(_imported("_gufunc"), self.name)
 
-        return getattr(_gufunc, self.name)
 
-    @functools.cached_property
-    def on_gpu(self):
-        """Function that runs arrays on a GPU."""
-        from fastmax import cuda
-
-        return cuda.evaluate
+def _imported(name) -> Any:
+    """A module of kernels; to be interrupted in the middle would leave it, and Numba, half imported."""
+    return uninterrupted(importlib.import_module, f"fastmax.{name}")
 
 
 _SOFTMAX = Operation("softmax", True, 0.0)
@@ -405,7 +399,9 @@ def _run_plain(operation, x, temperature, axis, where, out) -> Any:
 def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
     """Check the arguments, run the operation, and give the result its shape and dtype."""
     if _is_on_gpu(x):
-        return operation.on_gpu(operation.name, x, temperature, axis, where, out, keepdims)
+        return _imported("cuda").evaluate(operation.name, x, temperature, axis, where, out, keepdims)
+    if _is_lazy(x) or _is_lazy(temperature) or _is_lazy(where):
+        return _imported("_dask").evaluate(operation, x, temperature, axis, where, out, keepdims)
     x, result_dtype = _as_array(x)
     temperature = _as_temperature(temperature)
     if not keepdims and (out is None or operation.elementwise) and x.flags.c_contiguous:
@@ -578,6 +574,12 @@ def _slices_last(x, axes):
     """View (a copy if need be) of x in which a slice lies along the last axis."""
     moved = np.moveaxis(x, axes, range(-len(axes), 0))
     return moved.reshape(*moved.shape[: x.ndim - len(axes)], -1)
+
+
+def _is_lazy(argument):
+    """Whether an argument is a dask array; if so, dask has been imported."""
+    dask = sys.modules.get("dask.array")
+    return dask is not None and isinstance(argument, dask.Array)
 
 
 # -- arguments ------------------------------------------------------------------------------------

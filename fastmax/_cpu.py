@@ -11,14 +11,13 @@ bytes of that shape; temperatures are one float64, or one for each of the outer 
 """
 
 import math
-import os
 from collections import namedtuple
 
 import numba
 import numpy as np
 from numba import prange
 
-from fastmax import _slice
+from fastmax import _process, _slice
 from fastmax._jit import jit, kernel, parallel_kernel
 from fastmax._lanes import (
     LANE_BYTES,
@@ -108,14 +107,22 @@ TALL = 2**11
 
 
 class Kernel:
-    """A jitted function on one thread and on all; each is compiled when it is called."""
+    """A jitted function on one thread and on all; each is compiled when it is called.
+
+    Other Python threads go on meanwhile. One call at a time has all threads.
+    """
 
     def __init__(self, function):
-        self._serial = kernel(function)
-        self._parallel = parallel_kernel(function)
+        self._serial = kernel(function, nogil=True)
+        self._parallel = parallel_kernel(function, nogil=True)
 
     def __call__(self, threads, *arguments):
-        return (self._parallel if threads > 1 else self._serial)(*arguments)
+        if threads > 1 and (lock := _process.all_threads).acquire(blocking=False):
+            try:
+                return self._parallel(*arguments)
+            finally:
+                lock.release()
+        return self._serial(*arguments)
 
 
 # -- rows -----------------------------------------------------------------------------------------
@@ -1636,28 +1643,11 @@ def entropy(x, mask, temperature, out):
     _run(_VALUES, x, mask, temperature, out, True)
 
 
-# GNU OpenMP kills a forked child that starts threads if its parent had any: such a child works on one.
-_has_threads = False
-_forked_from_threads = False
-
-
-def _after_fork():
-    global _forked_from_threads
-    _forked_from_threads = _has_threads
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
 def _threads(size, enough):
     """Number of threads for an array of some size."""
-    global _has_threads
-    if size < enough or _forked_from_threads:
+    if size < enough or not _process.may_use_all_threads():
         return 1
-    threads = numba.get_num_threads()
-    _has_threads = _has_threads or threads > 1
-    return threads
+    return numba.get_num_threads()
 
 
 def _run(schedules, x, mask, temperature, out, *options):

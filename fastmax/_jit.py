@@ -10,6 +10,7 @@ No kernel is compiled with ``fastmath``: sums name their order and products thei
 slice has the same bits however the optimiser inlines, vectorises or loads the code from the cache.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -24,9 +25,12 @@ import numba
 from numba.core import config
 from numba.core.caching import Cache, CacheImpl, FunctionCache, IndexDataCacheFile, _CacheLocator
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import CPUDispatcher
 from numba.core.runtime.nrt import rtsys
 from numba.misc.appdirs import AppDirs
 from numba.np.ufunc import wrappers
+
+from fastmax._process import uninterrupted
 
 _PACKAGE = Path(__file__).parent
 
@@ -152,6 +156,24 @@ class _WrapperCache(_QuickLoad, wrappers.GufWrapperCache):
     pass
 
 
+@contextlib.contextmanager
+def _enabled():
+    """Let Numba compile even where NUMBA_DISABLE_JIT is set: kernels have intrinsics that Python cannot run.
+
+    With it, what Numba itself calls inside kernels would be left as plain functions, too.
+    """
+    with global_compiler_lock:
+        usual: Any = config.DISABLE_JIT  # pyright: ignore[reportAttributeAccessIssue]
+        if not usual:
+            yield
+            return
+        config.DISABLE_JIT = 0  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            yield
+        finally:
+            config.DISABLE_JIT = usual  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def jit(function=None, **options) -> Any:
     """``numba.njit`` for what kernels call, and Python never; division by zero follows IEEE 754."""
     if function is None:
@@ -164,22 +186,39 @@ def kernel(function, **options) -> Any:
     dispatcher = _njit(function, **options)
     if CACHED:
         dispatcher._cache = _KernelCache(dispatcher.py_func)
+    dispatcher._compile_for_args = functools.partial(uninterrupted, _compile, dispatcher._compile_for_args)
     return dispatcher
 
 
+def _compile(compile_for_args, *arguments):
+    with _enabled():
+        return compile_for_args(*arguments)
+
+
 def _njit(function, **options) -> Any:
-    return numba.njit(error_model="numpy", **options)(function)
+    # What is not said is inherited from the user's function for which a kernel happens to be compiled first.
+    options = {"fastmath": False, "forceinline": False, "boundscheck": None, **options}
+    return CPUDispatcher(function, targetoptions={"nopython": True, "error_model": "numpy", **options})
 
 
-def parallel_kernel(function):
+def parallel_kernel(function, **options):
     """`kernel` with ``prange`` over threads; the cache tells the two apart by its name."""
     copy = types.FunctionType(function.__code__, function.__globals__, function.__name__)
     copy.__qualname__ = f"{function.__qualname__}_parallel"
-    return kernel(copy, parallel=True)
+    return kernel(copy, parallel=True, **options)
 
 
 def gufunc(function, layout, signature):
     """``numba.guvectorize`` with this package's cache, which Numba has no option to choose."""
+    return uninterrupted(_build_gufunc, function, layout, signature)
+
+
+def _build_gufunc(function, layout, signature):
+    with _enabled():
+        return _gufunc(function, layout, signature)
+
+
+def _gufunc(function, layout, signature):
     if not CACHED:
         return numba.guvectorize([signature], layout)(function)
     result: Any = numba.guvectorize(layout, cache=True)(function)

@@ -1,0 +1,445 @@
+"""Dask arrays: the same functions, lazy, chunk by chunk.
+
+Where slices lie within chunks, a chunk is a call of the function itself. Where they are split, each chunk of
+a slice becomes a state of a few numbers, states are merged in a tree, and a second pass over the array writes
+the results (for logsumexp and entropy there is none). The array is then computed twice rather than kept in
+memory; see `_evaluate_split`.
+
+A state is (max, ties, reference, rest, error, moment, moment_error, temperature): the number of entries equal
+to the maximum, and of those below it the sum of exp((x - reference) / T) and of these times
+(x - reference) log2(e) / T, as pairs in units of 2**-BIAS. The reference is the maximum itself, unless terms
+would be lost beside it that show in a logsumexp.
+"""
+
+import math
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from dask.graph_manipulation import bind
+
+from fastmax import _api, _cpu
+from fastmax._jit import jit, kernel
+from fastmax._lanes import fma, spread
+from fastmax._math import (
+    BIAS,
+    FAINT_REST,
+    entropy_value,
+    guarded_scale,
+    logsumexp_value,
+    merge,
+    misses_faint_terms,
+    reciprocal,
+    terms,
+    top_term,
+)
+
+_FIELDS = 8
+
+
+def evaluate(operation, x, temperature, axis, where, out, keepdims):
+    """Return the result of an operation as a dask array; any of x, temperature and where may be one."""
+    if out is not None:
+        raise TypeError("out must be None where an argument is a dask array")
+    x = _as_dask(x, "x")
+    _, dtype = _api._as_array(x._meta)
+    if not isinstance(temperature, da.Array):
+        temperature = _api._as_temperature(temperature)
+    elif temperature.dtype.kind not in "biuf":
+        raise TypeError(f"temperature must be real, got dtype {temperature.dtype}")
+    temperature = _as_dask(temperature, "temperature")
+    given, axes = _api._as_axes(axis, x.ndim)
+    batch = _api._batch_shape(x, temperature, axes)
+    places = _api._places(given, axes, len(batch) + len(axes))
+    mask = None if where is None else _as_mask(where, x)
+    last = range(-len(axes), 0)
+    entries: Any = da.moveaxis(x, axes, last)
+    mask = None if mask is None else da.moveaxis(mask, axes, last)
+    if 0 in (x.shape[i] for i in axes):
+        sizes = [x.shape[i] for i in axes] if operation.elementwise else []
+        result = da.full((*batch, *sizes), operation.absent, dtype=dtype)
+    elif all(n == 1 for n in entries.numblocks[x.ndim - len(axes) :]):
+        result = _evaluate_whole(operation, entries, mask, temperature, len(axes), len(batch), dtype)
+    else:
+        result = _evaluate_split(operation, entries, mask, temperature, len(axes), len(batch), dtype)
+    if operation.elementwise:
+        return da.moveaxis(result, last, places)
+    if keepdims:
+        return result[_api._with_axes([slice(None)] * len(batch), places, [None] * len(axes))]
+    return result
+
+
+def _as_dask(array, name):
+    if isinstance(array, da.Array):
+        return array
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} must not be a masked array")
+    return da.from_array(np.asarray(array), chunks="auto")
+
+
+def _as_mask(where, x):
+    if not isinstance(where, da.Array):
+        where = da.from_array(_api._as_mask(where, x.shape), chunks=x.chunks)
+    elif where.dtype != np.bool_:
+        raise TypeError(f"where must be boolean, got dtype {where.dtype}")
+    try:
+        return da.broadcast_to(where, x.shape).rechunk(x.chunks)
+    except ValueError:
+        raise ValueError(
+            f"where of shape {where.shape} does not broadcast to the shape {x.shape} of x"
+        ) from None
+
+
+def _labels(ndim, reduced, batch_ndim):
+    """Indices for `blockwise`: of the batch, of the reduced axes, and of x with its reduced axes last."""
+    batch = tuple(range(batch_ndim))
+    along = tuple(range(batch_ndim, batch_ndim + reduced))
+    return batch, along, (*batch[batch_ndim - (ndim - reduced) :], *along)
+
+
+def _blocks(function, labels, arrays, dtype, **options):
+    """Apply a function to blocks of arrays, each given with its labels; None stays None."""
+    arguments = [part for array, own in arrays for part in (array, None if array is None else own)]
+    meta = np.empty((0,) * len(labels), dtype)
+    return da.blockwise(function, labels, *arguments, dtype=dtype, meta=meta, concatenate=True, **options)
+
+
+# -- slices within chunks -------------------------------------------------------------------------
+
+
+def _evaluate_whole(operation, x, mask, temperature, reduced, batch_ndim, dtype):
+    batch, along, own = _labels(x.ndim, reduced, batch_ndim)
+    labels = (*batch, *along) if operation.elementwise else batch
+    arrays = [(x, own), (temperature, batch[batch_ndim - temperature.ndim :]), (mask, own)]
+    return _blocks(
+        _call,
+        labels,
+        arrays,
+        dtype,
+        name=f"fastmax-{operation.name}",
+        operation=operation.name,
+        reduced=reduced,
+    )
+
+
+def _call(x, temperature, mask, operation, reduced):
+    """One chunk."""
+    function = getattr(_api, operation)
+    return np.asarray(function(x, temperature, axis=tuple(range(-reduced, 0)), where=mask))
+
+
+# -- slices split over chunks ---------------------------------------------------------------------
+
+
+def _evaluate_split(operation, x, mask, temperature, reduced, batch_ndim, dtype):
+    batch, along, own = _labels(x.ndim, reduced, batch_ndim)
+    last = batch_ndim + reduced
+    arrays = [(x, own), (temperature, batch[batch_ndim - temperature.ndim :]), (mask, own)]
+    states = _blocks(
+        _states,
+        (*batch, *along, last),
+        arrays,
+        np.float64,
+        new_axes={last: _FIELDS},
+        adjust_chunks=dict.fromkeys(along, 1),
+        reduced=reduced,
+        operation=operation.name,
+    )
+    states = da.reduction(
+        states,
+        _one,
+        _merge_blocks,
+        axis=along,
+        combine=_merge_blocks,
+        dtype=np.float64,
+        concatenate=True,
+        meta=np.empty((0,) * (batch_ndim + 1)),
+    )
+    if operation.elementwise:
+        # Chunks kept for the second pass would fill the memory with the array: they are computed again,
+        # and not before the states are there.
+        x, mask = (None if array is None else bind(array, states) for array in (x, mask))
+        arrays = [(x, own), (states, (*batch, last)), (mask, own)]
+        return _blocks(_write, (*batch, *along), arrays, dtype, reduced=reduced, operation=operation.name)
+    values = _blocks(
+        _values, batch, [(states, (*batch, last))], dtype, operation=operation.name, result_dtype=dtype
+    )
+    if mask is not None:
+        present = mask.any(axis=tuple(range(-reduced, 0)))
+        values = da.where(present, values, np.asarray(operation.absent, dtype))
+    return values
+
+
+def _one(states, axis, keepdims):
+    return states
+
+
+class _Chunk:
+    """A chunk of slices in the form that kernels take: blocks of x and mask, one thread."""
+
+    def __init__(self, x, mask, reduced, batch):
+        x, dtype = _api._as_array(x)
+        sizes = x.shape[x.ndim - reduced :]
+        if x.shape[: x.ndim - reduced] != batch:  # more temperatures than slices
+            x = np.broadcast_to(x, batch + sizes)
+            mask = None if mask is None else np.broadcast_to(mask, batch + sizes)
+        self.axes = tuple(range(x.ndim - reduced, x.ndim))
+        given, x = x, x.astype(dtype, copy=False)
+        order = _api._memory_order(x, self.axes)
+        if order is None:
+            x, order = np.ascontiguousarray(x), list(range(x.ndim))
+        self.is_copy = not np.may_share_memory(x, given)
+        self.order, self.batch, self.shape = order, batch, x.shape
+        self.blocks = _api._blocks(x.shape, self.axes, order)
+        self.x = _api._as_stored(x).transpose(order).reshape(self.blocks)
+        self.mask = _api._mask_blocks(mask, order, self.blocks)
+        self.dtype = _api._kernel_dtype(dtype)
+        self.result_dtype = dtype
+
+    def per_slice(self, values):
+        """Values of the batch's shape (more axes may follow) in the order in which kernels take slices."""
+        kept = _api._kept(self.axes, self.order)
+        rest = range(len(kept), values.ndim)
+        moved = values.transpose([*(sorted(kept).index(i) for i in kept), *rest])
+        return np.ascontiguousarray(moved).reshape(-1, *values.shape[len(kept) :])
+
+    def temperatures(self, values):
+        """One temperature if it is that of all slices, else one for each."""
+        first = values.reshape(-1)[:1]
+        return _api._flat(first if (values == first).all() else self.per_slice(values))
+
+    def per_batch(self, values):
+        """Values in the order of slices (more axes may follow) as an array of the batch's shape."""
+        kept = _api._kept(self.axes, self.order)
+        values = values.reshape([self.shape[i] for i in kept] + list(values.shape[1:]))
+        rest = range(len(kept), values.ndim)
+        return values.transpose([*np.argsort(kept), *rest])
+
+    def sums(self, temperature, weighted):
+        """Maxima and sums of the slices, in the order in which kernels take slices."""
+        if len(self.blocks) == 2:
+            maxima = _cpu.long_maxima(1, self.x, self.mask)
+            return maxima, _cpu.long_split_sums(1, self.x, self.mask, temperature, maxima, weighted)
+        maxima = _cpu.tall_maxima(1, self.x, self.mask)
+        sums = _cpu.tall_split_sums(1, self.x, self.mask, temperature, maxima, weighted)
+        outer, _, inner = self.blocks
+        return maxima, sums.reshape(outer, 5, inner).transpose(0, 2, 1).reshape(-1, 5)
+
+
+def _states(x, temperature, mask, reduced, operation):
+    """States of the slices of a chunk, with an axis of one for each reduced axis."""
+    temperature = _api._as_temperature(temperature)
+    batch = np.broadcast_shapes(x.shape[: x.ndim - reduced], temperature.shape)
+    states = np.zeros((*batch, _FIELDS))
+    states[..., 0] = states[..., 2] = -math.inf
+    states[..., 7] = temperature
+    if x.size and states.size:
+        chunk = _Chunk(x, mask, reduced, batch)
+        own = chunk.temperatures(states[..., 7])
+        maxima, sums = chunk.sums(own, True if operation == "entropy" else None)
+        states[..., 0] = states[..., 2] = chunk.per_batch(maxima)
+        states[..., 1] = chunk.per_batch(sums[:, 0])
+        # Terms of float32 kernels are in smaller units.
+        units = 2.0 ** (BIAS[1] - BIAS[0]) if chunk.dtype == np.float32 else 1.0
+        states[..., 3:7] = chunk.per_batch(sums[:, 1:].astype(np.float64)) * units
+        if operation == "logsumexp":
+            _keep_faint_terms(states, x, mask, reduced)
+    return states.reshape(*batch, *[1] * reduced, _FIELDS)
+
+
+def _keep_faint_terms(states, x, mask, reduced):
+    """Where the rest is too small beside the maximum, refer it to the largest entry below that."""
+    largest, temperature = states[..., 0], states[..., 7]
+    rest = states[..., 3] + states[..., 4]
+    with np.errstate(all="ignore"):
+        faint = (temperature > 1.0) & (temperature < math.inf) & (states[..., 1] == 1.0)
+        faint &= (rest < FAINT_REST[0] * 2.0 ** BIAS[1]) & (
+            np.abs(largest) < temperature * (FAINT_REST[0] * 2.0**60)
+        )
+    for index in zip(*np.nonzero(faint), strict=True) if faint.ndim else [()] * bool(faint):
+        where = index[len(index) - (x.ndim - reduced) :]
+        own = tuple(0 if n == 1 else i for i, n in zip(where, x.shape, strict=False))
+        entries = np.asarray(x[own], np.float64)
+        present = entries < largest[index]
+        if mask is not None:
+            present &= mask[own]
+        if (below := entries[present]).size and below.max() > -math.inf:
+            alone = _states(below, temperature[index], None, 1, "softmax").reshape(_FIELDS)
+            total = alone[1] * 2.0 ** BIAS[1]
+            states[index][2:5] = (
+                alone[0],
+                total + alone[3],
+                (total - (total + alone[3])) + alone[3] + alone[4],
+            )
+
+
+def _merge_blocks(states, axis, keepdims):
+    """Merge states along some axes."""
+    moved = np.moveaxis(states, axis, range(-1 - len(axis), -1))
+    shape = moved.shape[: moved.ndim - 1 - len(axis)]
+    merged = np.empty((math.prod(shape), _FIELDS))
+    count = math.prod(moved.shape[len(shape) : -1])
+    merge_states(np.ascontiguousarray(moved).reshape(len(merged), count, _FIELDS), merged)
+    merged = merged.reshape(*shape, _FIELDS)
+    return np.expand_dims(merged, axis) if keepdims else merged
+
+
+def _write(x, states, mask, reduced, operation):
+    """Results of a chunk from the states of its slices."""
+    chunk = _Chunk(x, mask, reduced, states.shape[:-1])
+    out = chunk.x if chunk.is_copy else np.empty(chunk.x.shape, chunk.x.dtype)
+    if out.size:
+        own = chunk.temperatures(states[..., 7])
+        ordered = chunk.per_slice(states)
+        maxima = ordered[:, 0].astype(chunk.dtype)
+        sums = np.empty((len(ordered), 5))
+        sums_beside_maxima(ordered, sums)
+        rows = len(chunk.blocks) == 2
+        if operation == "softmax":
+            high, low = np.empty_like(maxima), np.empty_like(maxima)
+            reciprocals(maxima, sums, high, low)
+            write = _cpu.long_write if rows else _cpu.tall_write
+            write(1, chunk.x, chunk.mask, own, maxima, high, low, out)
+        else:
+            sums[:, 1:] *= 2.0 ** (BIAS[0] - BIAS[1]) if chunk.dtype == np.float32 else 1.0
+            sums = sums.astype(chunk.dtype)
+            if rows:
+                _cpu.long_write_log(1, chunk.x, chunk.mask, own, maxima, sums, out)
+            else:
+                outer, inner = chunk.blocks[::2]
+                sums = np.ascontiguousarray(sums.reshape(outer, inner, 5).transpose(0, 2, 1)).reshape(-1)
+                _cpu.tall_write_log(1, chunk.x, chunk.mask, own, maxima, sums, out)
+    out = out.view(chunk.result_dtype).reshape([chunk.shape[i] for i in chunk.order])
+    return out.transpose(np.argsort(chunk.order))
+
+
+def _values(states, operation, result_dtype):
+    """Logsumexp or entropy from states."""
+    values = np.empty(states.shape[:-1])
+    flat = np.ascontiguousarray(states).reshape(-1, _FIELDS)
+    write_values(flat, True if operation == "entropy" else None, values.reshape(-1))
+    with np.errstate(all="ignore"):
+        return values.astype(result_dtype)
+
+
+# -- states ---------------------------------------------------------------------------------------
+
+
+@jit
+def weight(entry, reference, temperature):
+    """exp((entry - reference) / T) as power * (1 + excess), and the exponent in units of log(2)."""
+    scale, guard = guarded_scale(reference, temperature)
+    power, excess, product = terms(entry, scale, guard)
+    return power / top_term(reference), excess, product
+
+
+@jit
+def referred(sums, reference, temperature):
+    """Sums (reference, rest, error, moment, moment_error) with another reference."""
+    if sums[0] == reference:
+        return sums
+    power, excess, product = weight(sums[0], reference, temperature)
+    rest, error = times_weight(sums[1], sums[2], power, excess)
+    moment = sums[3] + product * (sums[1] + sums[2])
+    moment, moment_error = times_weight(moment, sums[4], power, excess)
+    return reference, rest, error, moment, moment_error
+
+
+@jit
+def times_weight(total, error, power, excess):
+    """(total + error) * power * (1 + excess), of which the power is one of two."""
+    more = total * excess
+    result = total + more
+    lost = ((total - result) + more) + fma(total, excess, -more)
+    return result * power, (lost + error * (1.0 + excess)) * power
+
+
+@jit
+def merged_sums(a, b, temperature):
+    """Sum of two sums, as in `referred`; one of nothing leaves the other's reference alone."""
+    if a[1] == 0.0:
+        return b
+    if b[1] == 0.0:
+        return a
+    reference = max(a[0], b[0])
+    a, b = referred(a, reference, temperature), referred(b, reference, temperature)
+    rest, error = merge(a[1], a[2], b[1], b[2])
+    moment, moment_error = merge(a[3], a[4], b[3], b[4])
+    return reference, rest, error, moment, moment_error
+
+
+@jit
+def five_of(states, i, k):
+    """Sums of a state."""
+    return states[i, k, 2], states[i, k, 3], states[i, k, 4], states[i, k, 5], states[i, k, 6]
+
+
+@kernel
+def merge_states(states, merged):
+    """Merge states (slices, count, fields) into (slices, fields)."""
+    for i in range(len(states)):
+        temperature = states[i, 0, 7]
+        largest, ties, sums = states[i, 0, 0], states[i, 0, 1], five_of(states, i, 0)
+        for k in range(1, states.shape[1]):
+            own, own_ties, own_sums = states[i, k, 0], states[i, k, 1], five_of(states, i, k)
+            if own > largest:
+                largest, own, ties, own_ties, sums, own_sums = own, largest, own_ties, ties, own_sums, sums
+            if own == largest:
+                ties += own_ties
+            else:
+                tied = own, own_ties * top_term(own), 0.0, 0.0, 0.0
+                own_sums = merged_sums(tied, own_sums, temperature)
+            sums = merged_sums(sums, own_sums, temperature)
+        merged[i, 0], merged[i, 1], merged[i, 7] = largest, ties, temperature
+        for quantity in range(5):
+            merged[i, 2 + quantity] = sums[quantity]
+
+
+@jit
+def beside_maximum(states, i):
+    """(ties, rest, error, moment, moment_error) of a slice, in which the reference is the maximum."""
+    sums = states[i, 2], states[i, 3], states[i, 4], states[i, 5], states[i, 6]
+    _, rest, error, moment, moment_error = referred(sums, states[i, 0], states[i, 7])
+    return states[i, 1], rest, error, moment, moment_error
+
+
+@kernel
+def sums_beside_maxima(states, sums):
+    """Write `beside_maximum` of each state."""
+    for i in range(len(states)):
+        five = beside_maximum(states, i)
+        for quantity in range(5):
+            sums[i, quantity] = five[quantity]
+
+
+@kernel
+def reciprocals(maxima, sums, high, low):
+    """Write 1 / sum of the terms of each slice as a pair in the dtype of the maxima, in its units."""
+    for i in range(len(maxima)):
+        if maxima[i] == -math.inf:
+            high[i] = low[i] = math.nan
+        else:
+            ties = sums[i, 0] * top_term(sums[i, 0])
+            total, error = merge(ties, 0.0, sums[i, 1], sums[i, 2])
+            unit = top_term(maxima[i]) / top_term(sums[i, 0])
+            total, error = total * unit, error * unit
+            rounded = spread(total, maxima[i])
+            high[i], low[i] = reciprocal(rounded, spread((total - rounded) + error, maxima[i]))
+
+
+@kernel
+def write_values(states, weighted, values):
+    """Write the logsumexp of each state or, unless ``weighted`` is None, the entropy."""
+    for i in range(len(states)):
+        largest, temperature = states[i, 0], states[i, 7]
+        sums = beside_maximum(states, i)
+        if weighted is not None:
+            values[i] = entropy_value(largest, sums)
+        elif states[i, 2] < largest and misses_faint_terms(largest, temperature, sums):
+            # As in `_slice.logsumexp_of_faint`: the weight is the square of that at twice the temperature.
+            power, excess, _ = weight(states[i, 2], largest, 2.0 * temperature)
+            root = power * (1.0 + excess)
+            rest = (states[i, 3] + states[i, 4]) / top_term(largest)
+            values[i] = fma(root * rest, root * temperature, largest)
+        else:
+            values[i] = logsumexp_value(largest, temperature, sums)

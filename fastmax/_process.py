@@ -1,0 +1,136 @@
+"""What calls have to know of the process that they run in: its interrupts, its threads, its forks.
+
+Numba's threads come from one of three layers. GNU OpenMP kills a forked child that uses what its parent has
+started; workqueue aborts the process when two threads launch work at once. Where threads are not safe, or
+would compete with others for the same cores, a call stays on its own thread; its result has the same bits.
+"""
+
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core.compiler_lock import global_compiler_lock
+from numba.np.ufunc.parallel import threading_layer
+
+# Held by the one call that runs on all threads; calls from other threads meanwhile keep to their own.
+all_threads = threading.RLock()
+
+_safe = True
+_forked_in_peace = True
+_held = []
+
+
+def may_use_all_threads():
+    """Whether Numba's threads are safe here, and the caller is not one of several threads at work."""
+    others = threading.active_count() - 1
+    caller = threading.current_thread()
+    if caller is not threading.main_thread():
+        # A thread beside further ones shares the cores with them; one that Python did not start may be
+        # Numba's own.
+        if others > 1 or isinstance(caller, threading._DummyThread):  # pyright: ignore[reportAttributeAccessIssue]
+            return False
+    if not _safe:
+        return False
+    try:
+        numba.get_num_threads()
+    except ValueError:  # no threading layer can be loaded
+        return False
+    return others == 0 or threading_layer() != "workqueue"
+
+
+def _launched():
+    """Threading layer whose threads have been started, or None."""
+    try:
+        return threading_layer()
+    except ValueError:
+        return None
+
+
+def _has_threads():
+    """Whether the process has threads at all; right after a fork there are none."""
+    tasks = Path("/proc/self/task")
+    return not tasks.exists() or len(list(tasks.iterdir())) > 1
+
+
+def _is_child():
+    """Whether multiprocessing has made this process."""
+    multiprocessing = sys.modules.get("multiprocessing")
+    return multiprocessing is not None and multiprocessing.parent_process() is not None
+
+
+def _has_gnu_openmp():
+    """Whether any library of the process has brought GNU OpenMP, and may have started its threads."""
+    maps = Path("/proc/self/maps")
+    return maps.exists() and "libgomp" in maps.read_text(errors="replace")
+
+
+def _before_fork():
+    """Wait until no other thread compiles or runs on all threads: a child would inherit them half done."""
+    global _forked_in_peace
+    global_compiler_lock.acquire()
+    held = all_threads.acquire(timeout=1.0)
+    _forked_in_peace = held and threading.active_count() == 1
+    if held:
+        _held.append(all_threads)
+
+
+def _after_fork_in_parent():
+    if _held:
+        _held.pop().release()
+    global_compiler_lock.release()
+
+
+def _after_fork_in_child():
+    global all_threads, _safe
+    _held.clear()
+    all_threads = threading.RLock()
+    global_compiler_lock.release()
+    layer = _launched()
+    if layer is None:
+        _safe = _safe and not _has_gnu_openmp()
+    elif layer == "omp":
+        _safe = False
+    elif layer == "tbb":  # it cannot end the part that another thread has in it
+        _safe = _safe and _forked_in_peace
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+    )
+    if _launched() == "omp":
+        # Started before this module was there to see a fork: by the parent of this process, perhaps.
+        _safe = _has_threads() and not _is_child()
+
+
+def uninterrupted(function, *arguments) -> Any:
+    """Call a function where no KeyboardInterrupt reaches it.
+
+    Interrupted in the middle, Numba's registries, dispatchers and imports stay half made for good. The main
+    thread, the only one that is interrupted, has it done in another; if it is interrupted waiting, the other
+    thread brings its work to an end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return function(*arguments)
+    outcome = []
+
+    def run():
+        try:
+            outcome.append((function(*arguments), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, name=f"fastmax: {function.__name__}")
+    try:
+        thread.start()
+    except RuntimeError:  # at the end of the process, or where there are no threads
+        return function(*arguments)
+    while thread.is_alive():
+        thread.join(0.1)  # without a limit, Windows would not let it be interrupted
+    result, error = outcome.pop()
+    if error is not None:
+        raise error
+    return result

@@ -1,0 +1,192 @@
+"""Dask arrays: lazy, chunk by chunk, with the values of one call in memory."""
+
+import os
+import signal
+import time
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+from conformance import cases
+
+import fastmax
+
+da = pytest.importorskip("dask.array")
+dask = pytest.importorskip("dask")
+
+every = pytest.mark.parametrize("name", oracle.FUNCTIONS)
+RNG = np.random.default_rng(0)
+X = RNG.normal(scale=5.0, size=(60, 70))
+CHUNKS = (20, 30)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    with dask.config.set(scheduler="threads", num_workers=4):
+        yield
+
+
+def ulps(a, b):
+    """Return the largest distance of two arrays, in ulp of the larger of two entries."""
+    a, b = np.asarray(a), np.asarray(b)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    with np.errstate(all="ignore"):
+        distance = np.abs(a.astype(float) - b) / np.spacing(np.maximum(np.abs(a), np.abs(b)))
+    return np.where(same, 0.0, distance).max(initial=0.0)
+
+
+def check(name, x, chunks, temperature: Any = 1.0, **keywords):
+    """Compare with the call in memory, of which dask's arguments are as good as NumPy's."""
+    function = getattr(fastmax, name)
+    result = function(da.from_array(x, chunks=chunks), temperature, **keywords)
+    assert isinstance(result, da.Array)
+    computed = np.asarray(result.compute())
+    plain = {key: np.asarray(value) if key == "where" else value for key, value in keywords.items()}
+    expected = np.asarray(function(x, np.asarray(temperature), **plain))
+    assert result.shape == computed.shape == expected.shape
+    assert result.dtype == computed.dtype == expected.dtype
+    assert ulps(computed, expected) <= 2
+
+
+@every
+@pytest.mark.parametrize("dtype", [pytest.param(np.float32, marks=pytest.mark.nightly), np.float64])
+@pytest.mark.parametrize("size", [1, 7])
+def test_chunked_slices_have_the_exact_values(name, dtype, size):
+    """Every case of the conformance suite, in chunks of one and of some entries."""
+    found = []
+    for description, x, temperature, expected in cases(dtype):
+        if size < len(x) <= 1000:
+            chunks = size if len(x) <= 45 else len(x) // 7
+            result = getattr(fastmax, name)(da.from_array(x, chunks=chunks), temperature)
+            fault = oracle.fault(name, result.compute(scheduler="sync"), expected)
+            if fault:
+                found.append(f"{description}: {fault}")
+    assert found == []
+
+
+@every
+@pytest.mark.parametrize("axis", [0, 1, -1, -2, None, (0, 1), (-1, 0)])
+def test_axes(name, axis):
+    check(name, X, CHUNKS, 0.7, axis=axis)
+
+
+@every
+def test_axes_of_three(name):
+    x = RNG.normal(size=(6, 7, 8))
+    for axis in (0, 1, 2, (0, 2), (-1, -2), ()):
+        check(name, x, (3, 4, 3), 0.7, axis=axis)
+
+
+@every
+def test_temperatures(name):
+    per_column, sweep = np.abs(RNG.normal(size=70)), np.array([[0.0], [0.5], [np.inf]])
+    check(name, X, CHUNKS, per_column)
+    check(name, X, CHUNKS, da.from_array(per_column, chunks=25))
+    check(name, X, CHUNKS, sweep, axis=1)
+    check(name, X, CHUNKS, sweep, axis=-2)
+    check(name, X, (60, 70), da.from_array(sweep, chunks=1), axis=-1)
+    result = getattr(fastmax, name)(X, da.from_array(per_column, chunks=25))
+    assert isinstance(result, da.Array)
+    assert ulps(result.compute(), getattr(fastmax, name)(X, per_column)) == 0
+
+
+@every
+def test_masks(name):
+    mask = X > 0
+    mask[:, 3] = mask[4] = False
+    mask[20:40, 5] = False  # a chunk in which nothing is left
+    check(name, X, CHUNKS, where=mask)
+    check(name, X, CHUNKS, where=da.from_array(mask, chunks=(9, 70)))
+    check(name, X, CHUNKS, where=mask[:1])
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.bool_, np.float16, np.float32, ">f8"])
+def test_dtypes(dtype):
+    check("softmax", X.astype(dtype), CHUNKS)
+
+
+@every
+def test_empty_arrays_and_chunks(name):
+    check(name, np.zeros((0, 3)), (1, 2))
+    check(name, np.zeros((3, 0)), (2, 1))
+    check(name, X[:5], ((2, 0, 3), (70,)))
+
+
+@pytest.mark.parametrize("name", ["logsumexp", "entropy"])
+def test_axes_that_are_kept(name):
+    check(name, X, CHUNKS, axis=1, keepdims=True)
+    check(name, X, CHUNKS, axis=None, keepdims=True)
+
+
+def test_terms_that_vanish_beside_the_maximum():
+    """T log(1 + exp(-800)) + 0 in three chunks, at T = 1e300."""
+    x = np.array([0.0, -8e302, -8.1e302])
+    for chunks in (1, 2):
+        check("logsumexp", x, chunks, 1e300)
+
+
+def test_nothing_is_computed_early_and_the_batch_keeps_its_chunks():
+    computed = []
+
+    def note(block):
+        computed.append(block.shape)
+        return block
+
+    x = da.from_array(X, chunks=CHUNKS).map_blocks(note, dtype=X.dtype, meta=np.empty((0, 0)))
+    results: Any = [fastmax.softmax(x, axis=axis) for axis in (0, 1)]
+    values: Any = fastmax.entropy(x)
+    assert computed == []
+    assert [result.chunks for result in results] == [x.chunks, x.chunks]
+    assert values.chunks == x.chunks[1:]
+
+
+def test_many_chunks_are_merged_in_a_tree():
+    x = da.ones(256, chunks=1)
+    value: Any = fastmax.logsumexp(x)
+    (optimized,) = dask.optimize(value)
+    assert max(len(task.dependencies) for task in dict(optimized.dask).values()) <= 64
+    assert value.compute() == pytest.approx(1 + np.log(256))
+
+
+def test_errors():
+    x = da.from_array(X, chunks=CHUNKS)
+    with pytest.raises(TypeError, match="out must be None"):
+        fastmax.softmax(x, out=np.empty_like(X))
+    with pytest.raises(ValueError, match=r"temperature must be in \[0, inf\], got -1.0"):
+        fastmax.softmax(x, -1.0)
+    with pytest.raises(ValueError, match=r"temperature must be in \[0, inf\], got -1.0"):
+        np.asarray(fastmax.softmax(x, da.from_array(np.full(70, -1.0))))
+    with pytest.raises(TypeError, match="got dtype complex128"):
+        fastmax.softmax(x * 1j)
+    with pytest.raises(TypeError, match="where must be boolean"):
+        fastmax.softmax(x, where=da.ones(70))
+    with pytest.raises(ValueError, match="does not broadcast"):
+        fastmax.softmax(x, np.ones(3))
+    with pytest.raises(np.exceptions.AxisError):
+        fastmax.softmax(x, axis=2)
+
+
+def slow(block):
+    time.sleep(0.2)
+    return block
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="nothing kills so hard here")
+def test_a_worker_is_killed_in_the_middle():
+    distributed = pytest.importorskip("distributed")
+    x = RNG.normal(size=(40, 3000))
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "60s"}),
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        lazy = da.from_array(x, chunks=(10, 300)).map_blocks(slow, dtype=x.dtype, meta=np.empty((0, 0)))
+        futures = [client.compute(getattr(fastmax, name)(lazy, 0.7, axis=1)) for name in oracle.FUNCTIONS]
+        victim = next(iter(client.run(os.getpid).values()))
+        time.sleep(2.0)
+        assert not all(future.done() for future in futures)
+        os.kill(victim, signal.SIGKILL)
+        for name, future in zip(oracle.FUNCTIONS, futures, strict=True):
+            assert ulps(future.result(timeout=300), getattr(fastmax, name)(x, 0.7, axis=1)) <= 2

@@ -1,0 +1,378 @@
+"""Threads, forks and interrupts: each situation in a process of its own, and right results in all of them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastmax
+
+ROOT = str(Path(fastmax.__file__).parents[1])
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+
+# Arrays for which all threads are used, results of every kind of kernel, and how a child reports.
+COMMON = """
+import os, sys, threading, warnings
+{before}
+import numpy as np
+import numba
+import fastmax
+
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+x = np.random.default_rng(0).normal(size=(310, 400))
+cases = [
+    lambda: fastmax.softmax(x, 0.7),
+    lambda: fastmax.softmax(x, 0.7, axis=1),
+    lambda: fastmax.softmax(x, 0.7, axis=None),
+    lambda: fastmax.logsumexp(x, axis=None),
+]
+results = lambda: [np.asarray(case()).tobytes() for case in cases]
+
+def in_child():
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if results() == expected else 1)
+    return os.waitpid(child, 0)[1]
+"""
+TBB = """
+import ctypes
+ctypes.CDLL(os.path.join(sys.prefix, "lib", "libtbb.so.12"), mode=ctypes.RTLD_GLOBAL)
+"""
+LAYERS = [
+    pytest.param("omp", marks=pytest.mark.skipif(sys.platform == "darwin", reason="needs libomp")),
+    "workqueue",
+    pytest.param(
+        "tbb",
+        marks=pytest.mark.skipif(
+            not Path(sys.prefix, "lib", "libtbb.so.12").exists(), reason="libtbb.so.12 is not installed"
+        ),
+    ),
+]
+
+
+def start(program, *, before="", **environment):
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("NUMBA_")}
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", COMMON.format(before=before) + program],
+        env=inherited | {"PYTHONPATH": ROOT, "NUMBA_NUM_THREADS": "4"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def run(program, **options):
+    finished = start(program, **options)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def on_layer(layer, program):
+    before = TBB if layer == "tbb" else ""
+    return run(program, before=before, NUMBA_THREADING_LAYER=layer)
+
+
+# --- threads --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_many_python_threads(layer):
+    """From a pool, and from the main thread beside another one; nobody's settings change."""
+    on_layer(
+        layer,
+        """
+from concurrent.futures import ThreadPoolExecutor
+
+expected = results()
+assert numba.threading_layer() == os.environ["NUMBA_THREADING_LAYER"]
+numba.set_num_threads(3)
+with ThreadPoolExecutor(8) as pool:
+    for call in [pool.submit(results) for _ in range(24)]:
+        assert call.result() == expected
+stop = threading.Event()
+
+def work():
+    while not stop.is_set():
+        assert results() == expected
+
+thread = threading.Thread(target=work)
+thread.start()
+for _ in range(20):
+    assert results() == expected
+stop.set()
+thread.join()
+assert numba.get_num_threads() == 3
+assert numba.get_parallel_chunksize() == 0
+assert not any(key.startswith(("OMP_", "KMP_", "GOMP_")) for key in os.environ)
+""",
+    )
+
+
+def test_threads_of_a_pool_share_the_cores():
+    run("""
+from concurrent.futures import ThreadPoolExecutor
+from fastmax import _process
+
+assert _process.may_use_all_threads()
+barrier = threading.Barrier(2)
+def ask():
+    barrier.wait()
+    answer = _process.may_use_all_threads()
+    barrier.wait()
+    return answer
+with ThreadPoolExecutor(2) as pool:
+    assert [call.result() for call in [pool.submit(ask), pool.submit(ask)]] == [False, False]
+with ThreadPoolExecutor(1) as pool:  # it alone is at work
+    assert pool.submit(_process.may_use_all_threads).result()
+""")
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_call_from_python_inside_prange(layer):
+    on_layer(
+        layer,
+        """
+expected = results()
+right = []
+
+def check():
+    right.append(results() == expected)
+
+@numba.njit(parallel=True)
+def outer():
+    for i in numba.prange(8):
+        with numba.objmode():
+            check()
+
+outer()
+assert right == [True] * 8
+""",
+    )
+
+
+def test_no_threading_layer_at_all():
+    run(
+        """
+results()
+try:
+    numba.threading_layer()
+except ValueError:
+    pass
+else:
+    raise AssertionError("there is a threading layer")
+""",
+        NUMBA_THREADING_LAYER="tbb",
+        before="sys.modules['numba.np.ufunc.tbbpool'] = None",
+    )
+
+
+# --- forks ----------------------------------------------------------------------------------------
+
+
+@forks
+@pytest.mark.parametrize("layer", LAYERS)
+def test_forked_children(layer):
+    """After a call on all threads, from a second thread, beside a thread at work, and as a pool."""
+    printed = on_layer(
+        layer,
+        """
+import multiprocessing
+
+expected = results()
+assert in_child() == 0
+from_thread = []
+thread = threading.Thread(target=lambda: from_thread.append(in_child()))
+thread.start()
+thread.join()
+assert from_thread == [0]
+stop = threading.Event()
+
+def work():
+    while not stop.is_set():
+        results()
+
+thread = threading.Thread(target=work)
+thread.start()
+for _ in range(4):
+    assert in_child() == 0
+stop.set()
+thread.join()
+assert results() == expected
+
+def same(_):
+    return results() == expected
+
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert pool.map(same, range(4)) == [True] * 4
+
+def uses_threads(_):
+    from fastmax import _process
+    return _process.may_use_all_threads()
+
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    print(pool.map(uses_threads, [0]))
+""",
+    )
+    parallel = layer != "omp" or sys.platform != "linux"
+    assert printed.endswith(f"[{parallel}]\n")
+
+
+@forks
+def test_children_forked_before_the_first_call_use_threads():
+    run("""
+def in_child_with_threads():
+    child = os.fork()
+    if child == 0:
+        from fastmax import _process
+        os._exit(0 if _process.may_use_all_threads() and results() else 1)
+    return os.waitpid(child, 0)[1]
+
+assert in_child_with_threads() == 0
+assert in_child_with_threads() == 0
+""")
+
+
+@forks
+@pytest.mark.parametrize("imported", ["first", "in the child"])
+def test_a_parent_with_threads_of_its_own(imported):
+    """The parent has run Numba's threads, but nothing of this package."""
+    program = """
+@numba.njit(parallel=True)
+def total(x):
+    s = 0.0
+    for i in numba.prange(len(x)):
+        s += x[i]
+    return s
+
+total(np.ones(1000))
+child = os.fork()
+if child == 0:
+    import fastmax
+    p = fastmax.softmax(np.ones((300, 400)))
+    os._exit(0 if (p == 1 / 300).all() else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    common = "import os\nimport numba\nimport numpy as np\n"
+    if imported == "first":
+        common += "import fastmax\n"
+    finished = subprocess.run(
+        [sys.executable, "-c", common + program],
+        env=os.environ | {"PYTHONPATH": ROOT, "NUMBA_NUM_THREADS": "4"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_other_ways_to_start_processes(method, tmp_path):
+    if method == "forkserver" and not hasattr(os, "fork"):
+        pytest.skip("this system does not fork")
+    script = tmp_path / "program.py"
+    script.write_text(f"""
+import multiprocessing
+import numpy as np
+import fastmax
+
+x = np.random.default_rng(0).normal(size=(310, 400))
+
+def work(axis):
+    return fastmax.softmax(x, axis=axis).tobytes()
+
+if __name__ == "__main__":
+    expected = [work(0), work(1)]
+    with multiprocessing.get_context({method!r}).Pool(2) as pool:
+        assert pool.map(work, [0, 1]) == expected
+""")
+    environment = os.environ | {"PYTHONPATH": ROOT, "NUMBA_NUM_THREADS": "4"}
+    subprocess.run([sys.executable, "-W", "error", str(script)], env=environment, check=True)
+
+
+# --- interrupts and settings ----------------------------------------------------------------------
+
+INTERRUPTED = """
+import signal, time
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, stop)
+signal.setitimer(signal.ITIMER_REAL, {delay})
+try:
+    {call}
+    print("not interrupted")
+except KeyboardInterrupt:
+    print("interrupted")
+signal.setitimer(signal.ITIMER_REAL, 0)
+result = {call}
+assert np.isfinite(result).all()
+assert threading.current_thread() is threading.main_thread()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="signals come otherwise here")
+@pytest.mark.parametrize("delay", [0.02, 1.5])
+def test_an_interrupt_while_kernels_are_compiled(delay, tmp_path):
+    """While Numba is set up, and while code is made; the next call is right."""
+    program = INTERRUPTED.format(delay=delay, call="fastmax.softmax(x[:, ::2], axis=1)")
+    assert run(program, NUMBA_CACHE_DIR=str(tmp_path)) == "interrupted\n"
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="signals come otherwise here")
+@pytest.mark.parametrize("delay", [0.005 * 1.3**k for k in range(24)])
+@pytest.mark.parametrize(
+    "call", ["fastmax.softmax(x[0])", "fastmax.entropy(x)", "fastmax.softmax(x[::2, ::2])"]
+)
+def test_an_interrupt_at_any_time(delay, call, tmp_path):
+    run(INTERRUPTED.format(delay=delay, call=call), NUMBA_CACHE_DIR=str(tmp_path))
+
+
+def test_kernels_are_compiled_where_jit_is_disabled(tmp_path):
+    printed = run(
+        """
+assert numba.config.DISABLE_JIT == 1
+plain = numba.njit(lambda x: x)
+print(fastmax.softmax(x[0, :3]).tobytes().hex())
+print(fastmax.softmax(x[:2, :6:2], axis=1).tobytes().hex())
+assert numba.config.DISABLE_JIT == 1
+assert type(plain) is type(numba.njit(lambda x: x)) is type(lambda: None)
+assert numba.njit(lambda x: fastmax.softmax(x))(x[0]).shape == (400,)
+""",
+        NUMBA_DISABLE_JIT="1",
+        NUMBA_CACHE_DIR=str(tmp_path),
+    )
+    x = fastmax_input()
+    one, two = printed.split()
+    assert one == fastmax.softmax(x[0, :3]).tobytes().hex()
+    assert two == fastmax.softmax(x[:2, :6:2], axis=1).tobytes().hex()
+
+
+def fastmax_input():
+    import numpy as np
+
+    return np.random.default_rng(0).normal(size=(310, 400))
+
+
+def test_the_import_takes_no_longer_than_numbas():
+    """At most 15 % more time of the processor, as the best of some runs of each in turn."""
+    program = "import time; t = time.process_time(); import {}; print(time.process_time() - t)"
+
+    def seconds(module):
+        return float(
+            subprocess.run(
+                [sys.executable, "-c", program.format(module)],
+                env=os.environ | {"PYTHONPATH": ROOT},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+
+    pairs = [(seconds("numba"), seconds("fastmax")) for _ in range(5)]
+    numba, own = (min(times) for times in zip(*pairs, strict=True))
+    assert own <= 1.15 * numba
