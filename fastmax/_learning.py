@@ -209,7 +209,7 @@ def sum_rests(x, start, stop, step, width, row_max, scale, guard, stored, at, so
 
 @jit
 def lane_targets(x, at, x_step, probs, start, stop, step, width, row_max, prescale, floor):
-    """Sum of the probabilities q of labels, and of q (max - x) prescale, as pairs, and where that is infinite.
+    """Sums of the probabilities q of labels and of q (max - x) prescale, as pairs; where that is infinite.
 
     It is so where an entry that is not above the floor, nor the maximum, has a label; where q is 0 it is 0.
     """
@@ -318,7 +318,7 @@ def log_rest(row_max, ties, rest, error):
 
 @jit
 def label_terms(row_max, temperature):
-    """Factor for entries with which no difference to the maximum overflows, and the floor of `lane_targets`."""
+    """Factor with which no difference of entries overflows, and the floor of `lane_targets`."""
     huge = abs(row_max) >= constant(LARGEST_MULTIPLIER, row_max)
     floor = row_max if temperature == 0.0 or row_max == math.inf else -spread(math.inf, row_max)
     return spread(0.25 if huge else 1.0, row_max), floor
@@ -865,9 +865,9 @@ def vjp(probs, cotangent, temperature, out, log):
 
 
 # -- fitting a temperature -----------------------------------------------------------------------------
-# With b = 1 / T and d = max - x, the loss of a sample is log(sum(exp(-b d))) + b d_label: its derivatives in b
-# are d_label - E[d] and the variance of d. One pass over the logits gives E and the variance of b d for each
-# sample; all of it in float64, for float32 terms would leave 1e-9 of T unknown.
+# With b = 1 / T and d = max - x, the loss of a sample is log(sum(exp(-b d))) + b d_label. Its derivatives in
+# b are d_label - E[d] and the variance of d. One pass over the logits gives mean and variance of b d for each
+# sample, all of it in float64, for float32 terms would leave 1e-9 of T unknown.
 
 # Columns of the table of `fit_start`: the maximum, the weight of a sample, and, of d times a factor, the
 # label's, the mean and the variance of all; the logarithm of the number of entries above -inf.
@@ -1110,7 +1110,8 @@ def fit_start(threads, x, classes, probs, factor):
     table = np.empty((x.size // x.shape[1], FIT_COLUMNS))
     run = fit_start_rows if x.ndim == 2 else fit_start_columns
     run(threads, x, classes, probs, factor, table, threads)
-    return table, table[:, _GAP:].sum(axis=0).tolist()
+    with np.errstate(all="ignore"):
+        return table, table[:, _GAP:].sum(axis=0).tolist()
 
 
 def fit(x, classes, probs):
@@ -1125,14 +1126,15 @@ def fit(x, classes, probs):
     threads = _threads(x.size, PARALLEL_ROWS)
     factor = 1.0
     table, (gap, mean, variance, log_count) = fit_start(threads, x, classes, probs, factor)
-    if math.isinf(gap + variance):
+    if not math.isfinite(gap + variance):
         factor = _FACTOR_OF_HUGE
     elif gap + mean > 0.0 and variance < _LEAST_VARIANCE:
         factor = _FACTOR_OF_TINY
     if factor != 1.0:
         table, (gap, mean, variance, log_count) = fit_start(threads, x, classes, probs, factor)
     if not math.isfinite(gap + mean + variance):
-        bad = ~np.isfinite(table[:, _GAP:].sum(axis=1))
+        with np.errstate(all="ignore"):
+            bad = ~np.isfinite(table[:, _GAP:].sum(axis=1))
         return None, int(bad.argmax())
     if gap == 0.0:
         return (0.0 if variance > 0.0 else math.inf), 1
@@ -1258,7 +1260,7 @@ def solve_slices(x, entropies, temperatures, found, parts):
 
 
 def solve(x, entropies, temperatures, found):
-    """Write the temperature of each slice, and 0, or 1 or 2 if the entropy is below or above all that it has."""
+    """Write the temperature of each slice, and 0; or 1 or 2 if it has only greater or smaller entropies."""
     threads = _threads(x.size, PARALLEL_ROWS)
     solve_slices(threads, x, entropies, temperatures, found, threads)
 
