@@ -356,7 +356,7 @@ def mass_of(row_max, ties, rest, error, weight, temperature, samples):
     high = inverse * weight
     low = fma(inverse, weight, -high) + inverse_low * weight
     tie = weight / np.float64(ties)
-    tie_low = -(share + share_error) * inverse * tie
+    tie_low = -(share + share_error) * (inverse + inverse_low) * tie
     return Mass(
         *pair(high * (unit * before), low * (unit * before), row_max),
         *pair(tie * before, tie_low * before, row_max),

