@@ -590,10 +590,10 @@ def _is_on_gpu(x):
     return hasattr(type(x), "__cuda_array_interface__") and getattr(x, "is_cuda", True)
 
 
-def _as_array(x):
+def _as_array(x, name="x", advice="; pass x.data with where=~np.ma.getmaskarray(x)"):
     """Return x as an array, and the dtype of its result."""
     if isinstance(x, np.ma.MaskedArray):
-        raise TypeError("x must not be a masked array; pass x.data with where=~np.ma.getmaskarray(x)")
+        raise TypeError(f"{name} must not be a masked array{advice}")
     array = np.asarray(x)
     dtype = array.dtype
     if dtype.kind in "biu":
@@ -602,7 +602,9 @@ def _as_array(x):
         return array, dtype.newbyteorder("=")
     if dtype.name == "bfloat16":
         return array, dtype
-    raise TypeError(f"x must be float16, bfloat16, float32, float64, bool or integers, got dtype {dtype}")
+    raise TypeError(
+        f"{name} must be float16, bfloat16, float32, float64, bool or integers, got dtype {dtype}"
+    )
 
 
 def _kernel_dtype(dtype):

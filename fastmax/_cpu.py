@@ -1419,6 +1419,15 @@ def merge_strips(totals, errors, i, chunks, inner, high, low):
         write(pointer(low), i * inner + j, count, part_error)
 
 
+@Kernel
+def tall_write(x, mask, temperature, maxima, high, low, out):
+    """Write the terms of each column times its reciprocal: the second pass alone, for columns in parts."""
+    width = strip_width(x.shape[2], x)
+    for task in prange(strip_count(x.shape, width)):
+        work = workspace(_FIELDS * width, x)
+        write_strip(x, mask, temperature, maxima, high, low, np.intp(task), width, work, out)
+
+
 @jit
 def write_strip(x, mask, temperature, maxima, high, low, task, width, work, out):
     """Write the terms of a strip times the reciprocals of its columns."""

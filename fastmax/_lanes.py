@@ -796,3 +796,35 @@ def _masked(builder, name, return_type, stored, arguments):
         f"llvm.masked.{name}.v{stored.count}{element}.p0",
     )
     return builder.call(function, arguments)
+
+
+def _wide(masked):
+    @intrinsic
+    def load_wide(typingctx, array, index, count, filler):
+        narrow = _dtype(_lanes_of(array))
+
+        def codegen(context, builder, sig, args):
+            array, index, count, filler = args
+            wide = filler.type
+            stored = ir.VectorType(_SCALAR[narrow], wide.count)
+            first = _first_lanes(builder, count, wide) if masked else None
+            value = _read(context, builder, sig.args[0], array, index, stored, first)
+            if narrow != types.float64:
+                value = builder.fpext(value, wide)
+            return builder.select(first, value, filler) if masked else value
+
+        return filler(array, types.intp, types.intp, filler), codegen
+
+    return load_wide
+
+
+_load_wide = _wide(masked=False)
+_load_first_wide = _wide(masked=True)
+
+
+@jit(inline="always")
+def read_wide(x, i, count, filler):
+    """As `read`, in lanes of float64 whatever the dtype of x."""
+    if count >= lane_count(filler):
+        return _load_wide(x, i, count, filler)
+    return _load_first_wide(x, i, count, filler)

@@ -3,7 +3,9 @@
 Every library works in a process of its own and in turns with the others, one at a time, so that what
 slows the machine down slows all of them; ratios are formed within a round of turns. A result is
 checked against the definition in float64 before it is timed. Writes benchmark_cpu.csv, with a row
-per case and library, and benchmark_cpu.png and .svg: times as multiples of a copy by one thread.
+per case and library, and benchmark_cpu.png and .svg: times as multiples of a copy by one thread. With
+--learning it times losses with gradients, and temperatures fitted and solved for, beside PyTorch, Optax and
+scikit-learn instead, and writes benchmark_learning.csv.
 """
 
 import argparse
@@ -12,7 +14,7 @@ import importlib.util
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -31,6 +33,7 @@ from contenders import (
     TOLERANCE,
     WIDE,
     Case,
+    Contender,
     add_timing_options,
     compare_with_copy,
     median_ratio,
@@ -39,6 +42,9 @@ from contenders import (
     show_shape,
 )
 from drawing import add_output_options, make_output_folder, report, save, use_style
+from learners import CASES as LEARNING_CASES
+from learners import ERRORS, LEARNERS
+from learners import serve as serve_learning
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tables import header, show_table, write_table
@@ -86,13 +92,15 @@ def make_cases() -> list[Case]:
     return cases
 
 
-def is_installed(name: str) -> bool:
+def is_installed(contender: Contender) -> bool:
     """Whether a contender has what it needs."""
-    return all(importlib.util.find_spec(package) for package in CONTENDERS[name].packages)
+    return all(importlib.util.find_spec(package) for package in contender.packages)
 
 
 @contextlib.contextmanager
-def workers(names: Sequence[str], threads: int, duration: float) -> Iterator[dict[str, Connection]]:
+def workers(
+    names: Sequence[str], threads: int, duration: float, serve: Callable[..., None] = serve
+) -> Iterator[dict[str, Connection]]:
     """Start a process per contender, and end them all when the work is done."""
     os.environ.update(dict.fromkeys(VARIABLES, str(threads)))
     context = multiprocessing.get_context("spawn")
@@ -280,9 +288,54 @@ def make_parser() -> argparse.ArgumentParser:
     add_choices(
         parser, "--contenders", list(CONTENDERS), list(CONTENDERS), "; fastmax and copy are always timed"
     )
+    parser.add_argument(
+        "--learning",
+        nargs="*",
+        choices=list(ERRORS),
+        metavar="FUNCTION",
+        help=f"time these instead, of {' '.join(ERRORS)} (all if none is named)",
+    )
     add_timing_options(parser)
     add_output_options(parser)
     return parser
+
+
+def measure_learning(cases: Sequence[Case], connections: dict[str, Connection], rounds: int) -> list[Row]:
+    """Return a row for every case and library: times, their ratio to those of fastmax, and the error."""
+    rows = []
+    rng = np.random.default_rng(SEED)
+    for case in tqdm(cases, unit="case"):
+        names = [name for name in connections if case.function in LEARNERS[name].functions]
+        errors = {name: ask(name, connections[name], case, turn=False) for name in names}
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(rounds):
+            for name in rng.permutation(names):
+                time.sleep(PAUSE)
+                times[name].append(ask(name, connections[name], case, turn=True))
+        for name in names:
+            seconds = np.array(times[name])
+            low, high = np.percentile(seconds, [25, 75]).tolist()
+            row = {"function": case.function, "shape": show_shape(case.shape), "axis": case.axis}
+            row |= {"dtype": case.dtype, "contender": name, "seconds": float(np.median(seconds))}
+            row |= {"seconds_q1": low, "seconds_q3": high}
+            row |= {"fastmax_ratio": median_ratio(times["fastmax"], times[name])}
+            rows.append(row | {"error": float(errors[name]), "unit of error": ERRORS[case.function]})
+    return rows
+
+
+def run_learning(arguments: argparse.Namespace) -> None:
+    """Time what `learners` lists, print the table and write it."""
+    functions = arguments.learning or list(ERRORS)
+    cases = [case for case in LEARNING_CASES if case.function in functions]
+    names = [name for name in LEARNERS if is_installed(LEARNERS[name])]
+    with workers(names, arguments.threads, arguments.duration, serve_learning) as connections:
+        rows = measure_learning(cases, connections, arguments.rounds)
+    show_table("Times in seconds, and fastmax's as a share of them (medians)", rows, show_number)
+    packages = sorted({package for name in names for package in LEARNERS[name].packages})
+    comments = header([package.replace("sklearn", "scikit-learn") for package in packages])
+    comments.append(f"threads: {arguments.threads}, rounds: {arguments.rounds}")
+    path = arguments.output / "benchmark_learning.csv"
+    report([write_table(path, comments, rows)])
 
 
 def main() -> None:
@@ -290,6 +343,9 @@ def main() -> None:
     parser = make_parser()
     arguments = parser.parse_args()
     make_output_folder(parser, arguments.output)
+    if arguments.learning is not None:
+        run_learning(arguments)
+        return
     use_style()
     cases = [
         case
@@ -302,7 +358,7 @@ def main() -> None:
         shapes, dtypes = " ".join(arguments.shapes), " ".join(arguments.dtypes)
         parser.error(f"argument --dtypes: nothing is timed with {dtypes} on the shapes {shapes}")
     chosen = [name for name in CONTENDERS if name in (*arguments.contenders, *ALWAYS)]
-    names = [name for name in chosen if is_installed(name)]
+    names = [name for name in chosen if is_installed(CONTENDERS[name])]
     if names != chosen:
         print("not installed, so left out:", *(name for name in chosen if name not in names))
 

@@ -203,6 +203,39 @@ def test_benchmarks_refuse_bad_arguments(tmp_path, script, arguments):
     assert files(tmp_path) == {}
 
 
+# --- learning ------------------------------------------------------------------------------------
+
+
+def test_benchmark_of_learning_checks_and_times(tmp_path):
+    finished = start("benchmark_cpu.py", "--learning", "solve_temperature", *BRIEFLY, "--output", tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    written = files(tmp_path)
+    assert set(written) == {"benchmark_learning.csv"}
+    _, rows = read_table(written["benchmark_learning.csv"])
+    own = next(row for row in rows if row["contender"] == "fastmax")
+    assert own["fastmax_ratio"] == "1"
+    assert float(own["error"]) <= 1e-12
+
+
+def test_digits_are_learnt_and_calibrated(tmp_path):
+    arguments = ("--splits", 2, "--epochs", 40, "--format", "png", "--output", tmp_path)
+    finished = start("train_digits.py", *arguments)
+    assert finished.returncode == 0, finished.stderr
+    written = files(tmp_path)
+    names = [
+        f"digits_{name}.{suffix}"
+        for name in ("losses", "reliability", "entropy")
+        for suffix in ("csv", "png")
+    ]
+    assert set(written) == set(names)
+    assert all(name in finished.stdout for name in names)
+    _, rows = read_table(written["digits_reliability.csv"])
+    for part in ("as trained", "calibrated"):
+        bins = [(int(row["images"]), float(row["accuracy"])) for row in rows if row["probabilities"] == part]
+        assert sum(count for count, _ in bins) == 1080
+        assert sum(count * share for count, share in bins) >= 0.95 * 1080
+
+
 # --- fit_exp2.py ----------------------------------------------------------------------------------
 
 

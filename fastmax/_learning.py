@@ -1,0 +1,1283 @@
+"""Kernels and schedules for learning with temperature: losses, gradients, fitting and solving for T.
+
+Arrays come as in `_cpu`: C-contiguous (outer, n) or (outer, n, inner), reduced over n, one sample for each
+of the outer * inner slices; temperatures are one float64 or one for each sample. Labels are the classes, one
+integer for each sample, or probabilities, an array like the logits; then there are no classes, and else the
+probabilities are None. Every loss is a float64, and results are summed over samples afterwards, so the number
+of threads changes no bit.
+
+The terms beside those of the maximum are summed by themselves: with R for their share of the mass, a sure
+prediction has the loss log(1 + R / (1 - R)) and the gradient -R / T at its label, where log(p) and p - 1
+would cancel.
+"""
+
+import math
+from collections import namedtuple
+from typing import Any
+
+import numpy as np
+from numba import prange
+from numba.core import types
+from numba.extending import overload
+
+from fastmax import _slice
+from fastmax._cpu import (
+    PARALLEL_ROWS,
+    STORED_BYTES,
+    TILE_BYTES,
+    Kernel,
+    _threads,
+    no_guard,
+    padded_size,
+    part_of,
+    temperature_at,
+)
+from fastmax._jit import jit
+from fastmax._lanes import (
+    LANE_BYTES,
+    constant,
+    fma,
+    get,
+    lane_count,
+    load,
+    pointer,
+    prefetch,
+    put,
+    read,
+    read_wide,
+    select,
+    spread,
+    store,
+    workspace,
+    write,
+)
+from fastmax._math import (
+    LARGEST_MULTIPLIER,
+    LOG_2,
+    Guard,
+    Rate,
+    Scale,
+    add,
+    guarded_scale,
+    is_plain,
+    larger,
+    merge,
+    plain_scale,
+    rate_of,
+    reciprocal,
+    sum_lanes,
+    term_of,
+    terms,
+    times_pair,
+    top_term,
+)
+from fastmax._slice import CHUNK, Soon, lane_maxima, later
+
+# Rows up to so many entries are taken many at a time, transposed, one in each lane.
+SHORT = 96
+
+# Bytes of a vector of columns up to which it is copied into a tile; longer ones are read where they lie.
+COLUMN_BYTES = 2**20
+
+# Below this temperature 1 / T may show terms that plain slices raise to the lowest of a scale.
+LEAST_PLAIN_TEMPERATURE = 1.0 / 64.0
+
+# Powers of two of 1 / T that a gradient takes before it is rounded, and after.
+LARGEST_BEFORE = (60.0, 400.0)
+LARGEST_AFTER = (120.0, 1000.0)
+
+Mass = namedtuple("Mass", "high low tie tie_low before after")
+Mass.__doc__ = """How the gradient follows from the terms; see `write_gradient`."""
+
+Labels = namedtuple("Labels", "x at step")
+Labels.__doc__ = """Probabilities: the first index, and the step from one vector of them to the next."""
+
+
+def pointer_to(array) -> Any:
+    """Pointer to the first entry of an array, None for None; only for jitted code."""
+
+
+@overload(pointer_to)
+def _pointer_to(array):
+    if isinstance(array, types.NoneType):
+        return lambda array: None
+    return lambda array: pointer(array)
+
+
+def unless_none(array, value) -> Any:
+    """``value``, or None if the array is None; only for jitted code."""
+
+
+@overload(unless_none)
+def _unless_none(array, value):
+    if isinstance(array, types.NoneType):
+        return lambda array, value: None
+    return lambda array, value: value
+
+
+def labels_at(x, at, step) -> Any:
+    """`Labels`, or None if x is None; only for jitted code."""
+
+
+@overload(labels_at)
+def _labels_at(x, at, step):
+    if isinstance(x, types.NoneType):
+        return lambda x, at, step: None
+    return lambda x, at, step: Labels(x, at, step)
+
+
+def soon_of(x, at, out, to, step) -> Any:
+    """`Soon`, of x alone if out is None; only for jitted code."""
+
+
+@overload(soon_of)
+def _soon_of(x, at, out, to, step):
+    if isinstance(out, types.NoneType):
+        return lambda x, at, out, to, step: Soon(x, at, x, at, step)
+    return lambda x, at, out, to, step: Soon(x, at, out, to, step)
+
+
+# -- passes ---------------------------------------------------------------------------------------
+# A pass reads ``width`` lanes at the indices start, start + step, ... below stop: the lanes of a row, of
+# columns in a tile, or of columns where they lie.
+
+
+@jit
+def lane_tops(x, start, stop, step, width):
+    """Largest entry in each lane, NaN left out; -inf if there is none."""
+    lowest = spread(-math.inf, x)
+    top = lowest
+    i = start
+    while i < stop:
+        top = larger(read(x, i, min(stop - i, width), lowest), top)
+        i += step
+    return top
+
+
+@jit
+def lane_rests(x, start, stop, step, width, row_max, scale, guard, stored, at, soon):
+    """Number of maximal entries, and the sum of the terms of the others as a pair.
+
+    All terms are written to ``stored``, unless that is None.
+    """
+    lanes = lane_count(x)
+    zero, one = spread(0.0, x), spread(1.0, x)
+    ties = rest = error = zero
+    top = spread(row_max, x)
+    i = start
+    while i < stop:
+        if soon is not None:
+            ahead = (i - start) // step * soon.step
+            prefetch(soon.x, soon.at + ahead)
+            prefetch(soon.out, soon.to + ahead)
+        entries = read(x, i, min(stop - i, width), spread(-math.inf, x))
+        power, excess, _ = terms(entries, scale, guard)
+        if stored is not None:
+            store(stored, at, term_of(power, excess))
+            at += lanes
+        ties = ties + select(entries == top, one, zero)
+        power, excess = select(entries == top, zero, power), select(entries == top, zero, excess)
+        rest, error = add(rest, error, power, excess)
+        i += step
+    return ties, rest, error
+
+
+@jit
+def sum_rests(x, start, stop, step, width, row_max, scale, guard, stored, at, soon):
+    """`lane_rests` over all chunks, merged."""
+    lanes = lane_count(x)
+    ties = rest = error = spread(0.0, x)
+    for first in range(start, stop, CHUNK * step):
+        last, ahead = min(stop, first + CHUNK * step), (first - start) // step
+        part = lane_rests(
+            x,
+            first,
+            last,
+            step,
+            width,
+            row_max,
+            scale,
+            guard,
+            stored,
+            at + ahead * lanes,
+            later(soon, ahead),
+        )
+        ties = ties + part[0]
+        rest, error = merge(rest, error, part[1], part[2])
+    return ties, rest, error
+
+
+@jit
+def lane_targets(x, at, x_step, probs, start, stop, step, width, row_max, prescale, floor):
+    """Sums of the probabilities q of labels and of q (max - x) prescale, as pairs; where that is infinite.
+
+    It is so where an entry that is not above the floor, nor the maximum, has a label; where q is 0 it is 0.
+    """
+    zero, one = spread(0.0, probs), spread(1.0, probs)
+    weight = weight_error = moment = moment_error = lost = zero
+    top, factor, lowest = spread(row_max, probs), spread(prescale, probs), spread(floor, probs)
+    i = start
+    while i < stop:
+        count = min(stop - i, width)
+        entries, q = read(x, at, count, top), read(probs, i, count, zero)
+        weight, weight_error = merge(weight, weight_error, q, zero)
+        scaled, scaled_top = entries * factor, top * factor
+        distance = scaled_top - scaled
+        virtual = scaled_top - distance
+        distance_lost = (scaled_top - (distance + virtual)) + (virtual - scaled)
+        distance = select(entries > lowest, distance, zero)
+        distance = select(entries == top, zero, distance)
+        distance_lost = select(distance == zero, zero, distance_lost)
+        product = q * distance
+        moment, moment_error = merge(
+            moment, moment_error, product, fma(q, distance_lost, fma(q, distance, -product))
+        )
+        missed = select(q == zero, lost, one)
+        lost = select(entries == top, lost, select(entries > lowest, lost, missed))
+        i += step
+        at += x_step
+    return weight, weight_error, moment, moment_error, lost
+
+
+@jit
+def sum_targets(x, x_start, x_step, probs, start, stop, step, width, row_max, prescale, floor):
+    """`lane_targets` over all chunks, merged."""
+    zero = spread(0.0, probs)
+    weight = weight_error = moment = moment_error = lost = zero
+    for first in range(start, stop, CHUNK * step):
+        last, at = min(stop, first + CHUNK * step), x_start + (first - start) // step * x_step
+        part = lane_targets(x, at, x_step, probs, first, last, step, width, row_max, prescale, floor)
+        weight, weight_error = merge(weight, weight_error, part[0], part[1])
+        moment, moment_error = merge(moment, moment_error, part[2], part[3])
+        lost = lost + part[4]
+    return weight, weight_error, moment, moment_error, lost
+
+
+@jit
+def write_gradient(x, stored, at, probs, start, stop, step, width, scale, guard, mass, out, shift):
+    """Write (p - q) / T for each entry, from its stored term, or by its scale; q is 0 where probs is None.
+
+    ``mass`` has 1 / sum as a pair (high, low), the gradient of maximal entries where q is 0 as a pair (tie,
+    tie_low), and 1 / T as two factors: one before the result is rounded, one after.
+    """
+    lanes = lane_count(x)
+    zero = spread(0.0, x)
+    high, low = spread(mass.high, x), spread(mass.low, x)
+    before, after = spread(mass.before, x), spread(mass.after, x)
+    term = zero
+    i = start
+    while i < stop:
+        count = min(stop - i, width)
+        if scale is not None:
+            power, excess, _ = terms(read(x, i, count, zero), scale, guard)
+            term = term_of(power, excess)
+        if stored is not None:
+            term = load(stored, at)
+            at += lanes
+        value = times_pair(term, high, low)
+        if probs is not None:
+            label = read(probs.x, probs.at + (i - start) // step * probs.step, count, zero) * before
+            tie = (spread(mass.tie, x) - label) + spread(mass.tie_low, x)
+            value = select(term == top_term(x), tie, value - label)
+        write(out, i + shift, count, value * after)
+        i += step
+
+
+# -- one sample: from sums to its loss and its gradient ------------------------------------------------
+
+
+@jit
+def gap_of(row_max, logit, temperature):
+    """(max - logit) / T in float64."""
+    top, entry = np.float64(row_max), np.float64(logit)
+    if entry == top:
+        gap = 0.0
+    elif temperature == 0.0 or entry == -math.inf or top == math.inf:
+        gap = math.inf
+    elif math.isinf(top - entry):
+        gap = (top * 0.25 - entry * 0.25) / temperature * 4.0
+    else:
+        gap = (top - entry) / temperature
+    return gap
+
+
+@jit
+def others_of(row_max, ties, rest, error):
+    """Sum of all terms but that of one maximum, in units of it; NaN if nothing is above -inf."""
+    if row_max == -math.inf:
+        return math.nan
+    unit = 1.0 / np.float64(top_term(row_max))
+    return (np.float64(ties) - 1.0) + (np.float64(rest) * unit + np.float64(error) * unit)
+
+
+@jit
+def log_rest(row_max, ties, rest, error):
+    """Logarithm of the sum of terms, in units of that of the maximum."""
+    return math.log1p(others_of(row_max, ties, rest, error))
+
+
+@jit
+def label_terms(row_max, temperature):
+    """Factor with which no difference of entries overflows, and the floor of `lane_targets`."""
+    huge = abs(row_max) >= constant(LARGEST_MULTIPLIER, row_max)
+    floor = row_max if temperature == 0.0 or row_max == math.inf else -spread(math.inf, row_max)
+    return spread(0.25 if huge else 1.0, row_max), floor
+
+
+@jit
+def target_loss(log_sum, temperature, prescale, weight, moment, lost):
+    """Loss of a sample whose labels are probabilities."""
+    gap = 0.0 if moment == 0.0 else moment / temperature / prescale
+    loss = weight * log_sum + gap
+    return loss + math.inf if lost > 0.0 else loss
+
+
+@jit
+def gradient_factors(temperature, samples, like):
+    """1 / (T samples) as the product of a power of two, to be taken before rounding, and a number."""
+    if temperature == math.inf:
+        return 1.0, 0.0
+    fraction, exponent = math.frexp(temperature)
+    before = min(max(-exponent, 0), int(constant(LARGEST_BEFORE, like)))
+    after = min(-exponent - before, int(constant(LARGEST_AFTER, like)))
+    return math.ldexp(1.0, before), math.ldexp(1.0 / (fraction * samples), after)
+
+
+@jit
+def mass_of(row_max, ties, rest, error, weight, temperature, samples):
+    """Return the `Mass` of a sample whose labels sum to a weight."""
+    unit = 1.0 / np.float64(top_term(row_max))
+    if row_max == -math.inf:
+        rest = spread(math.nan, row_max)
+    share, share_error = np.float64(rest) * unit, np.float64(error) * unit
+    before, after = gradient_factors(temperature, samples, row_max)
+    total, total_error = merge(np.float64(ties), 0.0, share, share_error)
+    inverse, inverse_low = reciprocal(total, total_error)
+    high = inverse * weight
+    low = fma(inverse, weight, -high) + inverse_low * weight
+    tie = weight / np.float64(ties)
+    tie_low = -(share + share_error) * (inverse + inverse_low) * tie
+    return Mass(
+        *pair(high * (unit * before), low * (unit * before), row_max),
+        *pair(tie * before, tie_low * before, row_max),
+        spread(before, row_max),
+        spread(after, row_max),
+    )
+
+
+@jit
+def pair(high, low, like):
+    """Two float64 as a pair in the dtype of ``like``."""
+    rounded = spread(high, like)
+    return rounded, spread((high - np.float64(rounded)) + low, like)
+
+
+@jit
+def label_gradient(row_max, ties, rest, error, gap, temperature, samples):
+    """Gradient at the label of a sample: minus the mass of the others, over T."""
+    others = others_of(row_max, ties, rest, error)
+    before, after = gradient_factors(temperature, samples, row_max)
+    missed = others if gap == 0.0 else (others + 1.0) - math.exp(-gap)
+    return spread(missed / (others + 1.0) * before * -after, row_max)
+
+
+@jit
+def gradient_rate(temperature, like):
+    """`rate_of` for terms that are to be divided by T."""
+    rate = rate_of(temperature, like)
+    if temperature < LEAST_PLAIN_TEMPERATURE:
+        limit = -spread(1.0, like)
+        return Rate(rate.temperature, rate.high, rate.low, rate.inverse, rate.depth, limit)
+    return rate
+
+
+@jit
+def gradient_rate_at(rate, temperature, i, like):
+    """Rate of sample i, given that of another."""
+    own = temperature_at(temperature, i)
+    return rate if own == rate.temperature else gradient_rate(own, like)
+
+
+# -- rows -----------------------------------------------------------------------------------------
+# A row is read once from memory: its maximum, its sums and, from terms kept in the first cache, its gradient
+# follow while it is there; the next is fetched meanwhile. Short rows are taken in the tiles below.
+
+
+@Kernel
+def cross_entropy_rows(x, classes, probs, temperature, samples, losses, out, parts):
+    """Losses and gradients of rows whose terms a thread keeps."""
+    rows, n = x.shape
+    work = workspace(parts * padded_size(n, x), x)
+    for k in prange(parts):
+        part = np.intp(k)
+        own = pointer(part_of(work, part, parts))
+        first, stop = rows * part // parts, rows * (part + 1) // parts
+        row_losses(x, classes, probs, temperature, samples, losses, out, first, stop, own, None)
+
+
+@Kernel
+def cross_entropy_long_rows(x, classes, probs, temperature, samples, losses, out, parts):
+    """Losses of rows and, unless out is None, gradients; for these, terms are computed twice."""
+    rows = len(x)
+    for k in prange(parts):
+        part = np.intp(k)
+        first, stop = rows * part // parts, rows * (part + 1) // parts
+        row_losses(x, classes, probs, temperature, samples, losses, out, first, stop, None, True)
+
+
+@jit
+def row_losses(x, classes, probs, temperature, samples, losses, out, first, stop, stored, anew):
+    """Losses and gradients of some rows, from stored terms unless these are computed anew."""
+    n = x.shape[1]
+    entries = pointer(x)
+    like = get(entries, 0)
+    rate = gradient_rate(temperature_at(temperature, first), like)
+    for i in range(first, stop):
+        rate = gradient_rate_at(rate, temperature, i, like)
+        own = rate.temperature
+        row_max = _slice.maximum(entries, i * n, i * n + n)
+        if is_plain(row_max, rate):
+            scale = plain_scale(row_max, rate)
+            loss = row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, own, scale, None)
+        else:
+            scale, guard = guarded_scale(row_max, own)
+            loss = row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, own, scale, guard)
+        losses[i] = loss
+
+
+@jit
+def row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, temperature, scale, guard):
+    """Loss of row i; its gradient is written to out, unless that is None."""
+    n = x.shape[1]
+    entries, start, stop, lanes = pointer(x), i * n, i * n + n, lane_count(x)
+    results, labels = pointer_to(out), labels_at(pointer_to(probs), start, lanes)
+    soon = soon_of(entries, stop, results, start, lanes)
+    sums = sum_rests(entries, start, stop, lanes, lanes, row_max, scale, guard, stored, 0, soon)
+    ties, _ = sum_lanes(sums[0], spread(0.0, x))
+    rest, error = sum_lanes(sums[1], sums[2])
+    log_sum = log_rest(row_max, ties, rest, error)
+    if probs is None:
+        weight = 1.0
+        label = start + classes[i]
+        gap = gap_of(row_max, get(entries, label), temperature)
+        loss = log_sum + gap
+    else:
+        prescale, floor = label_terms(row_max, temperature)
+        targets = sum_targets(
+            entries, start, lanes, pointer(probs), start, stop, lanes, lanes, row_max, prescale, floor
+        )
+        total, total_error = sum_lanes(targets[0], targets[1])
+        moment, moment_error = sum_lanes(targets[2], targets[3])
+        lost, _ = sum_lanes(targets[4], spread(0.0, x))
+        weight = np.float64(total) + np.float64(total_error)
+        moment = np.float64(moment) + np.float64(moment_error)
+        loss = target_loss(log_sum, temperature, prescale, weight, moment, lost)
+    if out is not None:
+        mass = mass_of(row_max, ties, rest, error, weight, temperature, samples)
+        if stored is not None:
+            write_gradient(
+                entries, stored, 0, labels, start, stop, lanes, lanes, None, None, mass, results, 0
+            )
+        if anew is not None:
+            write_gradient(
+                entries, None, 0, labels, start, stop, lanes, lanes, scale, guard, mass, results, 0
+            )
+        if probs is None:
+            at_label = label_gradient(row_max, ties, rest, error, gap, temperature, samples)
+            put(results, label, at_label)
+    return loss
+
+
+# -- columns, and short rows transposed --------------------------------------------------------------
+# One sample in each lane, so that what a sample costs beside its entries is shared by all lanes. Entries are
+# copied to working memory, where terms and then gradients take their place, and gradients back: one read and
+# one write of memory. Columns too tall for that are read three times where they lie. Numbers for each sample,
+# their fields, stand before the tile: those of Scale, Guard and Mass, then these.
+
+_MASS = 8
+_LABEL, _MAX, _TIES, _REST, _ERROR, _TARGETS, _PRESCALE, _FLOOR, _FIELDS = 14, 15, 16, 17, 18, 19, 24, 25, 26
+
+Samples = namedtuple("Samples", "outer n inner class_step sample_step")
+Samples.__doc__ = (
+    """Where entries lie: entry i of sample (j, k) at (j n inner) + i class_step + k sample_step."""
+)
+
+
+@jit
+def tile_size(n, samples, tasks, tiles, like):
+    """Samples of a tile: whole lanes that fit the tile's bytes, and tiles enough for all tasks."""
+    lanes = lane_count(like)
+    fit = TILE_BYTES // (n * tiles * lanes * like.itemsize)
+    share = -(-samples // (lanes * tasks))
+    return lanes * max(1, min(fit, share, 32))
+
+
+@jit
+def pack(x, base, shape, count, work, at):
+    """Copy the entries of ``count`` samples to working memory, a vector of samples after the other."""
+    lanes, n, step = lane_count(work), shape.n, shape.sample_step
+    if step == 1:
+        zero = spread(0.0, work)
+        for i in range(n):
+            for j in range(0, count, lanes):
+                store(work, at + j * n + i * lanes, read(x, base + i * shape.class_step + j, count - j, zero))
+        return
+    for j in range(0, count, lanes):
+        for k in range(lanes):
+            # Lanes without a sample get the last one, so that they are as plain as others.
+            entry, to = base + min(j + k, count - 1) * step, at + j * n + k
+            for i in range(n):
+                put(work, to + i * lanes, get(x, entry + i * shape.class_step))
+
+
+@jit
+def unpack(work, at, shape, count, out, base):
+    """Copy the entries of ``count`` samples back from working memory."""
+    lanes, n, step = lane_count(work), shape.n, shape.sample_step
+    if step == 1:
+        for i in range(n):
+            for j in range(0, count, lanes):
+                write(out, base + i * shape.class_step + j, count - j, load(work, at + j * n + i * lanes))
+        return
+    for k in range(count):
+        entry, row = at + k // lanes * lanes * n + k % lanes, base + k * step
+        for i in range(n):
+            put(out, row + i * shape.class_step, get(work, entry + i * lanes))
+
+
+@Kernel
+def cross_entropy_tiles(x, classes, probs, shape, temperature, samples, losses, out, parts):
+    """Losses of samples and, unless out is None, gradients, tile by tile."""
+    tiles = 1 if probs is None else 2
+    lanes = lane_count(x)
+    width = tile_size(shape.n, shape.inner, parts, tiles, workspace(1, x))
+    count = -(-shape.inner // width)
+    work = workspace(parts * (_FIELDS * lanes + tiles * shape.n * width), x)
+    for part in prange(parts):
+        own = pointer(part_of(work, np.intp(part), parts))
+        for task in range(np.intp(part), shape.outer * count, parts):
+            i, first = task // count, task % count * width
+            tile_losses(
+                x, classes, probs, shape, temperature, samples, losses, out, i, first, width, parts, own
+            )
+
+
+@jit
+def tile_losses(x, classes, probs, shape, temperature, samples, losses, out, i, first, width, parts, w):
+    """Losses and gradients of one tile."""
+    entries, lanes, n = pointer(x), lane_count(w), shape.n
+    count = min(width, shape.inner - first)
+    base = i * n * shape.inner + first * shape.sample_step
+    tile = _FIELDS * lanes
+    pack(entries, base, shape, count, w, tile)
+    if probs is not None:
+        pack(pointer(probs), base, shape, count, w, tile + width * n)
+    across = shape.sample_step == 1
+    for j in range(0, count, lanes):
+        at = tile + j * n
+        place = base + (j if across else j * n)
+        following = place + parts * width * shape.sample_step
+        step = shape.class_step if across else lanes
+        number, present = i * shape.inner + first + j, min(lanes, count - j)
+        store(w, _MAX * lanes, lane_maxima(w, at, at + n * lanes))
+        labels = labels_at(unless_none(probs, w), at + width * n, lanes)
+        soon = soon_of(entries, following, pointer_to(out), place, step)
+        kept = unless_none(out, w)
+        vector_losses(
+            w, at, lanes, lanes, n, classes, labels, temperature, samples, losses, number, present,
+            kept, None, kept, w, soon,
+        )  # fmt: skip
+    if out is not None:
+        unpack(w, tile, shape, count, pointer(out), base)
+
+
+@Kernel
+def cross_entropy_tall(x, classes, probs, shape, temperature, samples, losses, out, parts):
+    """Losses of columns and, unless out is None, gradients; each vector of columns is read where it lies."""
+    lanes = lane_count(x)
+    vectors = -(-shape.inner // lanes)
+    work = workspace(parts * _FIELDS * lanes, x)
+    for part in prange(parts):
+        own = pointer(part_of(work, np.intp(part), parts))
+        for task in range(np.intp(part), shape.outer * vectors, parts):
+            i, first = task // vectors, task % vectors * lanes
+            tall_losses(x, classes, probs, shape, temperature, samples, losses, out, i, first, own)
+
+
+@jit
+def tall_losses(x, classes, probs, shape, temperature, samples, losses, out, i, first, w):
+    """Losses and gradients of a vector of columns."""
+    entries, lanes, n, inner = pointer(x), lane_count(w), shape.n, shape.inner
+    start, present, number = i * n * inner + first, min(lanes, inner - first), i * inner + first
+    top = lane_tops(entries, start, start + n * inner, inner, present)
+    store(w, _MAX * lanes, top)
+    for k in range(present, lanes):
+        put(w, _MAX * lanes + k, get(w, _MAX * lanes))
+    labels = labels_at(pointer_to(probs), start, inner)
+    results = pointer_to(out)
+    vector_losses(
+        entries, start, inner, present, n, classes, labels, temperature, samples, losses, number, present,
+        None, results, results, w, None,
+    )  # fmt: skip
+
+
+@jit
+def vector_losses(
+    x, start, step, width, n, classes, labels, temperature, samples, losses, number, count,
+    stored, anew, out, w, soon,
+):  # fmt: skip
+    """Losses of a vector of samples, of which ``count`` are there; gradients are written unless out is None.
+
+    ``labels`` is None or the `Labels` of the first of them; maxima stand in a field.
+    """
+    lanes, stop = lane_count(w), start + n * step
+    row_max = load(w, _MAX * lanes)
+    if labels is None:
+        for k in range(count):
+            put(w, _LABEL * lanes + k, get(x, start + classes[number + k] * step + k))
+    else:
+        vector_targets(x, start, step, width, n, labels, temperature, number, row_max, w)
+    write_lane_scales(temperature, number, w)
+    scale, guard = scales_at(w, lanes)
+    sums = sum_rests(x, start, stop, step, width, row_max, scale, guard, stored, start, soon)
+    store(w, _TIES * lanes, sums[0])
+    store(w, _REST * lanes, sums[1])
+    store(w, _ERROR * lanes, sums[2])
+    vector_values(classes, labels, temperature, samples, losses, number, count, out, w)
+    if anew is not None:
+        mass = read_mass(w)
+        write_gradient(x, None, 0, labels, start, stop, step, width, scale, guard, mass, out, 0)
+    if stored is not None:
+        mass = read_mass(w)
+        write_gradient(x, stored, start, labels, start, stop, step, width, None, None, mass, out, 0)
+    if out is not None:
+        if labels is None:
+            for k in range(count):
+                put(out, start + classes[number + k] * step + k, get(w, _LABEL * lanes + k))
+
+
+@jit
+def vector_targets(x, start, step, width, n, labels, temperature, number, row_max, w):
+    """Write the `sum_targets` of a vector of samples to their fields."""
+    lanes = lane_count(w)
+    for k in range(lanes):
+        own = temperature_at(temperature, number + k)
+        prescale, floor = label_terms(get(w, _MAX * lanes + k), own)
+        put(w, _PRESCALE * lanes + k, prescale)
+        put(w, _FLOOR * lanes + k, floor)
+    prescale, floor = load(w, _PRESCALE * lanes), load(w, _FLOOR * lanes)
+    stop = labels.at + n * labels.step
+    targets = sum_targets(
+        x, start, step, labels.x, labels.at, stop, labels.step, width, row_max, prescale, floor
+    )
+    store(w, _TARGETS * lanes, targets[0])
+    store(w, (_TARGETS + 1) * lanes, targets[1])
+    store(w, (_TARGETS + 2) * lanes, targets[2])
+    store(w, (_TARGETS + 3) * lanes, targets[3])
+    store(w, (_TARGETS + 4) * lanes, targets[4])
+
+
+@jit
+def vector_values(classes, labels, temperature, samples, losses, number, count, out, w):
+    """Losses of a vector of samples from its sums; unless out is None, the fields of its gradients too."""
+    lanes = lane_count(w)
+    for k in range(count):
+        own = temperature_at(temperature, number + k)
+        row_max = get(w, _MAX * lanes + k)
+        ties, rest = get(w, _TIES * lanes + k), get(w, _REST * lanes + k)
+        error = get(w, _ERROR * lanes + k)
+        log_sum = log_rest(row_max, ties, rest, error)
+        if labels is None:
+            weight = 1.0
+            gap = gap_of(row_max, get(w, _LABEL * lanes + k), own)
+            losses[number + k] = log_sum + gap
+            if out is not None:
+                at_label = label_gradient(row_max, ties, rest, error, gap, own, samples)
+                put(w, _LABEL * lanes + k, at_label)
+        else:
+            weight = np.float64(get(w, _TARGETS * lanes + k))
+            weight += np.float64(get(w, (_TARGETS + 1) * lanes + k))
+            moment = np.float64(get(w, (_TARGETS + 2) * lanes + k))
+            moment += np.float64(get(w, (_TARGETS + 3) * lanes + k))
+            prescale, lost = get(w, _PRESCALE * lanes + k), get(w, (_TARGETS + 4) * lanes + k)
+            losses[number + k] = target_loss(log_sum, own, prescale, weight, moment, lost)
+        if out is not None:
+            mass = mass_of(row_max, ties, rest, error, weight, own, samples)
+            put(w, _MASS * lanes + k, mass.high)
+            put(w, (_MASS + 1) * lanes + k, mass.low)
+            put(w, (_MASS + 2) * lanes + k, mass.tie)
+            put(w, (_MASS + 3) * lanes + k, mass.tie_low)
+            put(w, (_MASS + 4) * lanes + k, mass.before)
+            put(w, (_MASS + 5) * lanes + k, mass.after)
+
+
+@jit
+def read_mass(w):
+    """Mass of a vector of samples."""
+    lanes = lane_count(w)
+    return Mass(
+        load(w, _MASS * lanes),
+        load(w, (_MASS + 1) * lanes),
+        load(w, (_MASS + 2) * lanes),
+        load(w, (_MASS + 3) * lanes),
+        load(w, (_MASS + 4) * lanes),
+        load(w, (_MASS + 5) * lanes),
+    )
+
+
+@jit
+def write_lane_scales(temperature, number, w):
+    """Write a scale and guard for each lane; the guard of a plain slice changes nothing."""
+    lanes = lane_count(w)
+    rate = gradient_rate(temperature_at(temperature, number), get(w, 0))
+    for k in range(lanes):
+        top = get(w, _MAX * lanes + k)
+        rate = gradient_rate_at(rate, temperature, number + k, top)
+        if is_plain(top, rate):
+            scale, guard = plain_scale(top, rate), no_guard(top)
+        else:
+            scale, guard = guarded_scale(top, rate.temperature)
+        put_scale(w, k, lanes, scale, guard)
+
+
+@jit
+def put_scale(w, k, lanes, scale, guard):
+    """Write the scale and guard of one lane."""
+    put(w, k, scale.row_max)
+    put(w, lanes + k, scale.high)
+    put(w, 2 * lanes + k, scale.low)
+    put(w, 3 * lanes + k, scale.lowest)
+    put(w, 4 * lanes + k, guard.prescale)
+    put(w, 5 * lanes + k, guard.factor)
+    put(w, 6 * lanes + k, guard.factor2)
+    put(w, 7 * lanes + k, guard.cutoff)
+
+
+@jit
+def scales_at(w, lanes):
+    """Scales and guards that `put_scale` wrote."""
+    scale = Scale(load(w, 0), load(w, lanes), load(w, 2 * lanes), load(w, 3 * lanes))
+    guard = Guard(load(w, 4 * lanes), load(w, 5 * lanes), load(w, 6 * lanes), load(w, 7 * lanes))
+    return scale, guard
+
+
+# -- products with the Jacobian ------------------------------------------------------------------------
+# Two passes: a sum over the slice, exact to a pair, and the result. The second reads from the cache what the
+# first has read from memory. The sum is of p g for softmax and of g for log_softmax, where ``log`` is True.
+
+
+@jit
+def lane_products(probs, cotangent, start, stop, step, width, log):
+    """Sum of the products, or of the cotangents unless ``log`` is None, as a pair in each lane."""
+    zero = spread(0.0, probs)
+    total = error = zero
+    i = start
+    while i < stop:
+        count = min(stop - i, width)
+        g = read(cotangent, i, count, zero)
+        if log is None:
+            p = read(probs, i, count, zero)
+            product = p * g
+            total, error = merge(total, error, product, fma(p, g, -product))
+        else:
+            total, error = merge(total, error, g, zero)
+        i += step
+    return total, error
+
+
+@jit
+def sum_products(probs, cotangent, start, stop, step, width, log):
+    """`lane_products` over all chunks, merged."""
+    total = error = spread(0.0, probs)
+    for first in range(start, stop, CHUNK * step):
+        last = min(stop, first + CHUNK * step)
+        part, part_error = lane_products(probs, cotangent, first, last, step, width, log)
+        total, error = merge(total, error, part, part_error)
+    return total, error
+
+
+@jit
+def write_products(probs, cotangent, start, stop, step, width, total, error, before, after, log, out):
+    """Write p (g - total) / T, or (g - p total) / T unless ``log`` is None."""
+    zero = spread(0.0, probs)
+    total, error = spread(total, probs), spread(error, probs)
+    before, after = spread(before, probs), spread(after, probs)
+    i = start
+    while i < stop:
+        count = min(stop - i, width)
+        p, g = read(probs, i, count, zero), read(cotangent, i, count, zero)
+        if log is None:
+            value = p * ((g - total) - error)
+        else:
+            value = fma(-p, error, fma(-p, total, g))
+        write(out, i, count, (value * before) * after)
+        i += step
+
+
+@Kernel
+def vjp_rows(probs, cotangent, temperature, out, log, parts):
+    """Product of the cotangent with the Jacobian of softmax, or log_softmax, in each row."""
+    rows, n = probs.shape
+    lanes = lane_count(probs)
+    for k in prange(parts):
+        part = np.intp(k)
+        p, g, results = pointer(probs), pointer(cotangent), pointer(out)
+        like = get(p, 0)
+        for i in range(rows * part // parts, rows * (part + 1) // parts):
+            start, stop = i * n, i * n + n
+            total, error = sum_products(p, g, start, stop, lanes, lanes, log)
+            total, error = sum_lanes(total, error)
+            before, after = gradient_factors(temperature_at(temperature, i), 1, like)
+            write_products(p, g, start, stop, lanes, lanes, total, error, before, after, log, results)
+
+
+@Kernel
+def vjp_columns(probs, cotangent, temperature, out, log, parts):
+    """Product of the cotangent with the Jacobian of softmax, or log_softmax, in each column."""
+    outer, n, inner = probs.shape
+    lanes = lane_count(probs)
+    vectors = -(-inner // lanes)
+    work = workspace(parts * 2 * lanes, probs)
+    for k in prange(parts):
+        part = np.intp(k)
+        w = pointer(part_of(work, part, parts))
+        p, g, results = pointer(probs), pointer(cotangent), pointer(out)
+        tasks = outer * vectors
+        for task in range(tasks * part // parts, tasks * (part + 1) // parts):
+            first = task % vectors * lanes
+            start, width = task // vectors * n * inner + first, min(lanes, inner - first)
+            stop, number = start + n * inner, task // vectors * inner + first
+            total, error = sum_products(p, g, start, stop, inner, width, log)
+            for j in range(lanes):
+                own = temperature_at(temperature, number + j)
+                before, after = gradient_factors(own, 1, get(w, 0))
+                put(w, j, spread(before, get(w, 0)))
+                put(w, lanes + j, spread(after, get(w, 0)))
+            before, after = load(w, 0), load(w, lanes)
+            write_products(p, g, start, stop, inner, width, total, error, before, after, log, results)
+
+
+def vjp(probs, cotangent, temperature, out, log):
+    """Write the product for slices over axis 1 of arrays (outer, n) or (outer, n, inner)."""
+    threads = _threads(probs.size, PARALLEL_ROWS)
+    run = vjp_rows if probs.ndim == 2 else vjp_columns
+    run(threads, probs, cotangent, temperature, out, log, threads)
+
+
+# -- fitting a temperature -----------------------------------------------------------------------------
+# With b = 1 / T and d = max - x, the loss of a sample is log(sum(exp(-b d))) + b d_label. Its derivatives in
+# b are d_label - E[d] and the variance of d. One pass over the logits gives mean and variance of b d for each
+# sample, all of it in float64, for float32 terms would leave 1e-9 of T unknown.
+
+# Columns of the table of `fit_start`: the maximum, the weight of a sample, and, of d times a factor, the
+# label's, the mean and the variance of all; the logarithm of the number of entries above -inf.
+_TOP, _WEIGHT, _GAP, _MEAN, _VARIANCE, _LOG_COUNT, FIT_COLUMNS = 0, 1, 2, 3, 4, 5, 6
+
+
+@jit
+def wide_tops(x, start, stop, step, width, like):
+    """Largest entry in each lane of float64, NaN left out."""
+    lowest = spread(-math.inf, like)
+    top = lowest
+    i = start
+    while i < stop:
+        top = larger(read_wide(x, i, min(stop - i, width), lowest), top)
+        i += step
+    return top
+
+
+@jit
+def lane_uniform(x, start, stop, step, width, top, factor, like):
+    """Number of entries above -inf, and sums of d and d**2 over them, for d = (max - x) factor."""
+    zero, one, lowest = spread(0.0, like), spread(1.0, like), spread(-math.inf, like)
+    number = first = second = zero
+    top, factor = spread(top, like), spread(factor, like)
+    i = start
+    while i < stop:
+        entries = read_wide(x, i, min(stop - i, width), lowest)
+        number = number + select(entries == lowest, zero, one)
+        distance = select(entries == lowest, zero, top * factor - entries * factor)
+        distance = select(entries == top, zero, distance)
+        first = first + distance
+        second = fma(distance, distance, second)
+        i += step
+    return number, first, second
+
+
+@jit
+def lane_label_gaps(x, probs, start, stop, step, width, top, factor, like):
+    """Sums of the probabilities q of labels and of q d; where q is 0, so is q d."""
+    zero = spread(0.0, like)
+    weight = gap = zero
+    top, factor = spread(top, like), spread(factor, like)
+    i = start
+    while i < stop:
+        count = min(stop - i, width)
+        entries, q = read_wide(x, i, count, zero), read_wide(probs, i, count, zero)
+        distance = select(entries == top, zero, top * factor - entries * factor)
+        weight = weight + q
+        gap = gap + select(q == zero, zero, q * distance)
+        i += step
+    return weight, gap
+
+
+@jit
+def write_start(table, i, top, number, first, second, weight, gap):
+    """Write what `fit_start` found for a sample; a maximum of +inf has all the mass at every T."""
+    mean = first / number
+    variance = second / number - mean * mean
+    log_count = math.log(number)
+    if top == math.inf:
+        mean = variance = log_count = 0.0
+    table[i, _TOP] = top
+    table[i, _WEIGHT] = 0.0 if top == math.inf else weight
+    table[i, _GAP] = gap
+    table[i, _MEAN] = mean * weight
+    table[i, _VARIANCE] = variance * weight
+    table[i, _LOG_COUNT] = log_count * weight
+
+
+@Kernel
+def fit_start_rows(x, classes, probs, factor, table, parts):
+    """Find what a fit needs of each row."""
+    rows, n = x.shape
+    lanes = lane_count(table)
+    for k in prange(parts):
+        part = np.intp(k)
+        entries, zero = pointer(x), spread(0.0, table)
+        for i in range(rows * part // parts, rows * (part + 1) // parts):
+            start, stop = i * n, i * n + n
+            top = np.float64(_slice.maximum(entries, start, stop))
+            sums = lane_uniform(entries, start, stop, lanes, lanes, top, factor, table)
+            number, _ = sum_lanes(sums[0], zero)
+            first, _ = sum_lanes(sums[1], zero)
+            second, _ = sum_lanes(sums[2], zero)
+            if probs is None:
+                weight, gap = 1.0, label_gap(top, get(entries, start + classes[i]), factor)
+            else:
+                labels = lane_label_gaps(
+                    entries, pointer(probs), start, stop, lanes, lanes, top, factor, table
+                )
+                weight, _ = sum_lanes(labels[0], zero)
+                gap, _ = sum_lanes(labels[1], zero)
+            write_start(table, i, top, number, first, second, weight, gap)
+
+
+@jit
+def label_gap(top, logit, factor):
+    """D at a label."""
+    entry = np.float64(logit)
+    return 0.0 if entry == top else top * factor - entry * factor
+
+
+@Kernel
+def fit_start_columns(x, classes, probs, factor, table, parts):
+    """Find what a fit needs of each column."""
+    outer, n, inner = x.shape
+    lanes = lane_count(table)
+    vectors = -(-inner // lanes)
+    tasks = outer * vectors
+    work = np.empty(parts * 6 * lanes)
+    for k in prange(parts):
+        part = np.intp(k)
+        entries, w = pointer(x), pointer(part_of(work, part, parts))
+        for task in range(tasks * part // parts, tasks * (part + 1) // parts):
+            column = task % vectors * lanes
+            start, width = task // vectors * n * inner + column, min(lanes, inner - column)
+            stop, number = start + n * inner, task // vectors * inner + column
+            top = wide_tops(entries, start, stop, inner, width, table)
+            sums = lane_uniform(entries, start, stop, inner, width, top, factor, table)
+            store(w, 0, top)
+            store(w, lanes, sums[0])
+            store(w, 2 * lanes, sums[1])
+            store(w, 3 * lanes, sums[2])
+            if probs is not None:
+                labels = lane_label_gaps(
+                    entries, pointer(probs), start, stop, inner, width, top, factor, table
+                )
+                store(w, 4 * lanes, labels[0])
+                store(w, 5 * lanes, labels[1])
+            for j in range(width):
+                own = get(w, j)
+                if probs is None:
+                    label = start + classes[number + j] * inner + j
+                    weight, gap = 1.0, label_gap(own, get(entries, label), factor)
+                else:
+                    weight, gap = get(w, 4 * lanes + j), get(w, 5 * lanes + j)
+                count, first = get(w, lanes + j), get(w, 2 * lanes + j)
+                write_start(table, number + j, own, count, first, get(w, 3 * lanes + j), weight, gap)
+
+
+@jit
+def lane_moments(x, start, stop, step, width, scale, guard, like):
+    """Sum of the terms, and of the terms times z and z**2, for z = (x - max) c; two pairs and a float64."""
+    zero, lowest = spread(0.0, like), spread(-math.inf, like)
+    total = error = first = first_error = second = zero
+    i = start
+    while i < stop:
+        entries = read_wide(x, i, min(stop - i, width), lowest)
+        power, excess, product = terms(entries, scale, guard)
+        term = term_of(power, excess)
+        total, error = add(total, error, power, excess)
+        first, first_error = merge(first, first_error, term * product, zero)
+        second = fma(term * product, product, second)
+        i += step
+    return total, error, first, first_error, second
+
+
+@jit
+def write_moments(moments, i, weight, total, error, first, first_error, second):
+    """Write the mean and variance of b d, times the weight of a sample."""
+    if weight == 0.0:
+        moments[i, 0] = moments[i, 1] = 0.0
+        return
+    mean = -(first + first_error) / (total + error) * LOG_2
+    moments[i, 0] = weight * mean
+    moments[i, 1] = weight * (second / total * (LOG_2 * LOG_2) - mean * mean)
+
+
+@Kernel
+def fit_rows(x, table, temperature, moments, parts):
+    """Mean and variance of b d in each row, at one temperature."""
+    rows, n = x.shape
+    lanes = lane_count(table)
+    for k in prange(parts):
+        part = np.intp(k)
+        entries, zero = pointer(x), spread(0.0, table)
+        rate = rate_of(temperature, 0.0)
+        for i in range(rows * part // parts, rows * (part + 1) // parts):
+            start, stop = i * n, i * n + n
+            top = table[i, _TOP]
+            if is_plain(top, rate):
+                scale = plain_scale(top, rate)
+                sums = lane_moments(entries, start, stop, lanes, lanes, scale, None, table)
+            else:
+                scale, guard = guarded_scale(top, temperature)
+                sums = lane_moments(entries, start, stop, lanes, lanes, scale, guard, table)
+            total, error = sum_lanes(sums[0], sums[1])
+            first, first_error = sum_lanes(sums[2], sums[3])
+            second, _ = sum_lanes(sums[4], zero)
+            write_moments(moments, i, table[i, _WEIGHT], total, error, first, first_error, second)
+
+
+@Kernel
+def fit_columns(x, table, temperature, moments, parts):
+    """Mean and variance of b d in each column, at one temperature."""
+    outer, n, inner = x.shape
+    lanes = lane_count(table)
+    vectors = -(-inner // lanes)
+    tasks = outer * vectors
+    work = np.empty(parts * 8 * lanes)
+    for k in prange(parts):
+        part = np.intp(k)
+        entries, w = pointer(x), pointer(part_of(work, part, parts))
+        rate = rate_of(temperature, 0.0)
+        for task in range(tasks * part // parts, tasks * (part + 1) // parts):
+            column = task % vectors * lanes
+            start, width = task // vectors * n * inner + column, min(lanes, inner - column)
+            stop, number = start + n * inner, task // vectors * inner + column
+            for j in range(lanes):
+                top = table[number + min(j, width - 1), _TOP]
+                if is_plain(top, rate):
+                    scale, guard = plain_scale(top, rate), no_guard(top)
+                else:
+                    scale, guard = guarded_scale(top, temperature)
+                put_scale(w, j, lanes, scale, guard)
+            scale, guard = scales_at(w, lanes)
+            sums = lane_moments(entries, start, stop, inner, width, scale, guard, table)
+            store(w, 0, sums[0])
+            store(w, lanes, sums[1])
+            store(w, 2 * lanes, sums[2])
+            store(w, 3 * lanes, sums[3])
+            store(w, 4 * lanes, sums[4])
+            for j in range(width):
+                total, error, first = get(w, j), get(w, lanes + j), get(w, 2 * lanes + j)
+                first_error, second = get(w, 3 * lanes + j), get(w, 4 * lanes + j)
+                weight = table[number + j, _WEIGHT]
+                write_moments(moments, number + j, weight, total, error, first, first_error, second)
+
+
+# Powers of two for entries whose differences, or the squares of these, overflow or underflow.
+_FACTOR_OF_HUGE, _FACTOR_OF_TINY = 2.0**-520, 2.0**500
+_LEAST_VARIANCE = 2.0**-900
+# A relative step below this, of Newton's method, leaves an error of about its square.
+_LAST_STEP = 1e-8
+_MOST_PASSES = 200
+
+
+def fit_start(threads, x, classes, probs, factor):
+    """Table of what a fit needs of each sample, and the sums of its columns from that of gaps on."""
+    table = np.empty((x.size // x.shape[1], FIT_COLUMNS))
+    run = fit_start_rows if x.ndim == 2 else fit_start_columns
+    run(threads, x, classes, probs, factor, table, threads)
+    with np.errstate(all="ignore"):
+        return table, table[:, _GAP:].sum(axis=0).tolist()
+
+
+def fit(x, classes, probs):
+    """Return the temperature of least loss for samples over axis 1, and the number of passes.
+
+    It is None if the loss of a sample is NaN or infinite at every temperature; then the second is the first
+    such sample. With b = 1 / T, the slope is 0 where the mean of E[d] is that of the labels' d. Newton's
+    method finds where the logarithm of their ratio is 0, whose slope in log(b) is -var(b d) / E[b d]: it is
+    almost straight, as E[d] falls like a power of b or exponentially. A step beyond what is known of b is
+    replaced: the loss is at least b times the labels' d, so b is at most the loss at b = 0 over that.
+    """
+    threads = _threads(x.size, PARALLEL_ROWS)
+    factor = 1.0
+    table, (gap, mean, variance, log_count) = fit_start(threads, x, classes, probs, factor)
+    if not math.isfinite(gap + variance):
+        factor = _FACTOR_OF_HUGE
+    elif gap + mean > 0.0 and variance < _LEAST_VARIANCE:
+        factor = _FACTOR_OF_TINY
+    if factor != 1.0:
+        table, (gap, mean, variance, log_count) = fit_start(threads, x, classes, probs, factor)
+    if not math.isfinite(gap + mean + variance):
+        with np.errstate(all="ignore"):
+            bad = ~np.isfinite(table[:, _GAP:].sum(axis=1))
+        return None, int(bad.argmax())
+    if gap == 0.0:
+        return (0.0 if variance > 0.0 else math.inf), 1
+    if mean <= gap:
+        return math.inf, 1
+    run = fit_rows if x.ndim == 2 else fit_columns
+    moments = np.empty((len(table), 2))
+    low, high = 0.0, log_count / gap
+    rate = min((mean - gap) / variance, high)
+    for passes in range(2, _MOST_PASSES):
+        run(threads, x, table, 1.0 / rate / factor, moments, threads)
+        mean, variance = moments.sum(axis=0).tolist()
+        low, high = (rate, high) if mean > rate * gap else (low, rate)
+        step = math.log(mean / (rate * gap)) * mean / variance if mean > 0.0 < variance else -math.inf
+        following = rate * (1.0 + step) if step > 0.0 else rate / (1.0 - step)
+        if abs(step) <= _LAST_STEP:
+            return 1.0 / following / factor, passes
+        if not low < following < high:
+            following = math.sqrt(low) * math.sqrt(high) if low > 0.0 else 0.25 * high
+        rate = following
+    return 1.0 / rate / factor, _MOST_PASSES
+
+
+# -- solving for a temperature -------------------------------------------------------------------------
+# Each slice is copied to working memory, divided by its range, and then walked some eight times there. With
+# u = log(b) and z = b d, the entropy is log(sum(exp(-z))) + E[z], and its slope in u is -var(z).
+
+# What is found of a slice: a temperature, or why there is none.
+_SOLVED, _BELOW, _ABOVE = 0, 1, 2
+# Entropies within this of a limit, relative, are the limit.
+_AT_LIMIT = 4.0 * 2.0**-52
+# Newton steps in u: below this, the error of the entropy is that of rounding.
+_LAST_ENTROPY_STEP = 1e-9
+
+
+@jit
+def solve_slice(x, start, step, n, target, w):
+    """Temperature at which the entropy of a slice is the target, and whether one was found."""
+    top = -math.inf
+    for i in range(n):
+        entry = np.float64(get(x, start + i * step))
+        if math.isnan(entry):
+            return math.nan, _SOLVED
+        top = max(top, entry)
+    if n == 0 or top == -math.inf or math.isnan(target):
+        return (math.nan, _ABOVE) if n == 0 and target != 0.0 else (math.nan, _SOLVED)
+    factor = 0.25 if abs(top) > 1.0 else 1.0
+    count = ties = 0
+    widest, least = 0.0, math.inf
+    for i in range(n):
+        entry = np.float64(get(x, start + i * step))
+        if entry == top:
+            ties += 1
+            put(w, count, 0.0)
+            count += 1
+        elif top != math.inf and entry != -math.inf:
+            distance = top * factor - entry * factor
+            put(w, count, -distance)
+            count += 1
+            widest, least = max(widest, distance), min(least, distance)
+    bottom, ceiling = math.log(ties), math.log(count)
+    if target < bottom - _AT_LIMIT * bottom:
+        return math.nan, _BELOW
+    if target > ceiling + _AT_LIMIT * ceiling:
+        return math.nan, _ABOVE
+    if target >= ceiling - _AT_LIMIT * ceiling:
+        return math.inf, _SOLVED
+    if target <= bottom + _AT_LIMIT * bottom:
+        return 0.0, _SOLVED
+    first = second = 0.0
+    for i in range(count):
+        share = get(w, i) / widest
+        first += share
+        second += share * share
+    variance = second / count - (first / count) ** 2
+    guess = math.sqrt(0.5 * variance / (ceiling - target)) * widest
+    temperature = solve_distances(w, count, least * 2.0**-10, widest * 2.0**30, guess, target)
+    return temperature / factor, _SOLVED
+
+
+@jit
+def solve_distances(w, count, low, high, temperature, target):
+    """Temperature between two bounds at which the entropy of entries is the target; their maximum is 0."""
+    lanes = lane_count(w)
+    zero = spread(0.0, w)
+    high = min(high, 2.0**1023)
+    for _ in range(_MOST_PASSES):
+        if not low < temperature < high:
+            temperature = math.sqrt(low) * math.sqrt(high)
+        scale, guard = guarded_scale(0.0, temperature)
+        sums = lane_moments(w, 0, count, lanes, lanes, scale, guard, w)
+        total, error = sum_lanes(sums[0], sums[1])
+        first, first_error = sum_lanes(sums[2], sums[3])
+        second, _ = sum_lanes(sums[4], zero)
+        mean = -(first + first_error) / (total + error) * LOG_2
+        variance = second / total * (LOG_2 * LOG_2) - mean * mean
+        excess = math.log((total + error) / top_term(total)) + mean - target
+        if excess > 0.0:
+            high = temperature
+        else:
+            low = temperature
+        step = -excess / variance if variance > 0.0 else math.inf
+        following = temperature * math.exp(step)
+        if abs(step) <= _LAST_ENTROPY_STEP or following == temperature:
+            return following
+        temperature = following
+    return temperature
+
+
+@Kernel
+def solve_slices(x, entropies, temperatures, found, parts):
+    """Solve for the temperature of each slice over axis 1 of an array (outer, n, inner)."""
+    outer, n, inner = x.shape
+    slices = outer * inner
+    work = np.empty(parts * max(n, 1))
+    for k in prange(parts):
+        part = np.intp(k)
+        w = pointer(part_of(work, part, parts))
+        for i in range(slices * part // parts, slices * (part + 1) // parts):
+            start = i // inner * n * inner + i % inner
+            target = temperature_at(entropies, i)
+            temperatures[i], found[i] = solve_slice(pointer(x), start, inner, n, target, w)
+
+
+def solve(x, entropies, temperatures, found):
+    """Write the temperature of each slice, and 0; or 1 or 2 if it has only greater or smaller entropies."""
+    threads = _threads(x.size, PARALLEL_ROWS)
+    solve_slices(threads, x, entropies, temperatures, found, threads)
+
+
+# -- the choice of a schedule ----------------------------------------------------------------------------
+
+
+def cross_entropy(x, classes, probs, temperature, samples, losses, out):
+    """Write the loss of each sample over axis 1 and, unless out is None, its gradient over ``samples``."""
+    outer, n, *inner = x.shape
+    threads = _threads(x.size, PARALLEL_ROWS)
+    flat = [None if array is None else array.reshape(-1) for array in (x, probs, out)]
+    if inner or n <= SHORT:
+        shape = Samples(outer, n, inner[0], inner[0], 1) if inner else Samples(1, n, outer, 1, n)
+        run = cross_entropy_tall if inner and n * LANE_BYTES > COLUMN_BYTES else cross_entropy_tiles
+        run(threads, flat[0], classes, flat[1], shape, temperature, samples, losses, flat[2], threads)
+        return
+    keeps = out is not None and n * x.itemsize <= STORED_BYTES
+    run = cross_entropy_rows if keeps else cross_entropy_long_rows
+    run(threads, x, classes, probs, temperature, samples, losses, out, threads)
