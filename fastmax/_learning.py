@@ -258,7 +258,8 @@ def write_gradient(x, stored, at, probs, start, stop, step, width, scale, guard,
     """Write (p - q) / T for each entry, from its stored term, or by its scale; q is 0 where probs is None.
 
     ``mass`` has 1 / sum as a pair (high, low), the gradient of maximal entries where q is 0 as a pair (tie,
-    tie_low; infinite where it is not to be used), and 1 / T as two factors: one before the result is rounded, one after.
+    tie_low; infinite where it is not to be used), and 1 / T as two factors: one before the result is rounded,
+    one after.
     """
     lanes = lane_count(x)
     zero = spread(0.0, x)
