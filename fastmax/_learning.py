@@ -258,7 +258,8 @@ def write_gradient(x, stored, at, probs, start, stop, step, width, scale, guard,
     """Write (p - q) / T for each entry, from its stored term, or by its scale; q is 0 where probs is None.
 
     ``mass`` has 1 / sum as a pair (high, low), the gradient of maximal entries where q is 0 as a pair (tie,
-    tie_low), and 1 / T as two factors: one before the result is rounded, one after.
+    tie_low; infinite where it is not to be used), and 1 / T as two factors: one before the result is rounded,
+    one after.
     """
     lanes = lane_count(x)
     zero = spread(0.0, x)
@@ -278,7 +279,9 @@ def write_gradient(x, stored, at, probs, start, stop, step, width, scale, guard,
         if probs is not None:
             label = read(probs.x, probs.at + (i - start) // step * probs.step, count, zero) * before
             tie = (spread(mass.tie, x) - label) + spread(mass.tie_low, x)
-            value = select(term == top_term(x), tie, value - label)
+            value = value - label
+            tie = select(term == top_term(x), tie, value)
+            value = select(spread(mass.tie, x) < spread(math.inf, x), tie, value)
         write(out, i + shift, count, value * after)
         i += step
 
@@ -355,14 +358,13 @@ def mass_of(row_max, ties, rest, error, weight, temperature, samples):
     inverse, inverse_low = reciprocal(total, total_error)
     high = inverse * weight
     low = fma(inverse, weight, -high) + inverse_low * weight
-    tie = weight / np.float64(ties)
+    # Where the maxima have less than half of the mass nothing cancels, and this would round more.
+    sure = (share + share_error) * inverse < 0.5
+    tie = weight / np.float64(ties) if sure else math.inf
     tie_low = -(share + share_error) * (inverse + inverse_low) * tie
-    return Mass(
-        *pair(high * (unit * before), low * (unit * before), row_max),
-        *pair(tie * before, tie_low * before, row_max),
-        spread(before, row_max),
-        spread(after, row_max),
-    )
+    high, low = pair(high * (unit * before), low * (unit * before), row_max)
+    tie, tie_low = pair(tie * before, tie_low * before, row_max)
+    return Mass(high, low, tie, tie_low, spread(before, row_max), spread(after, row_max))
 
 
 @jit
@@ -456,8 +458,8 @@ def row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, temperat
     ties, _ = sum_lanes(sums[0], spread(0.0, x))
     rest, error = sum_lanes(sums[1], sums[2])
     log_sum = log_rest(row_max, ties, rest, error)
+    weight, gap, label = 1.0, 0.0, start
     if probs is None:
-        weight = 1.0
         label = start + classes[i]
         gap = gap_of(row_max, get(entries, label), temperature)
         loss = log_sum + gap

@@ -323,7 +323,7 @@ def main() -> None:
     folder: Path = arguments.output
     figures = {
         "losses": draw_losses(history),
-        "reliability": draw_reliability(*reliabilities, np.array(temperatures)),
+        "reliability": draw_reliability(reliabilities[0], reliabilities[1], np.array(temperatures)),
         "entropy": draw_entropies(swept, np.array(temperatures), logits.shape[1]),
     }
     tables = {"losses": history, "reliability": bins, "entropy": swept}
