@@ -53,8 +53,8 @@ class Class(NamedTuple):
     words: int
 
 
-# Short rows: a thread has up to 32 entries in registers, and neighbouring threads read neighbouring entries
-# by way of shared memory, which 128 rows of 32 float64 nearly fill (34 of 48 kB).
+# Short rows: a thread has up to 32 words of its own row in registers (64 spill), and neighbouring threads
+# read neighbouring entries by way of shared memory, 17 kB for each block.
 SHORT = 32
 SHORT_THREADS = 128
 
@@ -150,7 +150,7 @@ def plan(operation, dtype, n, is_columns, is_packed, access, per_slice, capabili
     if is_columns:
         access = 1
         found = _fit(COLUMNS, operation, dtype, n, capability)
-    elif n <= SHORT and is_packed:
+    elif n * (2 if dtype == "float64" else 1) <= SHORT and is_packed:
         pieces = -(-n * ITEMSIZE[dtype] // 16)
         return (Spec(f"{verb}_short", operation, dtype, "thread", SHORT_THREADS, 1, 1, pieces, 1, per_slice),)
     else:
@@ -191,7 +191,8 @@ def names(spec, target):
     """Return the function of a spec, and what stands for the names in it; primitives are the target's."""
     from fastmax import _cuda_kernels as kernels
 
-    room = {"thread": spec.threads * 33 + 1, "column": spec.threads}.get(spec.group, 32)
+    longest = SHORT // 2 if spec.dtype == "float64" else SHORT
+    room = {"thread": spec.threads * longest * 33 // 32, "column": spec.threads}.get(spec.group, 32)
     replaced = {
         **target.PRIMITIVES,
         **kernels.OPERATIONS[spec.operation],
