@@ -60,8 +60,8 @@ SHORT_THREADS = 128
 
 # Rows, by length. Entries per thread: 8 words keep two 128-bit loads of each thread on their way; from there
 # on registers set the limit. A block of 1024 threads has 64 of them for each, which hold 16 words and what
-# `terms` needs, by the compiler's report; softmax, whose sums take two registers where the others' take three
-# to five, holds 24. A cluster has at most 8 blocks on every GPU that has clusters. The choice never depends
+# `terms` needs, by the compiler's report; softmax of float32, whose sums take two registers where the others'
+# take three to five, holds 24. A cluster has at most 8 blocks on every GPU that has clusters. The choice never depends
 # on the number of rows: the bits of a slice must not.
 ROWS = (
     Class("warp", 128, 8, 1, 8),  # up to 64 words: the threads of a warp would have one or two entries each
@@ -70,7 +70,7 @@ ROWS = (
     Class("block", 128, 128, 1, 16),  # to 2048: from here on one row needs more threads than a warp
     Class("block", 256, 256, 1, 16),
     Class("block", 512, 512, 1, 16),
-    Class("block", 1024, 1024, 1, 16),  # to 16k, softmax 24k
+    Class("block", 1024, 1024, 1, 16),  # to 16k, softmax of float32 24k
     Class("cluster", 1024, 1024, 2, 16),
     Class("cluster", 1024, 1024, 4, 16),
     Class("cluster", 1024, 1024, 8, 16),  # to 128k
@@ -110,7 +110,7 @@ def held_words(class_, operation, dtype):
     if class_.threads < 1024:
         return class_.words
     if operation == "softmax" and class_.group == "block":
-        return 16 if dtype == "float64" else 24
+        return 24 if dtype == "float32" else 16
     if dtype == "float64":
         return 4 if class_.group == "cluster" else 8
     return 16
