@@ -61,8 +61,8 @@ SHORT_THREADS = 128
 # Rows, by length. Entries per thread: 8 words keep two 128-bit loads of each thread on their way; from there
 # on registers set the limit. A block of 1024 threads has 64 of them for each, which hold 16 words and what
 # `terms` needs, by the compiler's report; softmax of float32, whose sums take two registers where those of
-# others take three to five, holds 24. A cluster has at most 8 blocks on every GPU that has clusters. The choice
-# never depends on the number of rows: the bits of a slice must not.
+# others take three to five, holds 24. A cluster has at most 8 blocks on every GPU that has clusters. The
+# choice never depends on the number of rows: the bits of a slice must not.
 ROWS = (
     Class("warp", 128, 8, 1, 8),  # up to 64 words: the threads of a warp would have one or two entries each
     Class("warp", 128, 16, 1, 8),  # to 128
