@@ -613,7 +613,7 @@ def bring_rows(x, count, n):
 
 
 def transform_short(x, out, laws, law, count, n, inner, x_pitch, out_pitch):
-    """`transform` of rows of at most 32 entries."""
+    """`transform` of rows of at most 32 words."""
     room, row, stop = bring_rows(x, count, n)
     index = block() * THREADS + thread()
     law = law_at(laws, law, min(index, count - 1))
@@ -626,7 +626,7 @@ def transform_short(x, out, laws, law, count, n, inner, x_pitch, out_pitch):
 
 
 def reduce_short(x, out, laws, law, count, n, inner, x_pitch, out_pitch):
-    """`reduce` of rows of at most 32 entries."""
+    """`reduce` of rows of at most 32 words."""
     _, row, _ = bring_rows(x, count, n)
     index = block() * THREADS + thread()
     last = min(index, count - 1)

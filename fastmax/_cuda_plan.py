@@ -53,16 +53,16 @@ class Class(NamedTuple):
     words: int
 
 
-# Short rows: a thread has up to 32 entries in registers, and neighbouring threads read neighbouring entries
-# by way of shared memory, which 128 rows of 32 float64 nearly fill (34 of 48 kB).
+# Short rows: a thread has up to 32 words of its own row in registers (64 spill), and neighbouring threads
+# read neighbouring entries by way of shared memory, 17 kB for each block.
 SHORT = 32
 SHORT_THREADS = 128
 
 # Rows, by length. Entries per thread: 8 words keep two 128-bit loads of each thread on their way; from there
 # on registers set the limit. A block of 1024 threads has 64 of them for each, which hold 16 words and what
-# `terms` needs, by the compiler's report; softmax, whose sums take two registers where the others' take three
-# to five, holds 24. A cluster has at most 8 blocks on every GPU that has clusters. The choice never depends
-# on the number of rows: the bits of a slice must not.
+# `terms` needs, by the compiler's report; softmax of float32, whose sums take two registers where those of
+# others take three to five, holds 24. A cluster has at most 8 blocks on every GPU that has clusters. The
+# choice never depends on the number of rows: the bits of a slice must not.
 ROWS = (
     Class("warp", 128, 8, 1, 8),  # up to 64 words: the threads of a warp would have one or two entries each
     Class("warp", 128, 16, 1, 8),  # to 128
@@ -70,7 +70,7 @@ ROWS = (
     Class("block", 128, 128, 1, 16),  # to 2048: from here on one row needs more threads than a warp
     Class("block", 256, 256, 1, 16),
     Class("block", 512, 512, 1, 16),
-    Class("block", 1024, 1024, 1, 16),  # to 16k, softmax 24k
+    Class("block", 1024, 1024, 1, 16),  # to 16k, softmax of float32 24k
     Class("cluster", 1024, 1024, 2, 16),
     Class("cluster", 1024, 1024, 4, 16),
     Class("cluster", 1024, 1024, 8, 16),  # to 128k
@@ -110,7 +110,7 @@ def held_words(class_, operation, dtype):
     if class_.threads < 1024:
         return class_.words
     if operation == "softmax" and class_.group == "block":
-        return 16 if dtype == "float64" else 24
+        return 24 if dtype == "float32" else 16
     if dtype == "float64":
         return 4 if class_.group == "cluster" else 8
     return 16
@@ -150,7 +150,7 @@ def plan(operation, dtype, n, is_columns, is_packed, access, per_slice, capabili
     if is_columns:
         access = 1
         found = _fit(COLUMNS, operation, dtype, n, capability)
-    elif n <= SHORT and is_packed:
+    elif n * (2 if dtype == "float64" else 1) <= SHORT and is_packed:
         pieces = -(-n * ITEMSIZE[dtype] // 16)
         return (Spec(f"{verb}_short", operation, dtype, "thread", SHORT_THREADS, 1, 1, pieces, 1, per_slice),)
     else:
@@ -191,7 +191,8 @@ def names(spec, target):
     """Return the function of a spec, and what stands for the names in it; primitives are the target's."""
     from fastmax import _cuda_kernels as kernels
 
-    room = {"thread": spec.threads * 33 + 1, "column": spec.threads}.get(spec.group, 32)
+    longest = SHORT // 2 if spec.dtype == "float64" else SHORT
+    room = {"thread": spec.threads * longest * 33 // 32, "column": spec.threads}.get(spec.group, 32)
     replaced = {
         **target.PRIMITIVES,
         **kernels.OPERATIONS[spec.operation],

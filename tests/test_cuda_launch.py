@@ -155,6 +155,13 @@ def test_class_of_a_length(n, group, threads, members, blocks):
     assert spec.capacity >= n or group == "thread"
 
 
+def test_short_rows_of_float64_are_half_as_long():
+    groups = [
+        _cuda_plan.plan("entropy", "float64", n, False, True, 1, False, (9, 0))[0].group for n in (16, 17)
+    ]
+    assert groups == ["thread", "warp"]
+
+
 def test_longer_rows_are_split_and_without_clusters_so_are_shorter_ones():
     for n, capability in [(131073, (9, 0)), (24577, (8, 0))]:
         specs = _cuda_plan.plan("softmax", "float32", n, False, True, 1, False, capability)
