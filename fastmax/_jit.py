@@ -153,7 +153,26 @@ class _KernelCache(_QuickLoad, FunctionCache):
 
 
 class _WrapperCache(_QuickLoad, wrappers.GufWrapperCache):
-    pass
+    """Keeps the wrapper of a gufunc beside the kernel that it wraps.
+
+    The name of a kernel has a number of the process that compiled it, by which its wrapper is found: that of
+    another process, which compiled both at the same time, would be none.
+    """
+
+    def __init__(self, py_func, kernel_name):
+        super().__init__(py_func)
+        self._kernel_name = kernel_name
+
+    def _index_key(self, sig, codegen) -> Any:
+        return *super()._index_key(sig, codegen), self._kernel_name
+
+    def load_overload(self, sig, target_context):
+        library = super().load_overload(sig, target_context)
+        if (
+            library is None
+        ):  # a wrapper is built, around a kernel that may have been loaded without all of Numba
+            target_context.refresh()
+        return library
 
 
 @contextlib.contextmanager
@@ -224,10 +243,12 @@ def _gufunc(function, layout, signature):
     result: Any = numba.guvectorize(layout, cache=True)(function)
     result.gufunc_builder.nb_func.cache = _KernelCache(function)
     with global_compiler_lock:
-        usual, wrappers.GufWrapperCache = wrappers.GufWrapperCache, _WrapperCache
+        result.add(signature)
+        result.disable_compile()
+        (compiled,) = result.gufunc_builder.nb_func.overloads.values()
+        usual = wrappers.GufWrapperCache
+        wrappers.GufWrapperCache = functools.partial(_WrapperCache, kernel_name=compiled.fndesc.mangled_name)
         try:
-            result.add(signature)
-            result.disable_compile()
             return result.build_ufunc()
         finally:
             wrappers.GufWrapperCache = usual

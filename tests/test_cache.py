@@ -180,3 +180,17 @@ def test_two_processes_compile_into_one_empty_cache(package):
     with ThreadPoolExecutor() as pool:
         printed = list(pool.map(lambda program: run(program, package), programs))
     assert [run(LOAD + program, package) for program in programs] == printed
+
+
+def test_gufunc_beside_a_kernel_that_another_process_compiled(package, tmp_path):
+    """Each numbers its kernels, and the wrapper in a gufunc finds its kernel by the number."""
+    strided = SMALL.replace("np.array([1.0, 2.0, 3.0])", "np.arange(6.0)[::2]")
+    other = copy(package, tmp_path / "other")
+    printed = run(strided, package)
+    run("import numpy as np, fastmax\nfastmax.softmax(np.ones(6, np.float32)[::2])\n" + strided, other)
+    exchanged = [path for path in kernels(package) if path.name.startswith("_gufunc.")]
+    assert exchanged
+    for path in exchanged:
+        (theirs,) = other.rglob(path.name)
+        shutil.copy(theirs, path)
+    assert run(strided, package) == printed
