@@ -390,7 +390,10 @@ def _run_plain(operation, x, temperature, axis, where, out) -> Any:
         return result
     values = np.empty(shape[::2], x.dtype)
     operation.schedule(x.reshape(shape), mask, temperature.reshape(-1), values)
-    return values.reshape(x.shape[:axis] + x.shape[axis:][1:])[()]
+    values = values.reshape(x.shape[:axis] + x.shape[axis:][1:])
+    if where is not None:
+        np.copyto(values, operation.absent, where=~where.any(axis=axis))
+    return values[()]
 
 
 # -- the long way: every argument -----------------------------------------------------------------

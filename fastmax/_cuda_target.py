@@ -265,9 +265,11 @@ def log1p(typingctx, x):
 
 @intrinsic
 def spread(typingctx, value, like):
-    """``value``, a number or a single lane, in every lane of the type of ``like``."""
+    """``value``, a number or a single lane, in every lane of the type of ``like``, which may be a number."""
 
     def codegen(context, builder, sig, args):
+        if isinstance(like, types.Float):
+            return context.cast(builder, args[0], sig.args[0], like)
         result = _llvm_type(like)
         if sig.args[0] == like:
             return args[0]
