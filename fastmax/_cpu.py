@@ -3,6 +3,7 @@
 Arrays come as C-contiguous (outer, n) or (outer, n, inner), reduced over n; the mask is None or an array of
 bytes of that shape; temperatures are one float64, or one for each of the outer * inner slices. Schedules:
 
+- narrow rows: a thread takes as many as there are lanes, and gives each lane one;
 - rows: a thread takes whole slices, several short ones at a time; one row may meet many
   temperatures;
 - long rows: too long for a core's cache, or too few to keep the threads busy; all threads share each row;
@@ -128,8 +129,8 @@ class Kernel:
 # -- rows -----------------------------------------------------------------------------------------
 # Rows of at most one chunk are taken in groups, at most one row for each lane. What each lane has summed up
 # is kept in vectors side by side, one for each row and quantity, and merged for all rows of a group at once:
-# about 12 instructions a row, not 64. Beside its entries a row costs some 28 ns; to inline the passes did not
-# change that.
+# about 12 instructions a row, not 64. Beside its entries a float32 row costs some 10 ns, and 20 more if it
+# does not fill its last vector.
 
 # Vectors in the working memory beside those of the sums: maxima, high and low.
 _MAXIMA, _HIGH, _LOW, _VECTORS = 0, 1, 2, 3
@@ -412,14 +413,16 @@ def chain_sums_at(n, work):
 
 @jit
 def pack_rows(x, row, step, n, count, work, at):
-    """Write rows to a tile, one in each lane."""
+    """Write rows to a tile, one in each lane; lanes without one get the last, to be as plain as the others.
+
+    The last columns of the last squares, which no row has, are written too.
+    """
     size, lanes = square_size(work), lane_count(work)
+    lower = row + min(size, count - 1) * step
     for first in range(0, n, size):
-        to = at + first * lanes
-        read_square(x, row + first, step, min(size, count), min(size, n - first), work, to)
-        if count > size:
-            lower = row + size * step + first
-            read_square(x, lower, step, count - size, min(size, n - first), work, to + size)
+        to, columns = at + first * lanes, min(size, n - first)
+        read_square(x, row + first, step, min(size, count), columns, work, to)
+        read_square(x, lower + first, step, max(count - size, 1), columns, work, to + size)
 
 
 @jit

@@ -28,9 +28,11 @@ from fastmax._cpu import (
     Kernel,
     _threads,
     no_guard,
+    pack_rows,
     padded_size,
     part_of,
     temperature_at,
+    unpack_rows,
 )
 from fastmax._jit import jit
 from fastmax._lanes import (
@@ -47,6 +49,7 @@ from fastmax._lanes import (
     read_wide,
     select,
     spread,
+    square_size,
     store,
     workspace,
     write,
@@ -525,11 +528,8 @@ def pack(x, base, shape, count, work, at):
                 store(work, at + j * n + i * lanes, read(x, base + i * shape.class_step + j, count - j, zero))
         return
     for j in range(0, count, lanes):
-        for k in range(lanes):
-            # Lanes without a sample get the last one, so that they are as plain as others.
-            entry, to = base + min(j + k, count - 1) * step, at + j * n + k
-            for i in range(n):
-                put(work, to + i * lanes, get(x, entry + i * shape.class_step))
+        # Lanes without a sample get the last one, so that they are as plain as others.
+        pack_rows(x, base + j * step, step, n, min(lanes, count - j), work, at + j * n)
 
 
 @jit
@@ -541,10 +541,9 @@ def unpack(work, at, shape, count, out, base):
             for j in range(0, count, lanes):
                 write(out, base + i * shape.class_step + j, count - j, load(work, at + j * n + i * lanes))
         return
-    for k in range(count):
-        entry, row = at + k // lanes * lanes * n + k % lanes, base + k * step
-        for i in range(n):
-            put(out, row + i * shape.class_step, get(work, entry + i * lanes))
+    for j in range(0, count, lanes):
+        rows = min(lanes, count - j)
+        unpack_rows(work, at + j * n, out, base + j * step, n, rows, out, spread(0.0, get(work, at)))
 
 
 @Kernel
@@ -554,7 +553,7 @@ def cross_entropy_tiles(x, classes, probs, shape, temperature, samples, losses, 
     lanes = lane_count(x)
     width = tile_size(shape.n, shape.inner, parts, tiles, workspace(1, x))
     count = -(-shape.inner // width)
-    work = workspace(parts * (_FIELDS * lanes + tiles * shape.n * width), x)
+    work = workspace(parts * ((_FIELDS + square_size(x)) * lanes + tiles * shape.n * width), x)
     for part in prange(parts):
         own = pointer(part_of(work, np.intp(part), parts))
         for task in range(np.intp(part), shape.outer * count, parts):
