@@ -53,7 +53,6 @@ from fastmax._math import (
     entropy_value,
     gap_of,
     guard_of,
-    guarded_gap,
     guarded_scale,
     is_plain,
     larger,
@@ -598,7 +597,7 @@ def log_softmax_narrow_group(x, mask, temperature, out, first, count, work):
     lanes = lane_count(w)
     tile = _FIELDS * lanes
     rates, plain = narrow_split(entries, temperature, first, n, step, count, None, w)
-    write_log_gaps(rates, plain, temperature, first, w, 0, lanes)
+    write_log_gaps(rates, temperature, first, w, 0, lanes)
     gap, guard = read_gap(w, 0, lanes), read_guard(w, 0, lanes)
     for i in range(tile, tile + n * lanes, lanes):
         if plain:
@@ -944,33 +943,34 @@ def are_plain(row_max, rates):
 @jit
 def write_scales(row_max, rates, temperature, first, work, j, width):
     """Write a scale and guard for each lane; the guard of a plain slice changes nothing."""
-    plain, none = plain_scale(row_max, rates), no_guard(row_max)
-    if len(temperature) == 1:
-        high, low, guard = guard_of(temperature[0], get(work, 0))
-        scale, guard = bounded_scale(row_max, high, low, guard)
-        other = rates.limit < larger(row_max, -row_max)
-        store(work, field(0, j, width), select(other, scale.row_max, row_max))
-        store(work, field(1, j, width), select(other, scale.high, plain.high))
-        store(work, field(2, j, width), select(other, scale.low, plain.low))
-        store(work, field(3, j, width), select(other, scale.lowest, plain.lowest))
-        store(work, field(4, j, width), select(other, guard.prescale, none.prescale))
-        store(work, field(5, j, width), select(other, guard.factor, none.factor))
-        store(work, field(6, j, width), select(other, guard.factor2, none.factor2))
-        store(work, field(7, j, width), select(other, guard.cutoff, none.cutoff))
-        return
-    store(work, field(0, j, width), row_max)
+    high, low, guard = guard_of(temperature_at(temperature, first), get(work, 0))
     for k in range(lane_count(work)):
-        top = get(work, field(0, j + k, width))
-        rate = rate_of(temperature_at(temperature, first + k), top)
-        if is_plain(top, rate):
-            scale, guard = plain_scale(top, rate), no_guard(top)
-        else:
-            scale, guard = guarded_scale(top, rate.temperature)
-        put(work, field(0, j + k, width), scale.row_max)
-        put(work, field(1, j + k, width), scale.high)
-        put(work, field(2, j + k, width), scale.low)
-        put(work, field(3, j + k, width), scale.lowest)
-        write_guard(guard, work, j + k, width)
+        if len(temperature) > 1:
+            high, low, guard = guard_of(temperature_at(temperature, first + k), get(work, 0))
+        put(work, field(1, j + k, width), high)
+        put(work, field(2, j + k, width), low)
+        put(work, field(4, j + k, width), guard.prescale)
+        put(work, field(5, j + k, width), guard.factor)
+        put(work, field(6, j + k, width), guard.factor2)
+        put(work, field(7, j + k, width), guard.cutoff)
+    own_high, own_low = load(work, field(1, j, width)), load(work, field(2, j, width))
+    scale, own_guard = bounded_scale(row_max, own_high, own_low, read_guard(work, j, width))
+    plain, other = plain_scale(row_max, rates), rates.limit < larger(row_max, -row_max)
+    store(work, field(0, j, width), select(other, scale.row_max, row_max))
+    store(work, field(1, j, width), select(other, scale.high, plain.high))
+    store(work, field(2, j, width), select(other, scale.low, plain.low))
+    store(work, field(3, j, width), select(other, scale.lowest, plain.lowest))
+    write_guards(own_guard, other, work, j, width)
+
+
+@jit
+def write_guards(guard, other, work, j, width):
+    """Write the guards of slices that are not plain, and those that change nothing of the others."""
+    none = no_guard(guard.prescale)
+    store(work, field(4, j, width), select(other, guard.prescale, none.prescale))
+    store(work, field(5, j, width), select(other, guard.factor, none.factor))
+    store(work, field(6, j, width), select(other, guard.factor2, none.factor2))
+    store(work, field(7, j, width), select(other, guard.cutoff, none.cutoff))
 
 
 @jit
@@ -978,15 +978,6 @@ def no_guard(like):
     """Guard that changes nothing."""
     one = spread(1.0, like)
     return Guard(one, one, one, -spread(math.inf, like))
-
-
-@jit
-def write_guard(guard, work, j, width):
-    """Write the guard of one column."""
-    put(work, field(4, j, width), guard.prescale)
-    put(work, field(5, j, width), guard.factor)
-    put(work, field(6, j, width), guard.factor2)
-    put(work, field(7, j, width), guard.cutoff)
 
 
 @jit
@@ -1012,50 +1003,37 @@ def read_guard(work, j, width):
 
 
 @jit
-def write_gaps(row_max, rates, log_sum, plain, temperature, first, work, j, width):
+def write_gaps(row_max, rates, log_sum, temperature, first, work, j, width):
     """Write a gap and guard for each lane; the guard of a plain slice changes nothing."""
-    gap = plain_gap(row_max, rates, log_sum)
+    plain, other = plain_gap(row_max, rates, log_sum), rates.limit < larger(row_max, -row_max)
     store(work, field(0, j, width), row_max)
-    store(work, field(1, j, width), gap.inverse)
-    store(work, field(2, j, width), gap.summand)
-    if plain:
-        one = spread(1.0, work)
-        for quantity in range(4, 7):
-            store(work, field(quantity, j, width), one)
-        store(work, field(7, j, width), -spread(math.inf, work))
+    if not any_lanes(other):
+        store(work, field(1, j, width), plain.inverse)
+        store(work, field(2, j, width), plain.summand)
+        write_guards(no_guard(row_max), other, work, j, width)
         return
-    if len(temperature) == 1:
-        other = rates.limit < larger(row_max, -row_max)
-        inverse, prescale, factor, cutoff = gap_of(temperature[0], get(work, 0))
-        own, guard = bounded_gap(row_max, inverse, prescale, factor, cutoff, log_sum)
-        none = no_guard(row_max)
-        store(work, field(1, j, width), select(other, own.inverse, gap.inverse))
-        store(work, field(2, j, width), select(other, own.summand, gap.summand))
-        store(work, field(4, j, width), select(other, guard.prescale, none.prescale))
-        store(work, field(5, j, width), select(other, guard.factor, none.factor))
-        store(work, field(6, j, width), select(other, guard.factor2, none.factor2))
-        store(work, field(7, j, width), select(other, guard.cutoff, none.cutoff))
-        return
-    store(work, field(_RECIPROCAL, j, width), log_sum)
+    inverse, prescale, factor, cutoff = gap_of(temperature_at(temperature, first), get(work, 0))
     for k in range(lane_count(work)):
-        top = get(work, field(0, j + k, width))
-        own = get(work, field(_RECIPROCAL, j + k, width))
-        rate = rate_of(temperature_at(temperature, first + k), top)
-        if is_plain(top, rate):
-            gap, guard = plain_gap(top, rate, own), no_guard(top)
-        else:
-            gap, guard = guarded_gap(top, rate.temperature, own)
-        put(work, field(1, j + k, width), gap.inverse)
-        put(work, field(2, j + k, width), gap.summand)
-        write_guard(guard, work, j + k, width)
+        if len(temperature) > 1:
+            inverse, prescale, factor, cutoff = gap_of(temperature_at(temperature, first + k), get(work, 0))
+        put(work, field(1, j + k, width), inverse)
+        put(work, field(4, j + k, width), prescale)
+        put(work, field(5, j + k, width), factor)
+        put(work, field(7, j + k, width), cutoff)
+    own_inverse, own_prescale = load(work, field(1, j, width)), load(work, field(4, j, width))
+    own_factor, own_cutoff = load(work, field(5, j, width)), load(work, field(7, j, width))
+    gap, guard = bounded_gap(row_max, own_inverse, own_prescale, own_factor, own_cutoff, log_sum)
+    store(work, field(1, j, width), select(other, gap.inverse, plain.inverse))
+    store(work, field(2, j, width), select(other, gap.summand, plain.summand))
+    write_guards(guard, other, work, j, width)
 
 
 @jit
-def write_log_gaps(rates, plain, temperature, first, work, j, width):
+def write_log_gaps(rates, temperature, first, work, j, width):
     """Write a gap and guard for each lane, from the maxima and sums that `write_split` wrote."""
     row_max, sums = read_split(work, j, width)
     log_sum = spread(log_of_sum(row_max, sums), row_max)
-    write_gaps(row_max, rates, log_sum, plain, temperature, first, work, j, width)
+    write_gaps(row_max, rates, log_sum, temperature, first, work, j, width)
 
 
 @jit
@@ -1172,7 +1150,7 @@ def log_softmax_tile(x, mask, temperature, out, i, first, width, parts, work):
         number = i * inner + first + j
         rates = lane_rates(temperature, number, count - j, rate, w)
         own = split_tile_sums(w, tile + j * n, n, row_max, temperature, number, rates, None, j, width, soon)
-        write_log_gaps(rates, own, temperature, number, w, j, width)
+        write_log_gaps(rates, temperature, number, w, j, width)
         plain = plain and own
     for k in range(n):
         write_log_row(entries, results, base + k * inner, w, tile + k * lanes, n, count, width, plain)
@@ -1556,7 +1534,7 @@ def write_log_strip(x, mask, temperature, maxima, sums, task, width, work, out):
         rates = lane_rates(temperature, column, count - j, rate, w)
         own = are_plain(row_max, rates)
         log_sum = log_of_sum(row_max, five_lanes(sums, i * 5 * inner + first + j, inner))
-        write_gaps(row_max, rates, spread(log_sum, row_max), own, temperature, column, w, j, width)
+        write_gaps(row_max, rates, spread(log_sum, row_max), temperature, column, w, j, width)
         plain = plain and own
     lowest = -spread(math.inf, w)
     for k in range(rows):
