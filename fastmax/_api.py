@@ -325,7 +325,7 @@ def _transform_plain(operation, x, temperature, axis, out) -> Any:
     if ndim == 1 and x.size <= _SMALL:
         operation.slice(x, temperature, result)
     elif ndim == 2 and axis % 2:
-        if _are_few(x):
+        if x.size <= _FEW[0] and x.shape[1] <= _FEW[1]:
             operation.few_rows(x, temperature, result)
         else:
             operation.schedule(x, None, _as_array_of_one(temperature), result)
@@ -338,7 +338,7 @@ def _transform_plain(operation, x, temperature, axis, out) -> Any:
 def _reduce_plain(operation, x, temperature, axis) -> Any:
     if x.ndim == 1 and x.size <= _SMALL:
         return x.dtype.type(operation.slice(x, temperature))
-    if x.ndim == 2 and axis % 2 and _are_few(x):
+    if x.ndim == 2 and axis % 2 and x.size <= _FEW[0] and x.shape[1] <= _FEW[1]:
         values = np.empty(len(x), x.dtype)
         operation.few_rows(x, temperature, values)
         return values
@@ -346,10 +346,6 @@ def _reduce_plain(operation, x, temperature, axis) -> Any:
     values = np.empty(shape[::2], x.dtype)
     operation.schedule(x.reshape(shape), None, _as_array_of_one(temperature), values)
     return values.reshape(x.shape[:axis] + x.shape[axis:][1:])[()]
-
-
-def _are_few(x):
-    return x.shape[1] <= _FEW[1] and x.size <= _FEW[0]
 
 
 @functools.lru_cache(maxsize=64)

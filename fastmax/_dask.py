@@ -220,8 +220,7 @@ class _Chunk:
         if len(self.blocks) == 2:
             maxima = _cpu.long_maxima(1, self.x, self.mask)
             return maxima, _cpu.long_split_sums(1, self.x, self.mask, temperature, maxima, weighted)
-        maxima = _cpu.tall_maxima(1, self.x, self.mask)
-        sums = _cpu.tall_split_sums(1, self.x, self.mask, temperature, maxima, weighted)
+        maxima, sums = _cpu.tall_split_sums(1, self.x, self.mask, temperature, weighted)
         outer, _, inner = self.blocks
         return maxima, sums.reshape(outer, 5, inner).transpose(0, 2, 1).reshape(-1, 5)
 

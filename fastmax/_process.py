@@ -23,22 +23,22 @@ _forked_in_peace = True
 _held = []
 
 
-def may_use_all_threads():
-    """Whether Numba's threads are safe here, and the caller is not one of several threads at work."""
+def usable_threads():
+    """Numba's number of threads where they are safe and the caller is not one of several at work, else 1."""
     others = threading.active_count() - 1
     caller = threading.current_thread()
     if caller is not threading.main_thread():
         # A thread beside further ones shares the cores with them; one that Python did not start may be
         # Numba's own.
         if others > 1 or isinstance(caller, threading._DummyThread):  # pyright: ignore[reportAttributeAccessIssue]
-            return False
+            return 1
     if not _safe:
-        return False
+        return 1
     try:
-        numba.get_num_threads()
+        threads = numba.get_num_threads()
     except ValueError:  # no threading layer can be loaded
-        return False
-    return others == 0 or threading_layer() != "workqueue"
+        return 1
+    return threads if others == 0 or threading_layer() != "workqueue" else 1
 
 
 def _launched():

@@ -121,17 +121,17 @@ def test_threads_of_a_pool_share_the_cores():
 from concurrent.futures import ThreadPoolExecutor
 from fastmax import _process
 
-assert _process.may_use_all_threads()
+assert _process.usable_threads() == 4
 barrier = threading.Barrier(2)
 def ask():
     barrier.wait()
-    answer = _process.may_use_all_threads()
+    answer = _process.usable_threads()
     barrier.wait()
     return answer
 with ThreadPoolExecutor(2) as pool:
-    assert [call.result() for call in [pool.submit(ask), pool.submit(ask)]] == [False, False]
+    assert [call.result() for call in [pool.submit(ask), pool.submit(ask)]] == [1, 1]
 with ThreadPoolExecutor(1) as pool:  # it alone is at work
-    assert pool.submit(_process.may_use_all_threads).result()
+    assert pool.submit(_process.usable_threads).result() == 4
 """)
 
 
@@ -215,7 +215,7 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
 
 def uses_threads(_):
     from fastmax import _process
-    return _process.may_use_all_threads()
+    return _process.usable_threads() > 1
 
 with multiprocessing.get_context("fork").Pool(1) as pool:
     print(pool.map(uses_threads, [0]))
@@ -232,7 +232,7 @@ def in_child_with_threads():
     child = os.fork()
     if child == 0:
         from fastmax import _process
-        os._exit(0 if _process.may_use_all_threads() and results() else 1)
+        os._exit(0 if _process.usable_threads() > 1 and results() else 1)
     return os.waitpid(child, 0)[1]
 
 assert in_child_with_threads() == 0
