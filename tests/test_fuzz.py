@@ -1,5 +1,6 @@
 """Random arguments of every kind against the exact values: layouts, axes, temperatures, masks, outputs."""
 
+import math
 from typing import Any
 
 import ml_dtypes
@@ -23,7 +24,7 @@ def arrays(draw):
     dtype = np.dtype(draw(st.sampled_from(FLOATS + INTEGERS)))
     shape = draw(st.lists(st.sampled_from([0, 1, 2, 3, 5, 17]), max_size=4).map(tuple))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    buffer = draw_values(draw, rng, 4 * max(1, int(np.prod(shape))) + 64, dtype)
+    buffer = draw_values(draw, rng, 4 * math.prod(max(1, n) for n in shape) + 64, dtype)
     if dtype.kind == "f" and dtype.itemsize > 2 and draw(st.booleans()):
         buffer = buffer.astype(dtype.newbyteorder("S"))
     layout = draw(st.sampled_from(["packed", "packed", "spaced", "repeated", "overlapping"]))
