@@ -19,6 +19,7 @@ from dask.distributed import Client, LocalCluster, progress
 from dask.utils import format_bytes, parse_bytes
 
 import fastmax
+from fastmax.reference import softmax
 
 
 def parse_arguments():
@@ -40,7 +41,7 @@ def parse_arguments():
         "--times",
         type=float,
         default=4.0,
-        help="size of the random array, in memories of all workers (default: 3)",
+        help="size of the random array, in memories of all workers (default: 4)",
     )
     parser.add_argument(
         "--chunk",
@@ -50,7 +51,12 @@ def parse_arguments():
     )
     parser.add_argument("--scheduler", metavar="ADDRESS", help="cluster to use, in place of this machine")
     parser.add_argument("--threads", action="store_true", help="use threads of this process, without limits")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.input is not None and not arguments.input.exists():
+        parser.error(f"--input {arguments.input} does not exist")
+    if arguments.output is not None and arguments.output.exists():
+        parser.error(f"--output {arguments.output} is there already, and nothing is written over")
+    return arguments
 
 
 def write_random(path, size, chunk):
@@ -68,9 +74,7 @@ def worst_error(x, p, axis, temperature, slices=3):
     for k in range(slices):
         index = [n * k // slices for n in others]
         index.insert(axis, slice(None))
-        row = np.asarray(x[tuple(index)].compute(), np.float64) / temperature
-        exact = np.exp(row - row.max())
-        exact /= exact.sum()
+        exact = softmax(np.asarray(x[tuple(index)].compute(), np.float64), temperature)
         found = np.asarray(p[tuple(index)].compute(), np.float64)
         worst = max(worst, float(np.abs(found - exact).max() / exact.max()))
     return worst
@@ -89,9 +93,9 @@ def run(arguments, client, folder):
     start = time.perf_counter()
     if client is None:
         with ProgressBar():
-            result.to_zarr(str(target), overwrite=True)
+            result.to_zarr(str(target))
     else:
-        future = client.compute(result.to_zarr(str(target), overwrite=True, compute=False))
+        future = client.compute(result.to_zarr(str(target), compute=False))
         progress(future, notebook=False)
         future.result()
         print()
