@@ -1,17 +1,17 @@
 """Public functions: arguments are checked here, and the kernels that suit them chosen."""
 
 import functools
-import importlib
 import math
 import operator
 import sys
+import types
 from typing import Any
 
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 from numpy.typing import ArrayLike
 
-from fastmax._process import uninterrupted
+from fastmax._process import imported, uninterrupted
 
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT64 = np.dtype(np.float64)
@@ -26,41 +26,44 @@ _FEW = 2**13, 32
 
 
 class Operation:
-    """One of the four functions: its kernels, imported when they are first called, for that takes a while.
+    """One of the four functions, and its kernels, which are imported when they are first called.
 
     ``elementwise`` says whether the result has the shape of x, else it is one value per slice; ``absent`` is
-    the value of an entry where ``where`` is False, or of a slice of which nothing is left.
+    the value of an entry where ``where`` is False, or of a slice of which nothing is left. The kernels:
+
+    - ``slice``: one vector, on one thread;
+    - ``few_rows``: a few narrow rows, on one thread;
+    - ``schedule``: contiguous slices, on all threads;
+    - ``broadcast``: slices of any stride, against temperatures of any shape.
     """
+
+    _KERNELS = types.MappingProxyType(
+        {
+            "slice": ("_slice", "{}"),
+            "few_rows": ("_cpu", "{}_few_rows"),
+            "schedule": ("_cpu", "{}"),
+            "broadcast": ("_gufunc", "{}"),
+        }
+    )
 
     def __init__(self, name, elementwise, absent):
         self.name = name
         self.elementwise = elementwise
         self.absent = absent
 
-    @functools.cached_property
-    def slice(self):
-        """Kernel for one vector, on one thread."""
-        return getattr(_imported("_slice"), self.name)
-
-    @functools.cached_property
-    def few_rows(self):
-        """Kernel for a few narrow rows, on one thread."""
-        return getattr(_imported("_cpu"), f"{self.name}_few_rows")
-
-    @functools.cached_property
-    def schedule(self):
-        """Function that runs contiguous slices, on all threads."""
-        return getattr(_imported("_cpu"), self.name)
-
-    @functools.cached_property
-    def broadcast(self):
-        """Function that runs slices of any stride, against temperatures of any shape."""
-        return getattr(_imported("_gufunc"), self.name)
+    def __getattr__(self, attribute) -> Any:
+        if attribute not in self._KERNELS:
+            raise AttributeError(attribute)
+        module, name = self._KERNELS[attribute]
+        kernel = getattr(_imported(module), name.format(self.name))
+        setattr(self, attribute, kernel)
+        return kernel
 
 
+@functools.cache
 def _imported(name) -> Any:
     """A module of kernels; to be interrupted in the middle would leave it, and Numba, half imported."""
-    return uninterrupted(importlib.import_module, f"fastmax.{name}")
+    return uninterrupted(imported, f"fastmax.{name}")
 
 
 _SOFTMAX = Operation("softmax", True, 0.0)

@@ -36,6 +36,9 @@ from fastmax._math import (
 
 _FIELDS = 8
 
+# Stands for a size that dask does not know where shapes are broadcast.
+_UNKNOWN = 2**31 + 11
+
 
 def evaluate(operation, x, temperature, axis, where, out, keepdims):
     """Return the result of an operation as a dask array; any of x, temperature and where may be one."""
@@ -49,7 +52,7 @@ def evaluate(operation, x, temperature, axis, where, out, keepdims):
         raise TypeError(f"temperature must be real, got dtype {temperature.dtype}")
     temperature = _as_dask(temperature, "temperature")
     given, axes = _api._as_axes(axis, x.ndim)
-    batch = _api._batch_shape(x, temperature, axes)
+    batch = _batch_shape(x, temperature, axes)
     places = _api._places(given, axes, len(batch) + len(axes))
     mask = None if where is None else _as_mask(where, x)
     last = range(-len(axes), 0)
@@ -70,23 +73,44 @@ def evaluate(operation, x, temperature, axis, where, out, keepdims):
 
 
 def _as_dask(array, name):
+    if isinstance(getattr(array, "_meta", array), np.ma.MaskedArray):
+        raise TypeError(f"{name} must not be a masked array")
     if isinstance(array, da.Array):
         return array
-    if isinstance(array, np.ma.MaskedArray):
-        raise TypeError(f"{name} must not be a masked array")
     return da.from_array(np.asarray(array), chunks="auto")
 
 
+def _batch_shape(x, temperature, axes):
+    """`_api._batch_shape` where sizes may be unknown, which are then taken to be the same."""
+    kept = tuple(_UNKNOWN if math.isnan(x.shape[i]) else x.shape[i] for i in _api._kept(axes, range(x.ndim)))
+    given = tuple(_UNKNOWN if math.isnan(n) else n for n in temperature.shape)
+    try:
+        batch = np.broadcast_shapes(kept, given)
+    except ValueError:
+        raise ValueError(
+            f"temperature of shape {temperature.shape} does not broadcast against the shape {x.shape} of x "
+            f"without its reduced axes{_advice(x, temperature)}"
+        ) from None
+    return tuple(math.nan if n == _UNKNOWN else n for n in batch)
+
+
+def _advice(*arrays):
+    """What to do if it is sizes that dask does not know that do not fit."""
+    known = not any(math.isnan(n) for array in arrays for n in array.shape)
+    return "" if known else "; compute_chunk_sizes() makes the unknown sizes (nan) known"
+
+
 def _as_mask(where, x):
-    if not isinstance(where, da.Array):
-        where = da.from_array(_api._as_mask(where, x.shape), chunks=x.chunks)
-    elif where.dtype != np.bool_:
+    where = _as_dask(where, "where")
+    if where.dtype != np.bool_:
         raise TypeError(f"where must be boolean, got dtype {where.dtype}")
+    if where.numblocks == x.numblocks and str(where.chunks) == str(x.chunks):  # nan, too
+        return where
     try:
         return da.broadcast_to(where, x.shape).rechunk(x.chunks)
     except ValueError:
         raise ValueError(
-            f"where of shape {where.shape} does not broadcast to the shape {x.shape} of x"
+            f"where of shape {where.shape} does not broadcast to the shape {x.shape} of x{_advice(where, x)}"
         ) from None
 
 
@@ -158,7 +182,7 @@ def _evaluate_split(operation, x, mask, temperature, reduced, batch_ndim, dtype)
     if operation.elementwise:
         # Chunks kept for the second pass would fill the memory with the array: they are computed again,
         # and not before the states are there.
-        x, mask = (None if array is None else bind(array, states) for array in (x, mask))
+        x, mask = (None if array is None else bind(array, states, seed=states.name) for array in (x, mask))
         arrays = [(x, own), (states, (*batch, last)), (mask, own)]
         return _blocks(_write, (*batch, *along), arrays, dtype, reduced=reduced, operation=operation.name)
     values = _blocks(

@@ -17,6 +17,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from numba.np.ufunc import wrappers
 from fastmax._process import uninterrupted
 
 _PACKAGE = Path(__file__).parent
+_DAY = 24 * 3600.0
 
 
 @functools.cache
@@ -55,29 +57,38 @@ def _writable(directory):
 
 @functools.cache
 def _cache_directory():
-    """First place that can be written: NUMBA_CACHE_DIR, the package's __pycache__, the user's cache; or None.
+    """First place that can be written: NUMBA_CACHE_DIR, the package's __pycache__, the user's cache.
 
-    Each state of the package has a directory of its own there, and removes those of others.
+    Where none can be, the first that has kernels already; else None. Each state of the package has a
+    directory of its own there, and removes those that no process has started with for a day.
     """
-    if not _PACKAGE.is_dir():  # imported from a zip archive: nothing to stamp
+    source = Path(_writable.__code__.co_filename)
+    if source != Path(__file__) or not source.is_file():  # a zip archive, or no sources: nothing to stamp
         return None
     own = f"{_PACKAGE.name}_{hashlib.sha256(os.fsencode(_PACKAGE)).hexdigest()[:16]}"
     chosen: Any = config.CACHE_DIR  # pyright: ignore[reportAttributeAccessIssue]
     if chosen:
-        places = [Path(chosen, own)]
+        places = [Path(os.path.abspath(chosen), own)]
     else:
         user = AppDirs(appname="numba", appauthor=False).user_cache_dir
-        places = [_PACKAGE / "__pycache__" / "kernels", Path(user, own)]
-    for place in places:
-        directory = place / _package_digest()[:16]
-        if directory.is_dir() and _writable(directory):
-            return os.fspath(directory)
+        places = [_PACKAGE / "__pycache__" / "kernels"]
+        if os.path.isabs(user):  # it begins with ~ where the user has no home
+            places.append(Path(user, own))
+    directories = [place / _package_digest()[:16] for place in places]
+    for directory in directories:
         if _writable(directory):
-            for other in place.iterdir():
-                if other != directory:
-                    shutil.rmtree(other, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _remove_unused(directory)
             return os.fspath(directory)
-    return None
+    return next((os.fspath(directory) for directory in directories if directory.is_dir()), None)
+
+
+def _remove_unused(own):
+    """Remove the directories beside our own that were not used for a day."""
+    os.utime(own)
+    for directory in own.parent.iterdir():
+        if time.time() - directory.stat().st_mtime > _DAY:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 class _PackageLocator(_CacheLocator):
@@ -146,6 +157,10 @@ class _QuickLoad(Cache):
         rtsys.initialize(target_context)
         with self._guard_against_spurious_io_errors():
             return self._load_overload(sig, target_context)
+
+    def save_overload(self, sig, data):
+        with contextlib.suppress(OSError):  # a full disk, or a place that is gone
+            super().save_overload(sig, data)
 
 
 class _KernelCache(_QuickLoad, FunctionCache):

@@ -5,6 +5,7 @@ about threads. Slices that lie in memory as such are taken where they lie; other
 integers, are copied to working memory first.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -229,56 +230,66 @@ def temperatures_in(temperature):
 # -- slices ---------------------------------------------------------------------------------------
 
 
-@jit
-def fill_contiguous(run, x, n, stride, contiguous, temperature, out, to, out_stride, work):
-    """Write the results for a slice that lies from the first byte of x on; ``work`` has room for n."""
-    results = slice_at(out, to, n, out_stride)
-    if out_stride == out.itemsize:
-        run(as_contiguous(slice_at(x, 0, n, stride)), temperature, as_contiguous(results))
-    else:
-        run(as_contiguous(slice_at(x, 0, n, stride)), temperature, work)
-        for i in range(n):
-            results[i] = work[i]
-
-
-@jit
-def fill_strided(run, x, n, stride, contiguous, temperature, out, to, out_stride, work):
-    """`fill_contiguous` for entries that are spaced, or are to be summed as if they were."""
-    run(slice_at(x, 0, n, stride), temperature, slice_at(out, to, n, out_stride))
-
-
-@jit
-def fill(run, x, n, stride, contiguous, temperature, out, to, out_stride, work):
-    """`fill_contiguous` or `fill_strided`."""
-    if contiguous:
-        fill_contiguous(run, x, n, stride, contiguous, temperature, out, to, out_stride, work)
-    else:
-        fill_strided(run, x, n, stride, contiguous, temperature, out, to, out_stride, work)
-
-
-@jit
-def value_contiguous(run, x, n, stride, contiguous, temperature):
-    """Value of a slice that lies from the first byte of x on."""
-    return run(as_contiguous(slice_at(x, 0, n, stride)), temperature)
-
-
-@jit
-def value_strided(run, x, n, stride, contiguous, temperature):
-    """`value_contiguous` for entries that are spaced, or are to be summed as if they were."""
-    return run(slice_at(x, 0, n, stride), temperature)
-
-
-@jit
-def value(run, x, n, stride, contiguous, temperature):
-    """`value_contiguous` or `value_strided`."""
-    if contiguous:
-        return value_contiguous(run, x, n, stride, contiguous, temperature)
-    return value_strided(run, x, n, stride, contiguous, temperature)
-
-
 # Each kernel takes seconds to compile, so where types tell of contiguous slices or of others, one will do.
-FILL = {True: fill_contiguous, False: fill_strided, None: fill}
-VALUE = {True: value_contiguous, False: value_strided, None: value}
+# It is a name in these functions, not an argument: Numba caches no caller that holds its address.
+
+
+@functools.cache
+def filler(name, contiguous):
+    """Function that writes the results for a slice which lies from the first byte of x on.
+
+    Slices are ``contiguous`` or not, or the function takes both (None). Its ``work`` has room for n entries.
+    """
+    run = getattr(_slice, name)
+
+    def fill_contiguous(x, n, stride, packed, temperature, out, to, out_stride, work):
+        results = slice_at(out, to, n, out_stride)
+        if out_stride == out.itemsize:
+            run(as_contiguous(slice_at(x, 0, n, stride)), temperature, as_contiguous(results))
+        else:
+            run(as_contiguous(slice_at(x, 0, n, stride)), temperature, work)
+            for i in range(n):
+                results[i] = work[i]
+
+    def fill_strided(x, n, stride, packed, temperature, out, to, out_stride, work):
+        run(slice_at(x, 0, n, stride), temperature, slice_at(out, to, n, out_stride))
+
+    if contiguous is not None:
+        return jit(fill_contiguous if contiguous else fill_strided)
+    fill_packed, fill_spaced = filler(name, True), filler(name, False)
+
+    @jit
+    def fill(x, n, stride, packed, temperature, out, to, out_stride, work):
+        if packed:
+            fill_packed(x, n, stride, packed, temperature, out, to, out_stride, work)
+        else:
+            fill_spaced(x, n, stride, packed, temperature, out, to, out_stride, work)
+
+    return fill
+
+
+@functools.cache
+def valuer(name, contiguous):
+    """Function that returns the value of a slice; else as `filler`."""
+    run = getattr(_slice, name)
+
+    def value_contiguous(x, n, stride, packed, temperature):
+        return run(as_contiguous(slice_at(x, 0, n, stride)), temperature)
+
+    def value_strided(x, n, stride, packed, temperature):
+        return run(slice_at(x, 0, n, stride), temperature)
+
+    if contiguous is not None:
+        return jit(value_contiguous if contiguous else value_strided)
+    value_packed, value_spaced = valuer(name, True), valuer(name, False)
+
+    @jit
+    def value(x, n, stride, packed, temperature):
+        if packed:
+            return value_packed(x, n, stride, packed, temperature)
+        return value_spaced(x, n, stride, packed, temperature)
+
+    return value
 
 
 @jit
@@ -293,23 +304,23 @@ def gather(x, offset, sizes, steps, work):
 
 def of_vector(name, dtype, absent, keep, contiguous, elementwise):
     """Implementation for a vector of floats, contiguous or not (None if either), and one temperature."""
-    run, fill, value = getattr(_slice, name), FILL[contiguous], VALUE[contiguous]
+    run = (filler if elementwise else valuer)(name, contiguous)
 
-    def transform(x, temperature=1.0, axis=0):
+    def transform(x, temperature=1.0, axis=0, where=None, out=None):
         normalized(axis, 1)
         own, n, stride = checked(temperature), len(x), x.strides[0]
         result = np.empty(n, dtype)
         if n > 0:
             packed = stride == x.itemsize or n == 1
-            fill(run, x, n, stride, packed, own, result, 0, result.itemsize, result)
+            run(x, n, stride, packed, own, result, 0, result.itemsize, result)
         return result
 
-    def reduction(x, temperature=1.0, axis=0, keepdims=keep):
+    def reduction(x, temperature=1.0, axis=0, where=None, keepdims=keep, out=None):
         normalized(axis, 1)
         own, n, stride = checked(temperature), len(x), x.strides[0]
         if n == 0:
             return dtype(absent)
-        return value(run, x, n, stride, stride == x.itemsize or n == 1, own)
+        return run(x, n, stride, stride == x.itemsize or n == 1, own)
 
     return transform if elementwise else reduction
 
@@ -320,11 +331,11 @@ def of_array(name, dtype, absent, keep, contiguous, ndim, reduced, batch_ndim, d
     Results that are one value for each slice keep the reduced axes if ``keep``; ``contiguous`` is as in
     `of_vector`.
     """
-    run, fill, value = getattr(_slice, name), FILL[contiguous], VALUE[contiguous]
+    run = (filler if elementwise else valuer)(name, contiguous)
     full = batch_ndim + reduced
     result_ndim = full if keep else batch_ndim
 
-    def transform(x, temperature=1.0, axis=0):
+    def transform(x, temperature=1.0, axis=0, where=None, out=None):
         x, temperatures = entries_in(x), temperatures_in(temperature)
         axes, places = sorted_axes(axis, ndim, full)
         shape, strides = as_array(x.shape), as_array(x.strides)
@@ -343,15 +354,15 @@ def of_array(name, dtype, absent, keep, contiguous, ndim, reduced, batch_ndim, d
             own = at_offset(temperatures, offset_of(number, batch, temperature_steps))
             if direct:
                 source = slice_at(x, offset, n, strides[0])
-                fill(run, source, n, strides[0], packed, own, result, to, out_strides[0], results)
+                run(source, n, strides[0], packed, own, result, to, out_strides[0], results)
             else:
                 gather(x, offset, sizes, strides, work)
-                fill(run, work, n, work.itemsize, packed, own, results, 0, work.itemsize, results)
+                run(work, n, work.itemsize, packed, own, results, 0, work.itemsize, results)
                 for i in range(n):
                     slice_at(result, to + offset_of(i, sizes, out_strides), 1, 0)[0] = results[i]
         return result
 
-    def reduction(x, temperature=1.0, axis=0, keepdims=keep):
+    def reduction(x, temperature=1.0, axis=0, where=None, keepdims=keep, out=None):
         x, temperatures = entries_in(x), temperatures_in(temperature)
         axes, places = sorted_axes(axis, ndim, full)
         shape, strides = as_array(x.shape), as_array(x.strides)
@@ -366,10 +377,10 @@ def of_array(name, dtype, absent, keep, contiguous, ndim, reduced, batch_ndim, d
             own = at_offset(temperatures, offset_of(number, batch, temperature_steps))
             if direct:
                 source = slice_at(x, offset, n, strides[0])
-                values[number] = value(run, source, n, strides[0], packed, own)
+                values[number] = run(source, n, strides[0], packed, own)
             else:
                 gather(x, offset, sizes, strides, work)
-                values[number] = value(run, work, n, work.itemsize, packed, own)
+                values[number] = run(work, n, work.itemsize, packed, own)
         return shaped(values, batch, places)
 
     def scalar(values, batch, places):
@@ -390,11 +401,11 @@ def of_scalar(name, dtype, absent, temperature_ndim, elementwise):
     """Implementation for a number, or an array without axes: a slice of one entry."""
     run = jit(of_array(name, dtype, absent, False, True, 1, 1, temperature_ndim, False, elementwise))
 
-    def transform(x, temperature=1.0, axis=0):
+    def transform(x, temperature=1.0, axis=0, where=None, out=None):
         check_of_scalar(axis)
         return run(entries_in(x), temperature, 0)[0]
 
-    def reduction(x, temperature=1.0, axis=0, keepdims=False):
+    def reduction(x, temperature=1.0, axis=0, where=None, keepdims=False, out=None):
         check_of_scalar(axis)
         return run(entries_in(x), temperature, 0)
 

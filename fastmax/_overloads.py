@@ -12,7 +12,7 @@ from numba.core.errors import TypingError
 from numba.extending import overload
 
 from fastmax import _api
-from fastmax._process import uninterrupted
+from fastmax._process import imported, uninterrupted
 
 # Options that a function would inherit from the one that calls it, were they not given.
 _OPTIONS: Any = {"fastmath": False, "error_model": "numpy", "forceinline": False}
@@ -43,7 +43,7 @@ def _implementation(operation, x, temperature, axis, where, out, keepdims=False)
     x, ndim, dtype = _as_array(x)
     temperature_ndim = _count_temperature_axes(temperature)
     reduced = _count_axes(_value(axis), ndim)
-    jitted = uninterrupted(_imported)
+    jitted = uninterrupted(imported, "fastmax._jitted")
     batch_ndim = max(ndim - reduced, temperature_ndim)
     direct = reduced == 1 and isinstance(x, types.Array) and x.aligned and isinstance(x.dtype, types.Float)
     arguments = operation.name, dtype, operation.absent
@@ -62,12 +62,6 @@ def _is_contiguous(x, ndim, axis):
     if ndim == 1 or axis is None or axis in (-1, ndim - 1):
         return True
     return None
-
-
-def _imported():
-    from fastmax import _jitted
-
-    return _jitted
 
 
 def _value(argument):

@@ -5,6 +5,7 @@ started; workqueue aborts the process when two threads launch work at once. Wher
 would compete with others for the same cores, a call stays on its own thread; its result has the same bits.
 """
 
+import importlib
 import os
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 import numba
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import cpu_target
 from numba.np.ufunc.parallel import threading_layer
 
 # Held by the one call that runs on all threads; calls from other threads meanwhile keep to their own.
@@ -27,6 +29,9 @@ def usable_threads():
     """Numba's number of threads where they are safe and the caller is not one of several at work, else 1."""
     others = threading.active_count() - 1
     caller = threading.current_thread()
+    if others > 0:  # threads that Python did not start stay on its list when they have ended
+        running = sys._current_frames()
+        others = sum(thread.ident in running for thread in threading.enumerate()) - 1
     if caller is not threading.main_thread():
         # A thread beside further ones shares the cores with them; one that Python did not start may be
         # Numba's own.
@@ -35,10 +40,18 @@ def usable_threads():
     if not _safe:
         return 1
     try:
-        threads = numba.get_num_threads()
+        threads = _number_of_threads()
     except ValueError:  # no threading layer can be loaded
         return 1
     return threads if others == 0 or threading_layer() != "workqueue" else 1
+
+
+def _number_of_threads():
+    """Number of Numba's threads; they are started first, under the lock that a fork waits for."""
+    if _launched() is None:
+        with global_compiler_lock:
+            return numba.get_num_threads()
+    return numba.get_num_threads()
 
 
 def _launched():
@@ -68,7 +81,10 @@ def _has_gnu_openmp():
 
 
 def _before_fork():
-    """Wait until no other thread compiles or runs on all threads: a child would inherit them half done."""
+    """Wait until no other thread imports or compiles kernels, or starts or uses all threads.
+
+    A child would inherit them half done, and locked for good.
+    """
     global _forked_in_peace
     global_compiler_lock.acquire()
     held = all_threads.acquire(timeout=1.0)
@@ -106,6 +122,14 @@ if hasattr(os, "register_at_fork"):
         _safe = _has_threads() and not _is_child()
 
 
+def imported(name):
+    """A module; a fork waits until it is there, and with it what Numba sets up when it is first called."""
+    with global_compiler_lock:
+        cpu_target.target_context  # noqa: B018
+        importlib.import_module("numpy.ma")
+        return importlib.import_module(name)
+
+
 def uninterrupted(function, *arguments) -> Any:
     """Call a function where no KeyboardInterrupt reaches it.
 
@@ -113,7 +137,8 @@ def uninterrupted(function, *arguments) -> Any:
     thread, the only one that is interrupted, has it done in another; if it is interrupted waiting, the other
     thread brings its work to an end.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or global_compiler_lock.is_locked():
+        # Where the main thread itself compiles, another one would wait for it.
         return function(*arguments)
     outcome = []
 

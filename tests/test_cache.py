@@ -1,16 +1,21 @@
 """Compiled kernels on disk: never those of older code, never other bits, never in the way."""
 
+import compileall
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from numba.core import config
 
 import fastmax
+from fastmax import _jit
 
 PACKAGE = Path(fastmax.__file__).parent
 MODULES = sorted(path.name for path in PACKAGE.glob("*.py"))
@@ -150,6 +155,56 @@ def test_package_that_cannot_be_written_keeps_its_kernels_at_home(package, tmp_p
     first = run(SMALL, package, **environment)
     assert kernels(home)
     assert run(LOAD + SMALL, package, **environment) == first
+
+
+def test_a_place_that_is_not_absolute_is_none(package, tmp_path):
+    (package / "__pycache__").write_text("not a directory")
+    run(SMALL, package, XDG_CACHE_HOME="here")
+    assert not kernels(tmp_path)
+
+
+def test_relative_cache_directory_is_that_of_the_first_call(package, tmp_path):
+    leave = "import os, fastmax._jit\nos.chdir('/')\n"
+    first = run(leave + SMALL, package, NUMBA_CACHE_DIR="here")
+    assert kernels(package.parent / "here")
+    assert run(LOAD + leave + SMALL, package, NUMBA_CACHE_DIR="here") == first
+
+
+def test_a_place_that_goes_away_is_not_in_the_way(package, compiled, tmp_path):
+    place = tmp_path / "place"
+    remove = (
+        f"import shutil, fastmax._jit\nshutil.rmtree({str(place)!r})\nopen({str(place)!r}, 'w').close()\n"
+    )
+    assert run(remove + SMALL, package, NUMBA_CACHE_DIR=str(place)) == run(SMALL, compiled)
+
+
+def test_package_without_sources_is_not_cached(package, compiled):
+    compileall.compile_dir(package, quiet=1, legacy=True)
+    for path in package.glob("*.py"):
+        path.unlink()
+    assert run(SMALL, package) == run(SMALL, compiled)
+    assert not kernels(package.parent)
+
+
+def test_kernels_that_can_only_be_read_are_used(monkeypatch, tmp_path):
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+    find = _jit._cache_directory.__wrapped__
+    directory = find()
+    monkeypatch.setattr(tempfile, "TemporaryFile", Mock(side_effect=PermissionError))
+    assert find() == directory
+
+
+def test_kernels_of_other_states_are_kept_for_a_day(monkeypatch, tmp_path):
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+    own = Path(_jit._cache_directory.__wrapped__() or "")
+    young, old = own.with_name("young"), own.with_name("old")
+    young.mkdir()
+    old.mkdir()
+    os.utime(old, (0.0, 0.0))
+    _jit._cache_directory.__wrapped__()
+    assert own.is_dir()
+    assert young.is_dir()
+    assert not old.exists()
 
 
 def test_packages_that_share_a_cache_directory(package, tmp_path):

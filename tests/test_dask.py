@@ -190,3 +190,54 @@ def test_a_worker_is_killed_in_the_middle():
         os.kill(victim, signal.SIGKILL)
         for name, future in zip(oracle.FUNCTIONS, futures, strict=True):
             assert ulps(future.result(timeout=300), getattr(fastmax, name)(x, 0.7, axis=1)) <= 2
+
+
+# --- sizes that dask does not know -------------------------------------------------------------------
+
+
+def unknown():
+    """Rows of an array that only the computation can choose, and the same rows in memory."""
+    x = np.random.default_rng(0).normal(size=(100, 70))
+    lazy = da.from_array(x, chunks=(30, 35))
+    return lazy[lazy[:, 0] > 0], x[x[:, 0] > 0]
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp", "entropy"])
+def test_unknown_number_of_slices(name):
+    function = getattr(fastmax, name)
+    lazy, x = unknown()
+    for temperature, lazy_temperature in [
+        (0.5, 0.5),
+        (abs(x[:, 1]), abs(lazy[:, 1])),
+        (np.array([0.5]), np.array([0.5])),
+        (np.array([[0.5], [2.0]]), np.array([[0.5], [2.0]])),
+    ]:
+        found = function(lazy, lazy_temperature, axis=-1).compute()
+        np.testing.assert_allclose(found, function(x, temperature, axis=-1), rtol=1e-14)
+    found = function(lazy, axis=-1, where=lazy > 0).compute()
+    np.testing.assert_allclose(found, function(x, axis=-1, where=x > 0), rtol=1e-14)
+
+
+def test_unknown_sizes_beside_known_ones_are_refused():
+    lazy, x = unknown()
+    with pytest.raises(ValueError, match=r"where of shape .* compute_chunk_sizes"):
+        fastmax.softmax(lazy, axis=-1, where=x > 0)
+    with pytest.raises(ValueError, match=r"temperature of shape .* compute_chunk_sizes"):
+        fastmax.softmax(lazy, abs(x[:, 0]), axis=-1)
+
+
+def test_masked_arguments_are_refused():
+    x = da.ones((4, 6), chunks=2)
+    masked = da.ma.masked_array(x > 0, x > 2)
+    with pytest.raises(TypeError, match="x must not be a masked array"):
+        fastmax.softmax(da.ma.masked_array(x, x > 2))
+    with pytest.raises(TypeError, match="where must not be a masked array"):
+        fastmax.softmax(x, where=masked)
+    with pytest.raises(TypeError, match="temperature must not be a masked array"):
+        fastmax.softmax(x, da.ma.masked_array(x[0], x[0] > 2))
+
+
+@pytest.mark.parametrize("name", ["softmax", "logsumexp"])
+def test_same_work_has_the_same_name(name):
+    x = da.ones((4, 6), chunks=2)
+    assert getattr(fastmax, name)(x).name == getattr(fastmax, name)(x).name

@@ -12,6 +12,7 @@ import oracle
 import pytest
 from numba import prange
 from numba.core.errors import TypingError
+from numba.extending import overload
 
 import fastmax
 
@@ -176,27 +177,39 @@ def test_typing_errors_say_what_is_wrong(function, message):
 # --- caches ---------------------------------------------------------------------------------------
 
 
-def test_cached_callers(tmp_path):
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "softmax(x[0], 0.3)",
+        "softmax(x, 0.3, axis=1)",
+        "log_softmax(x, t, axis=0)",
+        "entropy(x, axis=0)",
+        "logsumexp(x[:, ::2], 0.3, axis=1)",
+    ],
+)
+def test_cached_callers(expression, tmp_path):
     """A function with cache=True gives the same bits in the process that compiles it and in those after."""
     script = tmp_path / "program.py"
-    script.write_text("""
+    script.write_text(f"""
 import numba
 import numpy as np
 import fastmax
 
 @numba.njit(cache=True)
-def call(x):
-    return fastmax.softmax(x, 0.3)
+def call(x, t):
+    return fastmax.{expression}
 
-x = np.random.default_rng(0).normal(size=1000)
-assert (call(x) == fastmax.softmax(x, 0.3)).all()
-print(call(x).tobytes().hex(), sum(call.stats.cache_hits.values()))
+x = np.random.default_rng(0).normal(size=(30, 40))
+t = np.linspace(0.1, 2.0, 40)
+assert (call(x, t) == fastmax.{expression}).all()
+print(call(x, t).tobytes().hex(), sum(call.stats.cache_hits.values()))
 """)
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("NUMBA_")}
     environment = {"PYTHONPATH": str(Path(fastmax.__file__).parents[1])}
     printed = [
         subprocess.run(
             [sys.executable, "-W", "error", str(script)],
-            env=os.environ | environment,
+            env=inherited | environment,
             capture_output=True,
             text=True,
             check=True,
@@ -205,3 +218,24 @@ print(call(x).tobytes().hex(), sum(call.stats.cache_hits.values()))
     ]
     assert printed[0][0] == printed[1][0]
     assert [hits for _, hits in printed] == ["0", "1"]
+
+
+def test_defaults_written_out():
+    transform = jit(lambda x: fastmax.softmax(x, where=None, out=None))
+    reduction = jit(lambda x: fastmax.logsumexp(x, where=None, keepdims=False, out=None))
+    assert (transform(X) == fastmax.softmax(X)).all()
+    assert (reduction(X) == fastmax.logsumexp(X)).all()
+
+
+def test_a_call_while_the_caller_is_compiled():
+    """As an overload may do that computes a constant; the compiler is then locked by this thread."""
+
+    def constant(x):
+        return 0.0
+
+    @overload(constant)
+    def typed(x):
+        value = float(fastmax.logsumexp(np.arange(3.0)))
+        return lambda x: value
+
+    assert jit(lambda x: constant(x))(1.0) == fastmax.logsumexp(np.arange(3.0))

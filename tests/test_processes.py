@@ -116,6 +116,26 @@ assert not any(key.startswith(("OMP_", "KMP_", "GOMP_")) for key in os.environ)
     )
 
 
+def test_threads_that_python_did_not_start_are_forgotten():
+    run("""
+import _thread, time
+from concurrent.futures import ThreadPoolExecutor
+from fastmax import _process
+
+def foreign():
+    threading.current_thread()
+    done.release()
+
+done = threading.Semaphore(0)
+for _ in range(3):
+    _thread.start_new_thread(foreign, ())
+    done.acquire()
+time.sleep(0.1)
+with ThreadPoolExecutor(1) as pool:  # it alone is at work
+    assert pool.submit(_process.usable_threads).result() == 4
+""")
+
+
 def test_threads_of_a_pool_share_the_cores():
     run("""
 from concurrent.futures import ThreadPoolExecutor
@@ -223,6 +243,53 @@ with multiprocessing.get_context("fork").Pool(1) as pool:
     )
     parallel = layer != "omp" or sys.platform != "linux"
     assert printed.endswith(f"[{parallel}]\n")
+
+
+@forks
+@pytest.mark.parametrize("delay", [0.0, 0.005, 0.02, 0.1])
+def test_fork_during_the_first_calls_of_another_thread(delay):
+    """A child must not inherit what is locked, imported in part, or half started."""
+    run(f"""
+import time
+
+thread = threading.Thread(target=results)
+thread.start()
+time.sleep({delay})
+child = os.fork()
+if child == 0:
+    results()
+    os._exit(0)
+thread.join()
+end = time.monotonic() + 120.0
+while os.waitpid(child, os.WNOHANG) == (0, 0):
+    assert time.monotonic() < end or os.kill(child, 9), "the child hangs"
+    time.sleep(0.02)
+""")
+
+
+@forks
+@pytest.mark.parametrize("delay", [0.001, 0.01, 0.05])
+def test_fork_after_an_interrupted_first_call(delay):
+    run(f"""
+import signal
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+try:
+    signal.setitimer(signal.ITIMER_REAL, {delay})
+    fastmax.softmax(x[0])
+    signal.setitimer(signal.ITIMER_REAL, 0)
+except KeyboardInterrupt:
+    pass
+expected = results()
+assert in_child() == 0
+child = os.fork()
+if child == 0:
+    os._exit(0 if results() == expected else 1)
+assert os.waitpid(child, 0)[1] == 0
+""")
 
 
 @forks
