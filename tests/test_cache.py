@@ -147,6 +147,7 @@ def test_nothing_that_can_be_written_and_no_home(package, compiled, tmp_path):
     assert not kernels(tmp_path)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not ask HOME for the user's place")
 def test_package_that_cannot_be_written_keeps_its_kernels_at_home(package, tmp_path):
     (package / "__pycache__").write_text("not a directory")
     home = tmp_path / "home"
@@ -157,6 +158,7 @@ def test_package_that_cannot_be_written_keeps_its_kernels_at_home(package, tmp_p
     assert run(LOAD + SMALL, package, **environment) == first
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not ask HOME for the user's place")
 def test_a_place_that_is_not_absolute_is_none(package, tmp_path):
     (package / "__pycache__").write_text("not a directory")
     run(SMALL, package, XDG_CACHE_HOME="here")

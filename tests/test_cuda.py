@@ -9,7 +9,7 @@ from paths import IN_PLACE, PATHS
 
 import fastmax
 
-pytest.importorskip("numba.cuda.extending", reason="numba-cuda is not installed")
+pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 pytest.importorskip("greenlet", reason="the simulator needs greenlet")
 
 import simulator

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("numba.cuda.extending", reason="numba-cuda is not installed")
+pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
 from fastmax import _cuda_plan
 

@@ -11,7 +11,7 @@ from paths import IN_PLACE, PATHS
 
 import fastmax
 
-pytest.importorskip("numba.cuda.extending", reason="numba-cuda is not installed")
+pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
 from fastmax import cuda
 

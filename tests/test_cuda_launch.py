@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-pytest.importorskip("numba.cuda.extending", reason="numba-cuda is not installed")
+pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
 from fastmax import _cuda_launch, _cuda_plan, _jit, cuda
 

@@ -58,11 +58,14 @@ LAYERS = [
 SETTINGS = ("NUMBA_", "OMP_", "KMP_", "GOMP_")
 
 
+def inherited():
+    return {key: value for key, value in os.environ.items() if not key.startswith(SETTINGS)}
+
+
 def start(program, *, before="", **environment):
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(SETTINGS)}
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", COMMON.format(before=before) + program],
-        env=inherited | {"PYTHONPATH": ROOT, "NUMBA_NUM_THREADS": "4"} | environment,
+        env=inherited() | {"PYTHONPATH": ROOT, "NUMBA_NUM_THREADS": "4"} | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -332,7 +335,7 @@ assert os.waitpid(child, 0)[1] == 0
         common += "import fastmax\n"
     finished = subprocess.run(
         [sys.executable, "-c", common + program],
-        env=os.environ | {"PYTHONPATH": ROOT, "NUMBA_NUM_THREADS": "4"},
+        env=inherited() | {"PYTHONPATH": ROOT, "NUMBA_NUM_THREADS": "4"},
         capture_output=True,
         text=True,
         check=False,
@@ -360,7 +363,7 @@ if __name__ == "__main__":
     with multiprocessing.get_context({method!r}).Pool(2) as pool:
         assert pool.map(work, [0, 1]) == expected
 """)
-    environment = os.environ | {"PYTHONPATH": ROOT, "NUMBA_NUM_THREADS": "4"}
+    environment = inherited() | {"PYTHONPATH": ROOT, "NUMBA_NUM_THREADS": "4"}
     subprocess.run([sys.executable, "-W", "error", str(script)], env=environment, check=True)
 
 
@@ -438,7 +441,7 @@ def test_the_import_takes_no_longer_than_numbas():
         return float(
             subprocess.run(
                 [sys.executable, "-c", program.format(module)],
-                env=os.environ | {"PYTHONPATH": ROOT},
+                env=inherited() | {"PYTHONPATH": ROOT},
                 capture_output=True,
                 text=True,
                 check=True,
