@@ -37,6 +37,7 @@ from fastmax._cpu import (
 from fastmax._jit import jit
 from fastmax._lanes import (
     LANE_BYTES,
+    any_lanes,
     constant,
     fma,
     get,
@@ -85,11 +86,14 @@ COLUMN_BYTES = 2**20
 # Below this temperature 1 / T may show terms that plain slices raise to the lowest of a scale.
 LEAST_PLAIN_TEMPERATURE = 1.0 / 64.0
 
-# Powers of two of 1 / T that a gradient takes before it is rounded, and after.
+# Exponents of 1 / T that a gradient takes before it is rounded, and after.
 LARGEST_BEFORE = (60.0, 400.0)
 LARGEST_AFTER = (120.0, 1000.0)
 
-Mass = namedtuple("Mass", "high low tie tie_low before after")
+# Factor of probabilities, and of distances, whose sums overflow without it.
+SMALL_UNIT = (2.0**-82, 2.0**-540)
+
+Mass = namedtuple("Mass", "high low tie tie_low before after last")
 Mass.__doc__ = """How the gradient follows from the terms; see `write_gradient`."""
 
 Labels = namedtuple("Labels", "x at step")
@@ -211,18 +215,20 @@ def sum_rests(x, start, stop, step, width, row_max, scale, guard, stored, at, so
 
 
 @jit
-def lane_targets(x, at, x_step, probs, start, stop, step, width, row_max, prescale, floor):
-    """Sums of the probabilities q of labels and of q (max - x) prescale, as pairs; where that is infinite.
+def lane_targets(x, at, x_step, probs, start, stop, step, width, row_max, units, floor):
+    """Sums of the probabilities q of labels and of q (max - x), as pairs; where that is infinite.
 
     It is so where an entry that is not above the floor, nor the maximum, has a label; where q is 0 it is 0.
+    ``units`` are the factors of q and of max - x.
     """
     zero, one = spread(0.0, probs), spread(1.0, probs)
     weight = weight_error = moment = moment_error = lost = zero
-    top, factor, lowest = spread(row_max, probs), spread(prescale, probs), spread(floor, probs)
+    top, lowest = spread(row_max, probs), spread(floor, probs)
+    unit, factor = spread(units[0], probs), spread(units[1], probs)
     i = start
     while i < stop:
         count = min(stop - i, width)
-        entries, q = read(x, at, count, top), read(probs, i, count, zero)
+        entries, q = read(x, at, count, top), read(probs, i, count, zero) * unit
         weight, weight_error = merge(weight, weight_error, q, zero)
         scaled, scaled_top = entries * factor, top * factor
         distance = scaled_top - scaled
@@ -243,13 +249,13 @@ def lane_targets(x, at, x_step, probs, start, stop, step, width, row_max, presca
 
 
 @jit
-def sum_targets(x, x_start, x_step, probs, start, stop, step, width, row_max, prescale, floor):
+def sum_targets(x, x_start, x_step, probs, start, stop, step, width, row_max, units, floor):
     """`lane_targets` over all chunks, merged."""
     zero = spread(0.0, probs)
     weight = weight_error = moment = moment_error = lost = zero
     for first in range(start, stop, CHUNK * step):
         last, at = min(stop, first + CHUNK * step), x_start + (first - start) // step * x_step
-        part = lane_targets(x, at, x_step, probs, first, last, step, width, row_max, prescale, floor)
+        part = lane_targets(x, at, x_step, probs, first, last, step, width, row_max, units, floor)
         weight, weight_error = merge(weight, weight_error, part[0], part[1])
         moment, moment_error = merge(moment, moment_error, part[2], part[3])
         lost = lost + part[4]
@@ -261,8 +267,8 @@ def write_gradient(x, stored, at, probs, start, stop, step, width, scale, guard,
     """Write (p - q) / T for each entry, from its stored term, or by its scale; q is 0 where probs is None.
 
     ``mass`` has 1 / sum as a pair (high, low), the gradient of maximal entries where q is 0 as a pair (tie,
-    tie_low; infinite where it is not to be used), and 1 / T as two factors: one before the result is rounded,
-    one after.
+    tie_low; infinite where it is not to be used), and 1 / T as three factors: one before the result is
+    rounded, two after. Where the label is a class, the result is 0 or infinite before the last would matter.
     """
     lanes = lane_count(x)
     zero = spread(0.0, x)
@@ -285,7 +291,10 @@ def write_gradient(x, stored, at, probs, start, stop, step, width, scale, guard,
             value = value - label
             tie = select(term == top_term(x), tie, value)
             value = select(spread(mass.tie, x) < spread(math.inf, x), tie, value)
-        write(out, i + shift, count, value * after)
+        value = value * after
+        if probs is not None:
+            value = value * spread(mass.last, x)
+        write(out, i + shift, count, value)
         i += step
 
 
@@ -293,7 +302,7 @@ def write_gradient(x, stored, at, probs, start, stop, step, width, scale, guard,
 
 
 @jit
-def gap_of(row_max, logit, temperature):
+def label_distance(row_max, logit, temperature):
     """(max - logit) / T in float64."""
     top, entry = np.float64(row_max), np.float64(logit)
     if entry == top:
@@ -324,29 +333,56 @@ def log_rest(row_max, ties, rest, error):
 
 @jit
 def label_terms(row_max, temperature):
-    """Factor with which no difference of entries overflows, and the floor of `lane_targets`."""
+    """Units with which no difference of entries overflows, and the floor of `lane_targets`."""
     huge = abs(row_max) >= constant(LARGEST_MULTIPLIER, row_max)
     floor = row_max if temperature == 0.0 or row_max == math.inf else -spread(math.inf, row_max)
-    return spread(0.25 if huge else 1.0, row_max), floor
+    return (spread(1.0, row_max), spread(0.25 if huge else 1.0, row_max)), floor
 
 
 @jit
-def target_loss(log_sum, temperature, prescale, weight, moment, lost):
-    """Loss of a sample whose labels are probabilities."""
-    gap = 0.0 if moment == 0.0 else moment / temperature / prescale
+def units_after(units, weight, moment):
+    """Units for sums that had these values: the small ones if they are not finite."""
+    small = constant(SMALL_UNIT, units[0])
+    finite = (weight - weight) + (moment - moment) == spread(0.0, weight)
+    return select(finite, units[0], small), select(finite, units[1], small)
+
+
+@jit
+def target_loss(log_sum, temperature, units, weight, moment, lost):
+    """Loss of a sample whose labels are probabilities, and the sum of these."""
+    unit, prescale = np.float64(units[0]), np.float64(units[1])
+    gap = 0.0
+    if unit < 1.0:
+        # The product of the units, or of one and T, may be beyond the range of exponents.
+        weight /= unit
+        if 0.0 < temperature < math.inf:
+            fraction, exponent = math.frexp(temperature)
+            shift = 2 - math.frexp(unit)[1] - math.frexp(prescale)[1]
+            gap = math.ldexp(moment / fraction, shift - exponent)
+    elif moment != 0.0:
+        gap = moment / temperature / prescale
     loss = weight * log_sum + gap
-    return loss + math.inf if lost > 0.0 else loss
+    return (loss + math.inf if lost > 0.0 else loss), weight
 
 
 @jit
 def gradient_factors(temperature, samples, like):
-    """1 / (T samples) as the product of a power of two, to be taken before rounding, and a number."""
+    """1 / (T samples) as a product: two powers of two, to be taken before rounding and last, and a number."""
     if temperature == math.inf:
-        return 1.0, 0.0
+        return 1.0, 0.0, 1.0
     fraction, exponent = math.frexp(temperature)
-    before = min(max(-exponent, 0), int(constant(LARGEST_BEFORE, like)))
-    after = min(-exponent - before, int(constant(LARGEST_AFTER, like)))
-    return math.ldexp(1.0, before), math.ldexp(1.0 / (fraction * samples), after)
+    fraction, more = math.frexp(fraction * samples)
+    exponent = -exponent - more
+    before = clipped(exponent, constant(LARGEST_BEFORE, like))
+    after = clipped(exponent - before, constant(LARGEST_AFTER, like))
+    last = clipped(exponent - before - after, constant(LARGEST_AFTER, like))
+    return math.ldexp(1.0, before), math.ldexp(1.0 / fraction, after), math.ldexp(1.0, last)
+
+
+@jit
+def clipped(exponent, limit):
+    """The integer that is nearest to an exponent, of those up to a limit."""
+    return min(max(exponent, -int(limit)), int(limit))
 
 
 @jit
@@ -356,7 +392,7 @@ def mass_of(row_max, ties, rest, error, weight, temperature, samples):
     if row_max == -math.inf:
         rest = spread(math.nan, row_max)
     share, share_error = np.float64(rest) * unit, np.float64(error) * unit
-    before, after = gradient_factors(temperature, samples, row_max)
+    before, after, last = gradient_factors(temperature, samples, row_max)
     total, total_error = merge(np.float64(ties), 0.0, share, share_error)
     inverse, inverse_low = reciprocal(total, total_error)
     high = inverse * weight
@@ -367,7 +403,8 @@ def mass_of(row_max, ties, rest, error, weight, temperature, samples):
     tie_low = -(share + share_error) * (inverse + inverse_low) * tie
     high, low = pair(high * (unit * before), low * (unit * before), row_max)
     tie, tie_low = pair(tie * before, tie_low * before, row_max)
-    return Mass(high, low, tie, tie_low, spread(before, row_max), spread(after, row_max))
+    before, after, last = spread(before, row_max), spread(after, row_max), spread(last, row_max)
+    return Mass(high, low, tie, tie_low, before, after, last)
 
 
 @jit
@@ -381,7 +418,7 @@ def pair(high, low, like):
 def label_gradient(row_max, ties, rest, error, gap, temperature, samples):
     """Gradient at the label of a sample: minus the mass of the others, over T."""
     others = others_of(row_max, ties, rest, error)
-    before, after = gradient_factors(temperature, samples, row_max)
+    before, after, _ = gradient_factors(temperature, samples, row_max)
     missed = others if gap == 0.0 else (others + 1.0) - math.exp(-gap)
     return spread(missed / (others + 1.0) * before * -after, row_max)
 
@@ -464,19 +501,26 @@ def row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, temperat
     weight, gap, label = 1.0, 0.0, start
     if probs is None:
         label = start + classes[i]
-        gap = gap_of(row_max, get(entries, label), temperature)
+        gap = label_distance(row_max, get(entries, label), temperature)
         loss = log_sum + gap
     else:
-        prescale, floor = label_terms(row_max, temperature)
-        targets = sum_targets(
-            entries, start, lanes, pointer(probs), start, stop, lanes, lanes, row_max, prescale, floor
-        )
-        total, total_error = sum_lanes(targets[0], targets[1])
-        moment, moment_error = sum_lanes(targets[2], targets[3])
-        lost, _ = sum_lanes(targets[4], spread(0.0, x))
-        weight = np.float64(total) + np.float64(total_error)
-        moment = np.float64(moment) + np.float64(moment_error)
-        loss = target_loss(log_sum, temperature, prescale, weight, moment, lost)
+        units, floor = label_terms(row_max, temperature)
+        total = moment = 0.0
+        lost = spread(0.0, row_max)
+        for _ in range(2):
+            targets = sum_targets(
+                entries, start, lanes, pointer(probs), start, stop, lanes, lanes, row_max, units, floor
+            )
+            total, total_error = sum_lanes(targets[0], targets[1])
+            moment, moment_error = sum_lanes(targets[2], targets[3])
+            lost, _ = sum_lanes(targets[4], spread(0.0, x))
+            total = np.float64(total) + np.float64(total_error)
+            moment = np.float64(moment) + np.float64(moment_error)
+            following = units_after(units, total, moment)
+            if following[0] == units[0]:
+                break
+            units = following
+        loss, weight = target_loss(log_sum, temperature, units, total, moment, lost)
     if out is not None:
         mass = mass_of(row_max, ties, rest, error, weight, temperature, samples)
         if stored is not None:
@@ -500,7 +544,7 @@ def row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, temperat
 # their fields, stand before the tile: those of Scale, Guard and Mass, then these.
 
 _MASS = 8
-_LABEL, _MAX, _TIES, _REST, _ERROR, _TARGETS, _PRESCALE, _FLOOR, _FIELDS = 14, 15, 16, 17, 18, 19, 24, 25, 26
+_LABEL, _MAX, _TIES, _REST, _ERROR, _TARGETS, _UNITS, _FLOOR, _FIELDS = 15, 16, 17, 18, 19, 20, 25, 27, 28
 
 Samples = namedtuple("Samples", "outer n inner class_step sample_step")
 Samples.__doc__ = (
@@ -663,19 +707,26 @@ def vector_targets(x, start, step, width, n, labels, temperature, number, row_ma
     lanes = lane_count(w)
     for k in range(lanes):
         own = temperature_at(temperature, number + k)
-        prescale, floor = label_terms(get(w, _MAX * lanes + k), own)
-        put(w, _PRESCALE * lanes + k, prescale)
+        units, floor = label_terms(get(w, _MAX * lanes + k), own)
+        put(w, _UNITS * lanes + k, units[0])
+        put(w, (_UNITS + 1) * lanes + k, units[1])
         put(w, _FLOOR * lanes + k, floor)
-    prescale, floor = load(w, _PRESCALE * lanes), load(w, _FLOOR * lanes)
-    stop = labels.at + n * labels.step
-    targets = sum_targets(
-        x, start, step, labels.x, labels.at, stop, labels.step, width, row_max, prescale, floor
-    )
-    store(w, _TARGETS * lanes, targets[0])
-    store(w, (_TARGETS + 1) * lanes, targets[1])
-    store(w, (_TARGETS + 2) * lanes, targets[2])
-    store(w, (_TARGETS + 3) * lanes, targets[3])
-    store(w, (_TARGETS + 4) * lanes, targets[4])
+    floor, stop = load(w, _FLOOR * lanes), labels.at + n * labels.step
+    for _ in range(2):
+        units = load(w, _UNITS * lanes), load(w, (_UNITS + 1) * lanes)
+        targets = sum_targets(
+            x, start, step, labels.x, labels.at, stop, labels.step, width, row_max, units, floor
+        )
+        store(w, _TARGETS * lanes, targets[0])
+        store(w, (_TARGETS + 1) * lanes, targets[1])
+        store(w, (_TARGETS + 2) * lanes, targets[2])
+        store(w, (_TARGETS + 3) * lanes, targets[3])
+        store(w, (_TARGETS + 4) * lanes, targets[4])
+        following = units_after(units, targets[0] + targets[1], targets[2] + targets[3])
+        if not any_lanes(following[0] < units[0]):
+            break
+        store(w, _UNITS * lanes, following[0])
+        store(w, (_UNITS + 1) * lanes, following[1])
 
 
 @jit
@@ -690,18 +741,20 @@ def vector_values(classes, labels, temperature, samples, losses, number, count, 
         log_sum = log_rest(row_max, ties, rest, error)
         if labels is None:
             weight = 1.0
-            gap = gap_of(row_max, get(w, _LABEL * lanes + k), own)
+            gap = label_distance(row_max, get(w, _LABEL * lanes + k), own)
             losses[number + k] = log_sum + gap
             if out is not None:
                 at_label = label_gradient(row_max, ties, rest, error, gap, own, samples)
                 put(w, _LABEL * lanes + k, at_label)
         else:
-            weight = np.float64(get(w, _TARGETS * lanes + k))
-            weight += np.float64(get(w, (_TARGETS + 1) * lanes + k))
+            total = np.float64(get(w, _TARGETS * lanes + k))
+            total += np.float64(get(w, (_TARGETS + 1) * lanes + k))
             moment = np.float64(get(w, (_TARGETS + 2) * lanes + k))
             moment += np.float64(get(w, (_TARGETS + 3) * lanes + k))
-            prescale, lost = get(w, _PRESCALE * lanes + k), get(w, (_TARGETS + 4) * lanes + k)
-            losses[number + k] = target_loss(log_sum, own, prescale, weight, moment, lost)
+            units = get(w, _UNITS * lanes + k), get(w, (_UNITS + 1) * lanes + k)
+            lost = get(w, (_TARGETS + 4) * lanes + k)
+            loss, weight = target_loss(log_sum, own, units, total, moment, lost)
+            losses[number + k] = loss
         if out is not None:
             mass = mass_of(row_max, ties, rest, error, weight, own, samples)
             put(w, _MASS * lanes + k, mass.high)
@@ -710,6 +763,7 @@ def vector_values(classes, labels, temperature, samples, losses, number, count, 
             put(w, (_MASS + 3) * lanes + k, mass.tie_low)
             put(w, (_MASS + 4) * lanes + k, mass.before)
             put(w, (_MASS + 5) * lanes + k, mass.after)
+            put(w, (_MASS + 6) * lanes + k, mass.last)
 
 
 @jit
@@ -723,6 +777,7 @@ def read_mass(w):
         load(w, (_MASS + 3) * lanes),
         load(w, (_MASS + 4) * lanes),
         load(w, (_MASS + 5) * lanes),
+        load(w, (_MASS + 6) * lanes),
     )
 
 
@@ -798,11 +853,11 @@ def sum_products(probs, cotangent, start, stop, step, width, log):
 
 
 @jit
-def write_products(probs, cotangent, start, stop, step, width, total, error, before, after, log, out):
-    """Write p (g - total) / T, or (g - p total) / T unless ``log`` is None."""
+def write_products(probs, cotangent, start, stop, step, width, total, error, factors, log, out):
+    """Write p (g - total) / T, or (g - p total) / T unless ``log`` is None; 1 / T comes as three factors."""
     zero = spread(0.0, probs)
     total, error = spread(total, probs), spread(error, probs)
-    before, after = spread(before, probs), spread(after, probs)
+    before, after, last = spread(factors[0], probs), spread(factors[1], probs), spread(factors[2], probs)
     i = start
     while i < stop:
         count = min(stop - i, width)
@@ -811,7 +866,7 @@ def write_products(probs, cotangent, start, stop, step, width, total, error, bef
             value = p * ((g - total) - error)
         else:
             value = fma(-p, error, fma(-p, total, g))
-        write(out, i, count, (value * before) * after)
+        write(out, i, count, ((value * before) * after) * last)
         i += step
 
 
@@ -828,8 +883,8 @@ def vjp_rows(probs, cotangent, temperature, out, log, parts):
             start, stop = i * n, i * n + n
             total, error = sum_products(p, g, start, stop, lanes, lanes, log)
             total, error = sum_lanes(total, error)
-            before, after = gradient_factors(temperature_at(temperature, i), 1, like)
-            write_products(p, g, start, stop, lanes, lanes, total, error, before, after, log, results)
+            factors = gradient_factors(temperature_at(temperature, i), 1, like)
+            write_products(p, g, start, stop, lanes, lanes, total, error, factors, log, results)
 
 
 @Kernel
@@ -838,7 +893,7 @@ def vjp_columns(probs, cotangent, temperature, out, log, parts):
     outer, n, inner = probs.shape
     lanes = lane_count(probs)
     vectors = -(-inner // lanes)
-    work = workspace(parts * 2 * lanes, probs)
+    work = workspace(parts * 3 * lanes, probs)
     for k in prange(parts):
         part = np.intp(k)
         w = pointer(part_of(work, part, parts))
@@ -851,11 +906,12 @@ def vjp_columns(probs, cotangent, temperature, out, log, parts):
             total, error = sum_products(p, g, start, stop, inner, width, log)
             for j in range(lanes):
                 own = temperature_at(temperature, number + j)
-                before, after = gradient_factors(own, 1, get(w, 0))
+                before, after, last = gradient_factors(own, 1, get(w, 0))
                 put(w, j, spread(before, get(w, 0)))
                 put(w, lanes + j, spread(after, get(w, 0)))
-            before, after = load(w, 0), load(w, lanes)
-            write_products(p, g, start, stop, inner, width, total, error, before, after, log, results)
+                put(w, 2 * lanes + j, spread(last, get(w, 0)))
+            factors = load(w, 0), load(w, lanes), load(w, 2 * lanes)
+            write_products(p, g, start, stop, inner, width, total, error, factors, log, results)
 
 
 def vjp(probs, cotangent, temperature, out, log):

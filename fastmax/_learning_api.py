@@ -39,7 +39,8 @@ def cross_entropy(
         Real values of any shape and of the dtypes that `softmax` takes; slices along `axis` are samples.
     labels : array_like
         Classes: integers from 0 on, below the length of `axis`, in the shape of `logits` without `axis`. Or
-        probabilities: real floats in the shape of `logits`. They need not sum to 1.
+        probabilities: real floats in the shape of `logits`, rounded to their precision (16-bit logits: to
+        float32). They need not sum to 1; whether they are negative is not checked.
     temperature : array_like, optional
         Real values in [0, inf]: one for all samples, or an array that broadcasts to the shape of `logits`
         without `axis`.
@@ -114,8 +115,9 @@ def cross_entropy_and_grad(
 
     Notes
     -----
-    At T = inf the gradient is 0. The logits are read once from memory where a sample fits in a cache, and
-    nothing of their size is allocated but the gradient. For classes it is within 4 ulp of the exact one, in
+    At T = inf the gradient is 0. The logits are read once from memory where a sample fits in a cache. Nothing
+    of their size is allocated but the gradient, unless they have to be copied into packed, native floats.
+    For classes it is within 4 ulp of the exact one, in
     ulp of the largest entry of a sample; for probabilities, in ulp of the largest of both terms.
     Probabilities that `softmax` rounds to 0 count as 0.
 
@@ -208,6 +210,10 @@ def log_softmax_vjp(probs, cotangent, temperature: ArrayLike = 1.0, *, axis=0, o
     ------
     TypeError, ValueError, numpy.exceptions.AxisError
         As `softmax_vjp` does.
+
+    Notes
+    -----
+    The sum of g is taken in the precision of the result: where it overflows, the result is NaN or infinite.
 
     Examples
     --------

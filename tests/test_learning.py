@@ -18,6 +18,7 @@ from fastmax import _learning
 FLOATS = [np.float32, np.float64]
 INTEGERS = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64, ">i4"]
 RNG = np.random.default_rng(5)
+LOG_3 = math.log(3)
 # Lengths on both sides of those at which samples are taken in tiles, kept in a cache, or read where they lie.
 ROWS = [1, 2, 15, 17, _learning.SHORT, _learning.SHORT + 1, 1000]
 TALL = _learning.COLUMN_BYTES // _learning.LANE_BYTES
@@ -106,6 +107,23 @@ def test_tall_columns_and_long_rows(dtype):
             assert (error <= 4 * np.spacing(np.abs(expected).max(axis=1).astype(dtype))).all()
             logs = fastmax.log_softmax(x.astype(np.float64), [1.0, 0.5, 2.0], axis=1)
             np.testing.assert_allclose(losses, -logs[range(3), labels], rtol=4 * np.finfo(dtype).eps)
+
+
+@both
+def test_probabilities_of_tall_columns_and_long_rows(dtype):
+    for n in (TALL + 1, _learning.STORED_BYTES // 4 + 1):
+        x = RNG.normal(scale=3, size=(2, n)).astype(dtype)
+        q = fastmax.softmax(RNG.normal(scale=3, size=(2, n)), axis=1).astype(dtype)
+        wide = q.astype(np.float64)
+        logs = fastmax.log_softmax(x.astype(np.float64), 0.7, axis=1)
+        expected = (np.exp(logs) * wide.sum(axis=1, keepdims=True) - wide) / 0.7
+        unit = np.spacing(np.maximum(np.exp(logs), wide).max(axis=1, keepdims=True).astype(dtype))
+        for axis, logits, labels in ((1, x, q), (0, np.ascontiguousarray(x.T), np.ascontiguousarray(q.T))):
+            losses, gradient = fastmax.cross_entropy_and_grad(
+                logits, labels, 0.7, axis=axis, reduction="none"
+            )
+            np.testing.assert_allclose(losses, -(wide * logs).sum(axis=1), rtol=4 * np.finfo(dtype).eps)
+            assert (np.abs((gradient if axis else gradient.T) - expected) <= 8 * unit).all()
 
 
 @both
@@ -278,6 +296,57 @@ def test_extreme_logits(dtype):
 
 
 @both
+@pytest.mark.parametrize("n", [3, 200])
+def test_probabilities_whose_sums_overflow(dtype, n):
+    """With entries at the ends of the range; the last sample needs no help and keeps its bits."""
+    lowest, inf = np.finfo(dtype).min, np.inf
+    largest = -float(lowest)
+    temperature = 2.0 ** (126 if dtype == np.float32 else 1022)
+    gap = largest / temperature
+    x, q = np.zeros((4, n), dtype), np.zeros((4, n), dtype)
+    x[:, 3:] = -inf
+    x[:, :3] = [[0, lowest, -inf], [0, lowest, lowest], [0, lowest, -inf], [0.5, 0.25, -0.25]]
+    q[:, :3] = [[3, 2, 0], [0, 0.5, 0.75], [3, 2, 1], [1e-30, 1e-30, 1e-37]]
+    expected = [
+        5 * math.log1p(math.exp(-gap)) + 2 * gap,
+        1.25 * (math.log1p(2 * math.exp(-gap)) + gap),
+        inf,
+        float(q[3, :3].astype(float).sum()) * LOG_3,
+    ]
+    for axis, logits, labels in ((1, x, q), (0, np.ascontiguousarray(x.T), np.ascontiguousarray(q.T))):
+        got = fastmax.cross_entropy(logits, labels, temperature, axis=axis, reduction="none")
+        np.testing.assert_allclose(got, expected, rtol=4 * np.finfo(dtype).eps)
+        cold = fastmax.cross_entropy(logits, labels, 1.0, axis=axis, reduction="none")
+        np.testing.assert_array_equal(cold[:3], inf)
+    alone = fastmax.cross_entropy(x[3:], q[3:], temperature, axis=1, reduction="none")
+    np.testing.assert_array_equal(
+        alone, fastmax.cross_entropy(x, q, temperature, axis=1, reduction="none")[3:]
+    )
+
+
+@both
+@pytest.mark.parametrize("exponent", [-1070, -200, -90, 90, 150, 200, 274])
+def test_gradients_of_any_size_at_extreme_temperatures(dtype, exponent):
+    """They follow from small or large labels, or cotangents, and need not be extreme."""
+    temperature = 1.25 * 2.0**exponent
+    size = 2.0 ** min(max(exponent, -120 if dtype == np.float32 else -1000), 126)
+    g = np.array([size, 0.0], dtype)
+    p = np.full(2, 0.5, dtype)
+    with np.errstate(all="ignore"):
+        half = np.float64(size) / 2 / temperature
+        expected = np.array([half, -half]).astype(dtype)
+        quarter = np.array([half / 2, -half / 2]).astype(dtype)
+    bound = {"rtol": 4 * np.finfo(dtype).eps, "atol": 2 * np.finfo(dtype).smallest_subnormal}
+    for logits, axis in ((np.ones(2, dtype), 0), (np.ones((2, 1), dtype), 0), (np.ones((1, 2), dtype), 1)):
+        args = (p.reshape(logits.shape), g.reshape(logits.shape), temperature)
+        got = fastmax.log_softmax_vjp(*args, axis=axis).ravel()
+        np.testing.assert_allclose(got, expected, **bound)
+        np.testing.assert_allclose(fastmax.softmax_vjp(*args, axis=axis).ravel(), quarter, **bound)
+        _, gradient = fastmax.cross_entropy_and_grad(logits, args[1], temperature, axis=axis, reduction="sum")
+        np.testing.assert_allclose(gradient.ravel(), -expected, **bound)
+
+
+@both
 @pytest.mark.parametrize("n", [10, 500])
 def test_gradient_is_the_derivative(dtype, n):
     """The derivative along each entry, by differences of the exact loss, where dtype is float64."""
@@ -314,20 +383,41 @@ def test_against_pytorch():
             np.testing.assert_allclose(gradient, tensor.grad.numpy(), rtol=1e-11, atol=1e-15)
 
 
+@pytest.mark.skipif(numba.get_num_threads() == 1, reason="Numba has one thread")
 @both
 @pytest.mark.parametrize("shape", [(3000, 10), (300, 1000), (40, 20_000)])
 def test_number_of_threads_changes_no_bit(dtype, shape):
     x = RNG.normal(scale=3, size=shape).astype(dtype)
     labels = RNG.integers(0, shape[1], shape[0])
+    soft = fastmax.softmax(x[::-1], 2.0, axis=1)
     most, results = numba.get_num_threads(), []
-    for threads in (1, most):
-        numba.set_num_threads(threads)
-        found = []
-        for axis, logits in ((1, x), (0, x.T.copy())):
-            loss, gradient = fastmax.cross_entropy_and_grad(logits, labels, axis=axis)
-            found += [loss.tobytes(), gradient.tobytes()]
-        results.append([*found, fastmax.fit_temperature(x, labels, axis=1)])
+    try:
+        for threads in (1, most):
+            numba.set_num_threads(threads)
+            found = []
+            for axis, logits, q in ((1, x, soft), (0, x.T.copy(), soft.T.copy())):
+                for target in (labels, q):
+                    loss, gradient = fastmax.cross_entropy_and_grad(logits, target, axis=axis)
+                    found += [loss.tobytes(), gradient.tobytes()]
+            solved = fastmax.solve_temperature(x, entropy=0.5, axis=1)
+            results.append([*found, fastmax.fit_temperature(x, labels, axis=1), solved.tobytes()])
+    finally:
+        numba.set_num_threads(most)
     assert results[0] == results[1]
+
+
+@both
+@pytest.mark.parametrize("n", [10, 1000])
+def test_bits_of_a_sample_do_not_depend_on_its_batch(dtype, n):
+    x = RNG.normal(scale=3, size=(70, n)).astype(dtype)
+    x[10] = 1e30  # which is not plain
+    labels, soft = RNG.integers(0, n, 70), fastmax.softmax(x[::-1], 2.0, axis=1)
+    for target in (labels, soft):
+        losses, gradient = fastmax.cross_entropy_and_grad(x, target, 0.7, axis=1, reduction="none")
+        for own in (slice(3, 4), slice(9, 12), slice(20, 61)):
+            alone = fastmax.cross_entropy_and_grad(x[own], target[own], 0.7, axis=1, reduction="none")
+            np.testing.assert_array_equal(alone[0], losses[own])
+            np.testing.assert_array_equal(alone[1], gradient[own])
 
 
 def test_empty():
