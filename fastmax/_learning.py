@@ -56,6 +56,7 @@ from fastmax._lanes import (
     write,
 )
 from fastmax._math import (
+    LARGEST,
     LARGEST_MULTIPLIER,
     LOG_2,
     Guard,
@@ -926,9 +927,9 @@ def vjp(probs, cotangent, temperature, out, log):
 # b are d_label - E[d] and the variance of d. One pass over the logits gives mean and variance of b d for each
 # sample, all of it in float64, for float32 terms would leave 1e-9 of T unknown.
 
-# Columns of the table of `fit_start`: the maximum, the weight of a sample, and, of d times a factor, the
-# label's, the mean and the variance of all; the logarithm of the number of entries above -inf.
-_TOP, _WEIGHT, _GAP, _MEAN, _VARIANCE, _LOG_COUNT, FIT_COLUMNS = 0, 1, 2, 3, 4, 5, 6
+# Rows of the table of `fit_start`, with a column for each sample: the maximum, the weight and, of d times a
+# factor, the sum, the label's, the mean and the variance; the logarithm of the number of entries above -inf.
+_TOP, _WEIGHT, _WIDTH, _GAP, _MEAN, _VARIANCE, _LOG_COUNT, FIT_ROWS = 0, 1, 2, 3, 4, 5, 6, 7
 
 
 @jit
@@ -984,14 +985,15 @@ def write_start(table, i, top, number, first, second, weight, gap):
     mean = first / number
     variance = second / number - mean * mean
     log_count = math.log(number)
-    if top == math.inf:
-        mean = variance = log_count = 0.0
-    table[i, _TOP] = top
-    table[i, _WEIGHT] = 0.0 if top == math.inf else weight
-    table[i, _GAP] = gap
-    table[i, _MEAN] = mean * weight
-    table[i, _VARIANCE] = variance * weight
-    table[i, _LOG_COUNT] = log_count * weight
+    if top == math.inf and first == first:
+        weight = first = mean = variance = log_count = 0.0
+    table[_TOP, i] = top
+    table[_WEIGHT, i] = weight
+    table[_WIDTH, i] = first if weight != 0.0 else 0.0
+    table[_GAP, i] = gap
+    table[_MEAN, i] = mean * weight
+    table[_VARIANCE, i] = variance * weight
+    table[_LOG_COUNT, i] = log_count * weight
 
 
 @Kernel
@@ -1086,11 +1088,11 @@ def lane_moments(x, start, stop, step, width, scale, guard, like):
 def write_moments(moments, i, weight, total, error, first, first_error, second):
     """Write the mean and variance of b d, times the weight of a sample."""
     if weight == 0.0:
-        moments[i, 0] = moments[i, 1] = 0.0
+        moments[0, i] = moments[1, i] = 0.0
         return
     mean = -(first + first_error) / (total + error) * LOG_2
-    moments[i, 0] = weight * mean
-    moments[i, 1] = weight * (second / total * (LOG_2 * LOG_2) - mean * mean)
+    moments[0, i] = weight * mean
+    moments[1, i] = weight * (second / total * (LOG_2 * LOG_2) - mean * mean)
 
 
 @Kernel
@@ -1104,7 +1106,7 @@ def fit_rows(x, table, temperature, moments, parts):
         rate = rate_of(temperature, 0.0)
         for i in range(rows * part // parts, rows * (part + 1) // parts):
             start, stop = i * n, i * n + n
-            top = table[i, _TOP]
+            top = table[_TOP, i]
             if is_plain(top, rate):
                 scale = plain_scale(top, rate)
                 sums = lane_moments(entries, start, stop, lanes, lanes, scale, None, table)
@@ -1114,7 +1116,7 @@ def fit_rows(x, table, temperature, moments, parts):
             total, error = sum_lanes(sums[0], sums[1])
             first, first_error = sum_lanes(sums[2], sums[3])
             second, _ = sum_lanes(sums[4], zero)
-            write_moments(moments, i, table[i, _WEIGHT], total, error, first, first_error, second)
+            write_moments(moments, i, table[_WEIGHT, i], total, error, first, first_error, second)
 
 
 @Kernel
@@ -1134,7 +1136,7 @@ def fit_columns(x, table, temperature, moments, parts):
             start, width = task // vectors * n * inner + column, min(lanes, inner - column)
             stop, number = start + n * inner, task // vectors * inner + column
             for j in range(lanes):
-                top = table[number + min(j, width - 1), _TOP]
+                top = table[_TOP, number + min(j, width - 1)]
                 if is_plain(top, rate):
                     scale, guard = plain_scale(top, rate), no_guard(top)
                 else:
@@ -1150,32 +1152,34 @@ def fit_columns(x, table, temperature, moments, parts):
             for j in range(width):
                 total, error, first = get(w, j), get(w, lanes + j), get(w, 2 * lanes + j)
                 first_error, second = get(w, 3 * lanes + j), get(w, 4 * lanes + j)
-                weight = table[number + j, _WEIGHT]
+                weight = table[_WEIGHT, number + j]
                 write_moments(moments, number + j, weight, total, error, first, first_error, second)
 
 
-# Powers of two for entries whose differences, or the squares of these, overflow or underflow.
-_FACTOR_OF_HUGE, _FACTOR_OF_TINY = 2.0**-520, 2.0**500
-_LEAST_VARIANCE = 2.0**-900
+# Sums of distances in this range need no factor; with the other, neither they nor squares of them overflow.
+_LEAST_WIDTH, _MOST_WIDTH, _FACTOR_OF_HUGE = 2.0**-300, 2.0**300, 2.0**-560
+_TINIEST = 2.0**-1074
+# Mean and labels' d that are equal to this, relative, are equal but for rounding.
+_EQUAL = 2.0**-48
 # A relative step below this, of Newton's method, leaves an error of about its square.
 _LAST_STEP = 1e-8
 _MOST_PASSES = 200
 
 
 def fit_start(threads, x, classes, probs, factor):
-    """Table of what a fit needs of each sample, and the sums of its columns from that of gaps on."""
-    table = np.empty((x.size // x.shape[1], FIT_COLUMNS))
+    """Table of what a fit needs of each sample, and the sums of its rows from that of gaps on."""
+    table = np.empty((FIT_ROWS, x.size // x.shape[1]))
     run = fit_start_rows if x.ndim == 2 else fit_start_columns
     run(threads, x, classes, probs, factor, table, threads)
     with np.errstate(all="ignore"):
-        return table, table[:, _GAP:].sum(axis=0).tolist()
+        return table, table[_GAP:].sum(axis=1).tolist()
 
 
 def fit(x, classes, probs):
     """Return the temperature of least loss for samples over axis 1, and the number of passes.
 
-    It is None if the loss of a sample is NaN or infinite at every temperature; then the second is the first
-    such sample. With b = 1 / T, the slope is 0 where the mean of E[d] is that of the labels' d. Newton's
+    It is None if the loss is NaN or infinite at every temperature; then the second is the first sample with
+    which it is. With b = 1 / T, the slope is 0 where the mean of E[d] is that of the labels' d. Newton's
     method finds where the logarithm of their ratio is 0, whose slope in log(b) is -var(b d) / E[b d]: it is
     almost straight, as E[d] falls like a power of b or exponentially. A step beyond what is known of b is
     replaced: the loss is at least b times the labels' d, so b is at most the loss at b = 0 over that.
@@ -1183,29 +1187,39 @@ def fit(x, classes, probs):
     threads = _threads(x.size, PARALLEL_ROWS)
     factor = 1.0
     table, (gap, mean, variance, log_count) = fit_start(threads, x, classes, probs, factor)
-    if not math.isfinite(gap + variance):
+    # Without a factor no distance rounds to 0: these say whether a label, and an entry, is below its maximum.
+    missed, width = gap != 0.0, table[_WIDTH].max()
+    if not math.isfinite(gap + mean + variance):
         factor = _FACTOR_OF_HUGE
-    elif gap + mean > 0.0 and variance < _LEAST_VARIANCE:
-        factor = _FACTOR_OF_TINY
+    elif width > 0.0 and not _LEAST_WIDTH < width < _MOST_WIDTH:
+        factor = 2.0 ** min(-math.frexp(width)[1], 1000)
     if factor != 1.0:
         table, (gap, mean, variance, log_count) = fit_start(threads, x, classes, probs, factor)
-    if not math.isfinite(gap + mean + variance):
+    if not math.isfinite(gap + mean + variance + log_count):
         with np.errstate(all="ignore"):
-            bad = ~np.isfinite(table[:, _GAP:].sum(axis=1))
+            bad = ~np.isfinite(table[_GAP:].cumsum(axis=1)).all(axis=0)
         return None, int(bad.argmax())
-    if gap == 0.0:
-        return (0.0 if variance > 0.0 else math.inf), 1
-    if mean <= gap:
+    if not missed:
+        return (0.0 if width > 0.0 else math.inf), 1
+    if mean <= gap * (1.0 + _EQUAL):
         return math.inf, 1
+    gap = max(gap, _TINIEST)
     run = fit_rows if x.ndim == 2 else fit_columns
-    moments = np.empty((len(table), 2))
-    low, high = 0.0, log_count / gap
-    rate = min((mean - gap) / variance, high)
+    moments = np.empty((2, table.shape[1]))
+    # The least b is that of the largest T.
+    least = 1.0 / LARGEST[1] / factor
+    low, high = 0.0, min(log_count / gap, LARGEST[1])
+    rate = min((mean - gap) / variance, high) if variance > 0.0 else high
     for passes in range(2, _MOST_PASSES):
+        rate = max(rate, least)
         run(threads, x, table, 1.0 / rate / factor, moments, threads)
-        mean, variance = moments.sum(axis=0).tolist()
+        mean, variance = moments.sum(axis=1).tolist()
         low, high = (rate, high) if mean > rate * gap else (low, rate)
-        step = math.log(mean / (rate * gap)) * mean / variance if mean > 0.0 < variance else -math.inf
+        if high == least:
+            return math.inf, passes
+        step = -math.inf
+        if mean > 0.0 < variance:
+            step = math.log(min(mean / rate / gap, LARGEST[1])) * mean / variance
         following = rate * (1.0 + step) if step > 0.0 else rate / (1.0 - step)
         if abs(step) <= _LAST_STEP:
             return 1.0 / following / factor, passes

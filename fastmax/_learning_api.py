@@ -236,29 +236,32 @@ def fit_temperature(logits, labels, *, axis: int = 0) -> float:
     logits : array_like
         Real values of any shape and of the dtypes that `softmax` takes; slices along `axis` are samples.
     labels : array_like
-        Classes or probabilities, as in `cross_entropy`.
+        Classes or probabilities, as in `cross_entropy`; negative ones are refused, and probabilities that do
+        not have the dtype of `logits` are taken in float64.
     axis : int, optional
         Axis of the classes.
 
     Returns
     -------
     float
-        Temperature in [0, inf]. It is inf if no finite one is better than equal probabilities, and 0 if the
-        label of every sample is a maximum (unless all its logits are equal, for all samples).
+        Temperature in [0, inf]. It is inf if no finite one is better than equal probabilities, to rounding,
+        and 0 if the label of every sample is a maximum (unless all its logits are equal, for all samples).
 
     Raises
     ------
     IndexError, TypeError, numpy.exceptions.AxisError
         As `cross_entropy` does.
     ValueError
-        As `cross_entropy` does; also if there is no sample, or one whose loss is NaN or infinite at every
-        temperature: one with NaN, with nothing but -inf, or with the label at -inf.
+        As `cross_entropy` does; also if a probability is negative, and if there is no sample, or one whose
+        loss is NaN or infinite at every temperature: one with NaN, with nothing but -inf, or with the label
+        at -inf.
 
     Notes
     -----
     The loss is convex in 1 / T. A Newton method in 1 / T, kept between bounds, takes first and second
     derivatives from one pass over the logits a step, in float64. It converges to 1e-12, relative, in at most
-    12 passes unless the logits differ by many orders of magnitude.
+    12 passes, unless the distances of logits from their maxima differ by many orders of magnitude: where the
+    loss shows no difference between temperatures, any of them is returned.
 
     References
     ----------
@@ -279,7 +282,12 @@ def fit_temperature(logits, labels, *, axis: int = 0) -> float:
     from fastmax import _learning
 
     x, dtype, position, blocks, order, shape = _as_samples(logits, axis)
-    classes, probs = _as_labels(labels, x, dtype, position, blocks, order, shape)
+    classes, probs = _as_labels(labels, x, dtype, np.float64, position, blocks, order, shape)
+    if probs is not None:
+        array = np.asarray(labels)
+        if (array < 0).any():
+            index = tuple(int(i) for i in np.argwhere(array < 0)[0])
+            raise ValueError(f"labels must not be negative, got {array[index]} at {index}")
     if math.prod(shape) == 0:
         raise ValueError(f"logits must have at least one sample, got shape {x.shape}")
     if x.size == 0:
@@ -388,7 +396,7 @@ def _cross_entropy(logits, labels, temperature, axis, reduction, gradient):
     if gradient and not temperature.all():
         raise ValueError("temperature must not be 0, where the cross entropy has no gradient, got 0.0")
     _check_broadcast(temperature, shape, "temperature")
-    classes, probs = _as_labels(labels, x, dtype, position, blocks, order, shape)
+    classes, probs = _as_labels(labels, x, dtype, _kernel_dtype(dtype), position, blocks, order, shape)
     samples = math.prod(shape)
     losses = np.full(samples, 0.0 if probs is not None else np.nan)
     out = np.empty_like(x) if gradient else None
@@ -419,7 +427,11 @@ def _cross_entropy(logits, labels, temperature, axis, reduction, gradient):
 def _as_samples(logits, axis):
     """Return the logits, packed in some order of axes; what else says where a sample lies; samples' shape."""
     x, dtype = _as_array(logits, "logits", "")
-    _, axes = _as_axes(operator.index(axis), x.ndim)
+    try:
+        axis = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"axis must be an integer, got {axis!r}") from None
+    _, axes = _as_axes(axis, x.ndim)
     x, order = _as_packed(x, dtype, axes)
     blocks = _blocks(x.shape, axes, order)
     position = axes[0] if axes else None
@@ -445,24 +457,29 @@ def _block(array, order, blocks):
     return _as_stored(array).transpose(order).reshape(blocks)
 
 
-def _as_labels(labels, x, dtype, position, blocks, order, shape):
-    """Return classes in the order of samples, or none and the probabilities as kernels take them."""
+def _as_labels(labels, x, dtype, other, position, blocks, order, shape):
+    """Return classes in the order of samples, or none and the probabilities as kernels take them.
+
+    Probabilities of another dtype than that of x, the first one given, come as the second.
+    """
     if isinstance(labels, np.ma.MaskedArray):
         raise TypeError("labels must not be a masked array")
     array = np.asarray(labels)
-    if array.dtype.kind in "iu":
+    if array.dtype.kind in "iu" or (array.dtype.kind == "f" and array.size == 0 and array.shape == shape):
         if array.shape != shape:
             raise ValueError(
                 f"labels that are classes must have the shape {shape} of logits without the axis of classes, "
                 f"got shape {array.shape}"
             )
-        classes = x.shape[position] if position is not None else 1
-        invalid = (array < 0) | (array >= classes)
+        count = x.shape[position] if position is not None else 1
+        # Kernels use them as indices: what is checked is a copy that no other thread can write to.
+        classes = array.astype(np.int64)
+        invalid = (classes < 0) | (classes >= count)
         if invalid.any():
             index = tuple(int(i) for i in np.argwhere(invalid)[0])
-            raise IndexError(f"labels must be in [0, {classes}), got {array[index]} at {index}")
-        kept = [i if position is None or i < position else i - 1 for i in order if i != position]
-        return np.ascontiguousarray(array.transpose(kept).reshape(-1), np.intp), None
+            raise IndexError(f"labels must be in [0, {count}), got {array[index]} at {index}")
+        kept = _sample_axes(position, order)
+        return np.ascontiguousarray(classes.transpose(kept).reshape(-1), np.intp), None
     if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         raise TypeError(f"labels must be integers or floats, got dtype {array.dtype}")
     if array.shape != x.shape:
@@ -471,14 +488,19 @@ def _as_labels(labels, x, dtype, position, blocks, order, shape):
         )
     if array.dtype != dtype:
         with np.errstate(all="ignore"):
-            array = array.astype(_kernel_dtype(dtype))
+            array = array.astype(other)
     packed = np.ascontiguousarray(_as_stored(array).transpose(order)).reshape(blocks)
     return np.empty(0, np.intp), packed
 
 
+def _sample_axes(position, order):
+    """Axes of samples in the order of memory, as numbered without the axis of classes."""
+    return [i if position is None or i < position else i - 1 for i in order if i != position]
+
+
 def _position(sample, shape, position, order):
     """Index of a sample, from its number in the order of memory."""
-    kept = [i if position is None or i < position else i - 1 for i in order if i != position]
+    kept = _sample_axes(position, order)
     place = np.unravel_index(sample, [shape[i] for i in kept])
     return tuple(int(place[kept.index(i)]) for i in range(len(shape)))
 

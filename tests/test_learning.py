@@ -13,7 +13,7 @@ from numpy.exceptions import AxisError
 from scipy.optimize import minimize_scalar
 
 import fastmax
-from fastmax import _learning
+from fastmax import _learning, _learning_api
 
 FLOATS = [np.float32, np.float64]
 INTEGERS = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64, ">i4"]
@@ -190,6 +190,15 @@ def test_labels_of_any_integer_dtype(integer):
     expected = fastmax.cross_entropy(x, labels, axis=1, reduction="none")
     got = fastmax.cross_entropy(x, labels.astype(integer), axis=1, reduction="none")
     np.testing.assert_array_equal(got, expected)
+
+
+def test_labels_are_copied_before_they_are_checked():
+    """So that no other thread can make one of them an index out of bounds; and their flags do not matter."""
+    labels = np.array([0, 1, 2])
+    labels.flags.writeable = False
+    found = _learning_api._as_labels(labels, BATCH, BATCH.dtype, None, 0, (1, 4, 3), [0, 1], (3,))[0]
+    assert not np.shares_memory(found, labels)
+    assert found.flags.writeable
 
 
 def test_one_sample():
@@ -426,6 +435,7 @@ def test_empty():
     loss, gradient = fastmax.cross_entropy_and_grad(np.ones((0, 3)), np.zeros(0, int), axis=1)
     assert np.isnan(loss)
     assert gradient.shape == (0, 3)
+    assert fastmax.cross_entropy(np.ones((0, 3)), [], axis=1, reduction="sum") == 0
 
 
 BATCH = np.arange(12.0).reshape(4, 3)
@@ -448,7 +458,9 @@ BATCH = np.arange(12.0).reshape(4, 3)
         ([0, 1, 2], {"temperature": [1.0, 2.0]}, ValueError, r"temperature of shape \(2,\)"),
         ([0, 1, 2], {"temperature": np.ones((2, 3))}, ValueError, r"temperature of shape \(2, 3\)"),
         ([0, 1, 2], {"axis": 2}, AxisError, "axis 2"),
-        ([0, 1, 2], {"axis": (0, 1)}, TypeError, "tuple"),
+        ([0, 1, 2], {"axis": (0, 1)}, TypeError, r"axis must be an integer, got \(0, 1\)"),
+        ([0, 1, 2], {"axis": None}, TypeError, "axis must be an integer, got None"),
+        ([0, 1, 2], {"axis": 1.0}, TypeError, "axis must be an integer, got 1.0"),
     ],
 )
 def test_errors(function, labels, keywords, error, message):
@@ -597,7 +609,13 @@ def test_fit_at_the_ends():
 
 @pytest.mark.parametrize(
     ("row", "label"),
-    [([np.nan, 1, 0], 1), ([-np.inf] * 3, 1), ([1, -np.inf, 0], 1), ([np.inf, 1, 0], 1)],
+    [
+        ([np.nan, 1, 0], 1),
+        ([np.inf, np.nan, 0], 0),
+        ([-np.inf] * 3, 1),
+        ([1, -np.inf, 0], 1),
+        ([np.inf, 1, 0], 1),
+    ],
 )
 def test_fit_refuses_samples_without_a_finite_loss(row, label):
     x = np.array([[1.0, 2, 3], row, [2, 1, 3]])
@@ -606,7 +624,66 @@ def test_fit_refuses_samples_without_a_finite_loss(row, label):
             fastmax.fit_temperature(logits, [0, label, 0], axis=axis)
 
 
+def test_fit_of_many_samples():
+    """Sums over samples must not lose digits: a quarter of the labels is 1, so T = 0.1 / log(3)."""
+    x, labels = np.tile([0.1, 0.0], (400_000, 1)), np.arange(400_000) % 4 == 0
+    assert fastmax.fit_temperature(x, labels.astype(int), axis=1) == pytest.approx(0.1 / LOG_3, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "expected"),
+    [
+        # A third at the lower entry gives gap / log(2), a quarter gap / log(3); subnormals are spaced widely.
+        ([[0, 5e-324]] * 4, [1, 1, 0, 1], 5e-324),
+        ([[0, 1e-310]] * 4, [1, 1, 0, 1], 1e-310 / LOG_3),
+        ([[0.0, 1e-312]], [1], 0.0),
+        ([[0.0, 5e-324]], [0], np.inf),
+        ([[0.9e308, -0.6e308]] * 4, [0, 0, 1, 0], 1.5e308 / LOG_3),
+        ([[1.7e308, 0]] * 5, [0, 0, 0, 1, 1], np.inf),  # 1.7e308 / log(1.5) overflows
+        # Where exp(-1 / T) = 1e-310 / 2, for the slope of the second sample is half its gap.
+        ([[1.0, 0], [1e-310, 0]], [0, 1], 1 / (310 * math.log(10) + math.log(2))),
+        # Rounding must not make equal probabilities a temperature.
+        ([RNG.normal(size=10).tolist()] * 10, list(range(10)), np.inf),
+    ],
+)
+def test_fit_where_distances_are_extreme(rows, labels, expected):
+    x = np.array(rows)
+    for logits, axis in ((x, 1), (x.T.copy(), 0)):
+        assert fastmax.fit_temperature(logits, labels, axis=axis) == pytest.approx(expected, rel=1e-12)
+
+
+def test_fit_where_distances_span_all_exponents():
+    """From 1e-297 of the largest distance down no sum shows the other sample: any T in between will do."""
+    fitted = fastmax.fit_temperature([[1e300, 0], [1e-300, 0]], [0, 1], axis=1)
+    assert 1e-297 < fitted < 2e297
+
+
+def test_fit_of_huge_logits_that_are_many():
+    x = np.tile([0.9e308, -0.6e308], (2**20, 1))
+    labels = (np.arange(2**20) % 4 == 0).astype(int)
+    assert fastmax.fit_temperature(x, labels, axis=1) == pytest.approx(1.5e308 / LOG_3, rel=1e-12)
+
+
+def test_fit_takes_probabilities_as_they_are():
+    """Labels that do not sum to 1 weigh samples; float64 ones keep what float32 logits do not."""
+    x, labels = calibrated(300, 5, 1.5)
+    x = x.astype(np.float32)
+    weights = np.arange(300) % 3
+    weighted = np.eye(5)[labels] * weights[:, None]
+    repeated = fastmax.fit_temperature(np.repeat(x, weights, 0), np.repeat(labels, weights), axis=1)
+    assert fastmax.fit_temperature(x, weighted, axis=1) == pytest.approx(repeated, rel=1e-12)
+    assert fastmax.fit_temperature(x, weighted * 1e-60, axis=1) == pytest.approx(repeated, rel=1e-12)
+    with pytest.raises(ValueError, match=r"sample \(1,\)"):
+        fastmax.fit_temperature([[1.0, 0.0]] * 3, np.full((3, 2), 8e307), axis=1)
+    exact = 1 / math.log(0.7 / 0.3)
+    assert fastmax.fit_temperature(np.eye(1, 2, dtype=np.float32), [[0.7, 0.3]], axis=1) == pytest.approx(
+        exact, rel=1e-12
+    )
+
+
 def test_fit_errors():
+    with pytest.raises(ValueError, match=r"labels must not be negative, got -0.5 at \(1, 0\)"):
+        fastmax.fit_temperature([[1.0, 0.0], [2.0, 1.0]], [[1.0, 0.0], [-0.5, -0.25]], axis=1)
     with pytest.raises(IndexError, match="labels must be in"):
         fastmax.fit_temperature(BATCH, [0, 1, 4])
     with pytest.raises(ValueError, match=r"labels .* shape"):
