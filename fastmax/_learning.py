@@ -1230,29 +1230,36 @@ def fit(x, classes, probs):
 
 
 # -- solving for a temperature -------------------------------------------------------------------------
-# Each slice is copied to working memory, divided by its range, and then walked some eight times there. With
+# The distances d from the maximum are written to working memory, and then walked some six times there. With
 # u = log(b) and z = b d, the entropy is log(sum(exp(-z))) + E[z], and its slope in u is -var(z).
 
 # What is found of a slice: a temperature, or why there is none.
 _SOLVED, _BELOW, _ABOVE = 0, 1, 2
-# Entropies within this of a limit, relative, are the limit.
-_AT_LIMIT = 4.0 * 2.0**-52
+# Entries beyond this are taken by a quarter, lest their distances or the temperature overflow.
+_HUGE_ENTRY = 2.0**900
 # Newton steps in u: below this, the error of the entropy is that of rounding.
 _LAST_ENTROPY_STEP = 1e-9
 
 
 @jit
-def solve_slice(x, start, step, n, target, w):
-    """Temperature at which the entropy of a slice is the target, and whether one was found."""
-    top = -math.inf
+def solve_slice(x, start, step, n, target, at_limit, w):
+    """Temperature at which the entropy of a slice is the target, and whether one was found.
+
+    Targets within ``at_limit``, relative, of what the entropy is at T = 0 or T = inf are that limit.
+    """
+    top, largest = -math.inf, 0.0
     for i in range(n):
         entry = np.float64(get(x, start + i * step))
         if math.isnan(entry):
             return math.nan, _SOLVED
         top = max(top, entry)
-    if n == 0 or top == -math.inf or math.isnan(target):
-        return (math.nan, _ABOVE) if n == 0 and target != 0.0 else (math.nan, _SOLVED)
-    factor = 0.25 if abs(top) > 1.0 else 1.0
+        if entry != -math.inf:
+            largest = max(largest, abs(entry))
+    if math.isnan(target) or (top == -math.inf and (n > 0 or target == 0.0)):
+        return math.nan, _SOLVED
+    if n == 0:
+        return math.nan, _BELOW if target < 0.0 else _ABOVE
+    factor = 0.25 if largest > _HUGE_ENTRY else 1.0
     count = ties = 0
     widest, least = 0.0, math.inf
     for i in range(n):
@@ -1262,18 +1269,18 @@ def solve_slice(x, start, step, n, target, w):
             put(w, count, 0.0)
             count += 1
         elif top != math.inf and entry != -math.inf:
-            distance = top * factor - entry * factor
+            distance = max(top * factor - entry * factor, _TINIEST)
             put(w, count, -distance)
             count += 1
             widest, least = max(widest, distance), min(least, distance)
     bottom, ceiling = math.log(ties), math.log(count)
-    if target < bottom - _AT_LIMIT * bottom:
+    if target < bottom - at_limit * bottom:
         return math.nan, _BELOW
-    if target > ceiling + _AT_LIMIT * ceiling:
+    if target > ceiling + at_limit * ceiling:
         return math.nan, _ABOVE
-    if target >= ceiling - _AT_LIMIT * ceiling:
+    if target >= ceiling - at_limit * ceiling:
         return math.inf, _SOLVED
-    if target <= bottom + _AT_LIMIT * bottom:
+    if target <= bottom + at_limit * bottom:
         return 0.0, _SOLVED
     first = second = 0.0
     for i in range(count):
@@ -1282,19 +1289,21 @@ def solve_slice(x, start, step, n, target, w):
         second += share * share
     variance = second / count - (first / count) ** 2
     guess = math.sqrt(0.5 * variance / (ceiling - target)) * widest
-    temperature = solve_distances(w, count, least * 2.0**-10, widest * 2.0**30, guess, target)
-    return temperature / factor, _SOLVED
+    low, high = max(least * 2.0**-10, _TINIEST), min(widest * 2.0**30, LARGEST[1])
+    return solve_distances(w, count, ties, low, high, guess, target - bottom) / factor, _SOLVED
 
 
 @jit
-def solve_distances(w, count, low, high, temperature, target):
-    """Temperature between two bounds at which the entropy of entries is the target; their maximum is 0."""
+def solve_distances(w, count, ties, low, high, temperature, goal):
+    """Temperature between two bounds at which the entropy is so much above that of the maxima.
+
+    Newton's method on the logarithm of this surplus, which is almost straight in b where it is small.
+    """
     lanes = lane_count(w)
     zero = spread(0.0, w)
-    high = min(high, 2.0**1023)
     for _ in range(_MOST_PASSES):
         if not low < temperature < high:
-            temperature = math.sqrt(low) * math.sqrt(high)
+            temperature = min(max(math.sqrt(low) * math.sqrt(high), low), high)
         scale, guard = guarded_scale(0.0, temperature)
         sums = lane_moments(w, 0, count, lanes, lanes, scale, guard, w)
         total, error = sum_lanes(sums[0], sums[1])
@@ -1302,13 +1311,16 @@ def solve_distances(w, count, low, high, temperature, target):
         second, _ = sum_lanes(sums[4], zero)
         mean = -(first + first_error) / (total + error) * LOG_2
         variance = second / total * (LOG_2 * LOG_2) - mean * mean
-        excess = math.log((total + error) / top_term(total)) + mean - target
-        if excess > 0.0:
+        maxima = ties * top_term(total)
+        surplus = math.log1p(((total - maxima) + error) / maxima) + mean
+        if surplus > goal:
             high = temperature
         else:
             low = temperature
-        step = -excess / variance if variance > 0.0 else math.inf
-        following = temperature * math.exp(step)
+        step = math.inf
+        if surplus > 0.0 < variance:
+            step = (math.log(goal) - math.log(surplus)) * surplus / variance
+        following = temperature * (1.0 + step) if step > 0.0 else temperature / (1.0 - step)
         if abs(step) <= _LAST_ENTROPY_STEP or following == temperature:
             return following
         temperature = following
@@ -1316,7 +1328,7 @@ def solve_distances(w, count, low, high, temperature, target):
 
 
 @Kernel
-def solve_slices(x, entropies, temperatures, found, parts):
+def solve_slices(x, entropies, at_limit, temperatures, found, parts):
     """Solve for the temperature of each slice over axis 1 of an array (outer, n, inner)."""
     outer, n, inner = x.shape
     slices = outer * inner
@@ -1327,13 +1339,13 @@ def solve_slices(x, entropies, temperatures, found, parts):
         for i in range(slices * part // parts, slices * (part + 1) // parts):
             start = i // inner * n * inner + i % inner
             target = temperature_at(entropies, i)
-            temperatures[i], found[i] = solve_slice(pointer(x), start, inner, n, target, w)
+            temperatures[i], found[i] = solve_slice(pointer(x), start, inner, n, target, at_limit, w)
 
 
-def solve(x, entropies, temperatures, found):
+def solve(x, entropies, at_limit, temperatures, found):
     """Write the temperature of each slice, and 0; or 1 or 2 if it has only greater or smaller entropies."""
     threads = _threads(x.size, PARALLEL_ROWS)
-    solve_slices(threads, x, entropies, temperatures, found, threads)
+    solve_slices(threads, x, entropies, at_limit, temperatures, found, threads)
 
 
 # -- the choice of a schedule ----------------------------------------------------------------------------

@@ -334,9 +334,11 @@ def solve_temperature(x, *, entropy: ArrayLike, axis=0) -> Any:
 
     Notes
     -----
-    The entropy at the result is within 1e-12 of the given one, in float64. Where that is the logarithm of the
-    number of entries above -inf, to within rounding, the result is inf; at that of the number of maxima it
-    is 0. Newton's method, kept between bounds, takes some eight passes over a slice, in the cache.
+    The entropy at the result is within 1e-12 of the given one, in float64, unless the result is subnormal;
+    where it would be beyond the largest float64 it is inf. Where the given one is the logarithm of the number
+    of entries above -inf, to the rounding of its own dtype, the result is inf; at that of the number of
+    maxima it is 0. Newton's method, kept between bounds, takes some six passes over a slice, in the cache;
+    two or three times as many where distances from the maximum differ by orders of magnitude.
 
     Examples
     --------
@@ -352,21 +354,19 @@ def solve_temperature(x, *, entropy: ArrayLike, axis=0) -> Any:
     from fastmax import _learning
 
     x, dtype = _as_array(x)
-    targets = _as_real(entropy, "entropy")
+    targets, at_limit = _as_entropies(entropy)
     _, axes = _as_axes(axis, x.ndim)
     shape = tuple(x.shape[i] for i in _kept(axes, range(x.ndim)))
-    if shape and math.prod(shape) == 0:
-        _check_broadcast(targets, shape, "entropy")
-        return np.empty(shape)
     _check_broadcast(targets, shape, "entropy")
+    if math.prod(shape) == 0:
+        return np.empty(shape)
     x, order = _as_packed(x, dtype, axes)
     blocks = _blocks(x.shape, axes, order)
     blocks = blocks if len(blocks) == 3 else (*blocks, 1)
     count = blocks[0] * blocks[2]
     temperatures, found = np.empty(count), np.empty(count, np.int8)
-    _learning.solve(
-        _block(x, order, blocks), _one_per_slice(targets, x.shape, axes, order), temperatures, found
-    )
+    entropies = _one_per_slice(targets, x.shape, axes, order)
+    _learning.solve(_block(x, order, blocks), entropies, at_limit, temperatures, found)
     kept = _kept(axes, order)
 
     def restore(values):
@@ -515,12 +515,17 @@ def _check_broadcast(array, shape, name):
         raise ValueError(f"{name} of shape {array.shape} does not broadcast to the shape {shape} of samples")
 
 
-def _as_real(values, name):
-    """Return real values as a float64 array."""
-    array = np.asarray(values)
-    if isinstance(values, np.ma.MaskedArray) or array.dtype.kind not in "biuf":
-        raise TypeError(f"{name} must be real, got {values!r}")
-    return array.astype(np.float64, copy=False)
+def _as_entropies(entropy):
+    """Return entropies as a float64 array, and by how much, relative, a limit may be off in their dtype."""
+    array = np.asarray(entropy)
+    is_float = array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+    if isinstance(entropy, np.ma.MaskedArray) or not (is_float or array.dtype.kind in "biu"):
+        raise TypeError(f"entropy must be real, got {entropy!r}")
+    values = array.astype(np.float64, copy=False)
+    if not is_float or array.dtype.itemsize >= 8:
+        return values, 4.0 * 2.0**-52
+    # In 16 bits a float32 is rounded once.
+    return values, max(4.0 * 2.0**-23, float(np.spacing(np.ones((), array.dtype))))
 
 
 # -- products with the Jacobian ------------------------------------------------------------------------

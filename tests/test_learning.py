@@ -771,7 +771,44 @@ def test_solve_at_the_ends():
     assert np.isnan(solve([np.nan, 1, 2], entropy=0.5))
     assert np.isnan(solve([-inf, -inf], entropy=0.5))
     assert solve(np.ones((3, 0)), entropy=0.5).shape == (0,)
+    assert np.isnan(solve(np.ones((0, 3)), entropy=[np.nan, 0.0, np.nan])).all()
     assert abs(fastmax.entropy([0.0, -1, -inf], solve([0.0, -1, -inf], entropy=0.5)) - 0.5) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("x", "target", "error"),
+    [
+        ([0, -1e-321, -1.0], 0.5, 0.01),  # a subnormal result has few digits
+        ([0, -5e-324, -1.0], 0.5, 0.1),
+        ([0, -5e-324, -2.0], 0.5, 0.1),
+        ([0, -5e-324, -1e308], 0.5, 0.2),
+        ([0, -1, -1.7e308], 1.0, 1e-12),
+        ([1.7e308, -1.7e308], 0.3, 1e-12),
+        ([0, 1e300, 2e-300], 1e-300, 1e-300),
+    ],
+)
+def test_solve_where_distances_are_extreme(x, target, error):
+    temperature = fastmax.solve_temperature(x, entropy=target)
+    assert temperature > 0
+    assert abs(fastmax.entropy(x, temperature) - target) <= error
+    assert fastmax.solve_temperature([0, -1.7e308], entropy=0.69) == np.inf  # it would be 2e309
+
+
+@pytest.mark.parametrize("target", [1e-300, 1e-100, 1e-30, 1e-12, 1e-6, 1e-3])
+def test_solve_of_small_entropies(target):
+    x = RNG.normal(size=(50, 30))
+    temperature = fastmax.solve_temperature(x, entropy=target, axis=1)
+    np.testing.assert_allclose(fastmax.entropy(x, temperature, axis=1), target, rtol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, *FLOATS])
+def test_solve_knows_the_limits_in_the_dtype_of_the_entropy(dtype):
+    x = np.array([[0] * 7, [1, 1, 1, *[-np.inf] * 4], [3, 3, 3, 3, 3, 0, 0]], dtype)
+    entropies = fastmax.entropy(x, [1.0, np.inf, 0.0], axis=1)
+    assert entropies.dtype == dtype
+    np.testing.assert_array_equal(
+        fastmax.solve_temperature(x, entropy=entropies, axis=1), [np.inf, np.inf, 0]
+    )
 
 
 def test_solve_errors():
