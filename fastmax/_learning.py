@@ -37,6 +37,7 @@ from fastmax._cpu import (
 from fastmax._jit import jit
 from fastmax._lanes import (
     LANE_BYTES,
+    any_lanes,
     constant,
     fma,
     get,
@@ -55,6 +56,7 @@ from fastmax._lanes import (
     write,
 )
 from fastmax._math import (
+    LARGEST,
     LARGEST_MULTIPLIER,
     LOG_2,
     Guard,
@@ -85,11 +87,14 @@ COLUMN_BYTES = 2**20
 # Below this temperature 1 / T may show terms that plain slices raise to the lowest of a scale.
 LEAST_PLAIN_TEMPERATURE = 1.0 / 64.0
 
-# Powers of two of 1 / T that a gradient takes before it is rounded, and after.
+# Exponents of 1 / T that a gradient takes before it is rounded, and after.
 LARGEST_BEFORE = (60.0, 400.0)
 LARGEST_AFTER = (120.0, 1000.0)
 
-Mass = namedtuple("Mass", "high low tie tie_low before after")
+# Factor of probabilities, and of distances, whose sums overflow without it.
+SMALL_UNIT = (2.0**-82, 2.0**-540)
+
+Mass = namedtuple("Mass", "high low tie tie_low before after last")
 Mass.__doc__ = """How the gradient follows from the terms; see `write_gradient`."""
 
 Labels = namedtuple("Labels", "x at step")
@@ -211,18 +216,20 @@ def sum_rests(x, start, stop, step, width, row_max, scale, guard, stored, at, so
 
 
 @jit
-def lane_targets(x, at, x_step, probs, start, stop, step, width, row_max, prescale, floor):
-    """Sums of the probabilities q of labels and of q (max - x) prescale, as pairs; where that is infinite.
+def lane_targets(x, at, x_step, probs, start, stop, step, width, row_max, units, floor):
+    """Sums of the probabilities q of labels and of q (max - x), as pairs; where that is infinite.
 
     It is so where an entry that is not above the floor, nor the maximum, has a label; where q is 0 it is 0.
+    ``units`` are the factors of q and of max - x.
     """
     zero, one = spread(0.0, probs), spread(1.0, probs)
     weight = weight_error = moment = moment_error = lost = zero
-    top, factor, lowest = spread(row_max, probs), spread(prescale, probs), spread(floor, probs)
+    top, lowest = spread(row_max, probs), spread(floor, probs)
+    unit, factor = spread(units[0], probs), spread(units[1], probs)
     i = start
     while i < stop:
         count = min(stop - i, width)
-        entries, q = read(x, at, count, top), read(probs, i, count, zero)
+        entries, q = read(x, at, count, top), read(probs, i, count, zero) * unit
         weight, weight_error = merge(weight, weight_error, q, zero)
         scaled, scaled_top = entries * factor, top * factor
         distance = scaled_top - scaled
@@ -243,13 +250,13 @@ def lane_targets(x, at, x_step, probs, start, stop, step, width, row_max, presca
 
 
 @jit
-def sum_targets(x, x_start, x_step, probs, start, stop, step, width, row_max, prescale, floor):
+def sum_targets(x, x_start, x_step, probs, start, stop, step, width, row_max, units, floor):
     """`lane_targets` over all chunks, merged."""
     zero = spread(0.0, probs)
     weight = weight_error = moment = moment_error = lost = zero
     for first in range(start, stop, CHUNK * step):
         last, at = min(stop, first + CHUNK * step), x_start + (first - start) // step * x_step
-        part = lane_targets(x, at, x_step, probs, first, last, step, width, row_max, prescale, floor)
+        part = lane_targets(x, at, x_step, probs, first, last, step, width, row_max, units, floor)
         weight, weight_error = merge(weight, weight_error, part[0], part[1])
         moment, moment_error = merge(moment, moment_error, part[2], part[3])
         lost = lost + part[4]
@@ -261,8 +268,8 @@ def write_gradient(x, stored, at, probs, start, stop, step, width, scale, guard,
     """Write (p - q) / T for each entry, from its stored term, or by its scale; q is 0 where probs is None.
 
     ``mass`` has 1 / sum as a pair (high, low), the gradient of maximal entries where q is 0 as a pair (tie,
-    tie_low; infinite where it is not to be used), and 1 / T as two factors: one before the result is rounded,
-    one after.
+    tie_low; infinite where it is not to be used), and 1 / T as three factors: one before the result is
+    rounded, two after. Where the label is a class, the result is 0 or infinite before the last would matter.
     """
     lanes = lane_count(x)
     zero = spread(0.0, x)
@@ -285,7 +292,10 @@ def write_gradient(x, stored, at, probs, start, stop, step, width, scale, guard,
             value = value - label
             tie = select(term == top_term(x), tie, value)
             value = select(spread(mass.tie, x) < spread(math.inf, x), tie, value)
-        write(out, i + shift, count, value * after)
+        value = value * after
+        if probs is not None:
+            value = value * spread(mass.last, x)
+        write(out, i + shift, count, value)
         i += step
 
 
@@ -293,7 +303,7 @@ def write_gradient(x, stored, at, probs, start, stop, step, width, scale, guard,
 
 
 @jit
-def gap_of(row_max, logit, temperature):
+def label_distance(row_max, logit, temperature):
     """(max - logit) / T in float64."""
     top, entry = np.float64(row_max), np.float64(logit)
     if entry == top:
@@ -324,29 +334,56 @@ def log_rest(row_max, ties, rest, error):
 
 @jit
 def label_terms(row_max, temperature):
-    """Factor with which no difference of entries overflows, and the floor of `lane_targets`."""
+    """Units with which no difference of entries overflows, and the floor of `lane_targets`."""
     huge = abs(row_max) >= constant(LARGEST_MULTIPLIER, row_max)
     floor = row_max if temperature == 0.0 or row_max == math.inf else -spread(math.inf, row_max)
-    return spread(0.25 if huge else 1.0, row_max), floor
+    return (spread(1.0, row_max), spread(0.25 if huge else 1.0, row_max)), floor
 
 
 @jit
-def target_loss(log_sum, temperature, prescale, weight, moment, lost):
-    """Loss of a sample whose labels are probabilities."""
-    gap = 0.0 if moment == 0.0 else moment / temperature / prescale
+def units_after(units, weight, moment):
+    """Units for sums that had these values: the small ones if they are not finite."""
+    small = constant(SMALL_UNIT, units[0])
+    finite = (weight - weight) + (moment - moment) == spread(0.0, weight)
+    return select(finite, units[0], small), select(finite, units[1], small)
+
+
+@jit
+def target_loss(log_sum, temperature, units, weight, moment, lost):
+    """Loss of a sample whose labels are probabilities, and the sum of these."""
+    unit, prescale = np.float64(units[0]), np.float64(units[1])
+    gap = 0.0
+    if unit < 1.0:
+        # The product of the units, or of one and T, may be beyond the range of exponents.
+        weight /= unit
+        if 0.0 < temperature < math.inf:
+            fraction, exponent = math.frexp(temperature)
+            shift = 2 - math.frexp(unit)[1] - math.frexp(prescale)[1]
+            gap = math.ldexp(moment / fraction, shift - exponent)
+    elif moment != 0.0:
+        gap = moment / temperature / prescale
     loss = weight * log_sum + gap
-    return loss + math.inf if lost > 0.0 else loss
+    return (loss + math.inf if lost > 0.0 else loss), weight
 
 
 @jit
 def gradient_factors(temperature, samples, like):
-    """1 / (T samples) as the product of a power of two, to be taken before rounding, and a number."""
+    """1 / (T samples) as a product: two powers of two, to be taken before rounding and last, and a number."""
     if temperature == math.inf:
-        return 1.0, 0.0
+        return 1.0, 0.0, 1.0
     fraction, exponent = math.frexp(temperature)
-    before = min(max(-exponent, 0), int(constant(LARGEST_BEFORE, like)))
-    after = min(-exponent - before, int(constant(LARGEST_AFTER, like)))
-    return math.ldexp(1.0, before), math.ldexp(1.0 / (fraction * samples), after)
+    fraction, more = math.frexp(fraction * samples)
+    exponent = -exponent - more
+    before = clipped(exponent, constant(LARGEST_BEFORE, like))
+    after = clipped(exponent - before, constant(LARGEST_AFTER, like))
+    last = clipped(exponent - before - after, constant(LARGEST_AFTER, like))
+    return math.ldexp(1.0, before), math.ldexp(1.0 / fraction, after), math.ldexp(1.0, last)
+
+
+@jit
+def clipped(exponent, limit):
+    """The integer that is nearest to an exponent, of those up to a limit."""
+    return min(max(exponent, -int(limit)), int(limit))
 
 
 @jit
@@ -356,7 +393,7 @@ def mass_of(row_max, ties, rest, error, weight, temperature, samples):
     if row_max == -math.inf:
         rest = spread(math.nan, row_max)
     share, share_error = np.float64(rest) * unit, np.float64(error) * unit
-    before, after = gradient_factors(temperature, samples, row_max)
+    before, after, last = gradient_factors(temperature, samples, row_max)
     total, total_error = merge(np.float64(ties), 0.0, share, share_error)
     inverse, inverse_low = reciprocal(total, total_error)
     high = inverse * weight
@@ -367,7 +404,8 @@ def mass_of(row_max, ties, rest, error, weight, temperature, samples):
     tie_low = -(share + share_error) * (inverse + inverse_low) * tie
     high, low = pair(high * (unit * before), low * (unit * before), row_max)
     tie, tie_low = pair(tie * before, tie_low * before, row_max)
-    return Mass(high, low, tie, tie_low, spread(before, row_max), spread(after, row_max))
+    before, after, last = spread(before, row_max), spread(after, row_max), spread(last, row_max)
+    return Mass(high, low, tie, tie_low, before, after, last)
 
 
 @jit
@@ -381,7 +419,7 @@ def pair(high, low, like):
 def label_gradient(row_max, ties, rest, error, gap, temperature, samples):
     """Gradient at the label of a sample: minus the mass of the others, over T."""
     others = others_of(row_max, ties, rest, error)
-    before, after = gradient_factors(temperature, samples, row_max)
+    before, after, _ = gradient_factors(temperature, samples, row_max)
     missed = others if gap == 0.0 else (others + 1.0) - math.exp(-gap)
     return spread(missed / (others + 1.0) * before * -after, row_max)
 
@@ -464,19 +502,26 @@ def row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, temperat
     weight, gap, label = 1.0, 0.0, start
     if probs is None:
         label = start + classes[i]
-        gap = gap_of(row_max, get(entries, label), temperature)
+        gap = label_distance(row_max, get(entries, label), temperature)
         loss = log_sum + gap
     else:
-        prescale, floor = label_terms(row_max, temperature)
-        targets = sum_targets(
-            entries, start, lanes, pointer(probs), start, stop, lanes, lanes, row_max, prescale, floor
-        )
-        total, total_error = sum_lanes(targets[0], targets[1])
-        moment, moment_error = sum_lanes(targets[2], targets[3])
-        lost, _ = sum_lanes(targets[4], spread(0.0, x))
-        weight = np.float64(total) + np.float64(total_error)
-        moment = np.float64(moment) + np.float64(moment_error)
-        loss = target_loss(log_sum, temperature, prescale, weight, moment, lost)
+        units, floor = label_terms(row_max, temperature)
+        total = moment = 0.0
+        lost = spread(0.0, row_max)
+        for _ in range(2):
+            targets = sum_targets(
+                entries, start, lanes, pointer(probs), start, stop, lanes, lanes, row_max, units, floor
+            )
+            total, total_error = sum_lanes(targets[0], targets[1])
+            moment, moment_error = sum_lanes(targets[2], targets[3])
+            lost, _ = sum_lanes(targets[4], spread(0.0, x))
+            total = np.float64(total) + np.float64(total_error)
+            moment = np.float64(moment) + np.float64(moment_error)
+            following = units_after(units, total, moment)
+            if following[0] == units[0]:
+                break
+            units = following
+        loss, weight = target_loss(log_sum, temperature, units, total, moment, lost)
     if out is not None:
         mass = mass_of(row_max, ties, rest, error, weight, temperature, samples)
         if stored is not None:
@@ -500,7 +545,7 @@ def row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, temperat
 # their fields, stand before the tile: those of Scale, Guard and Mass, then these.
 
 _MASS = 8
-_LABEL, _MAX, _TIES, _REST, _ERROR, _TARGETS, _PRESCALE, _FLOOR, _FIELDS = 14, 15, 16, 17, 18, 19, 24, 25, 26
+_LABEL, _MAX, _TIES, _REST, _ERROR, _TARGETS, _UNITS, _FLOOR, _FIELDS = 15, 16, 17, 18, 19, 20, 25, 27, 28
 
 Samples = namedtuple("Samples", "outer n inner class_step sample_step")
 Samples.__doc__ = (
@@ -663,19 +708,26 @@ def vector_targets(x, start, step, width, n, labels, temperature, number, row_ma
     lanes = lane_count(w)
     for k in range(lanes):
         own = temperature_at(temperature, number + k)
-        prescale, floor = label_terms(get(w, _MAX * lanes + k), own)
-        put(w, _PRESCALE * lanes + k, prescale)
+        units, floor = label_terms(get(w, _MAX * lanes + k), own)
+        put(w, _UNITS * lanes + k, units[0])
+        put(w, (_UNITS + 1) * lanes + k, units[1])
         put(w, _FLOOR * lanes + k, floor)
-    prescale, floor = load(w, _PRESCALE * lanes), load(w, _FLOOR * lanes)
-    stop = labels.at + n * labels.step
-    targets = sum_targets(
-        x, start, step, labels.x, labels.at, stop, labels.step, width, row_max, prescale, floor
-    )
-    store(w, _TARGETS * lanes, targets[0])
-    store(w, (_TARGETS + 1) * lanes, targets[1])
-    store(w, (_TARGETS + 2) * lanes, targets[2])
-    store(w, (_TARGETS + 3) * lanes, targets[3])
-    store(w, (_TARGETS + 4) * lanes, targets[4])
+    floor, stop = load(w, _FLOOR * lanes), labels.at + n * labels.step
+    for _ in range(2):
+        units = load(w, _UNITS * lanes), load(w, (_UNITS + 1) * lanes)
+        targets = sum_targets(
+            x, start, step, labels.x, labels.at, stop, labels.step, width, row_max, units, floor
+        )
+        store(w, _TARGETS * lanes, targets[0])
+        store(w, (_TARGETS + 1) * lanes, targets[1])
+        store(w, (_TARGETS + 2) * lanes, targets[2])
+        store(w, (_TARGETS + 3) * lanes, targets[3])
+        store(w, (_TARGETS + 4) * lanes, targets[4])
+        following = units_after(units, targets[0] + targets[1], targets[2] + targets[3])
+        if not any_lanes(following[0] < units[0]):
+            break
+        store(w, _UNITS * lanes, following[0])
+        store(w, (_UNITS + 1) * lanes, following[1])
 
 
 @jit
@@ -690,18 +742,20 @@ def vector_values(classes, labels, temperature, samples, losses, number, count, 
         log_sum = log_rest(row_max, ties, rest, error)
         if labels is None:
             weight = 1.0
-            gap = gap_of(row_max, get(w, _LABEL * lanes + k), own)
+            gap = label_distance(row_max, get(w, _LABEL * lanes + k), own)
             losses[number + k] = log_sum + gap
             if out is not None:
                 at_label = label_gradient(row_max, ties, rest, error, gap, own, samples)
                 put(w, _LABEL * lanes + k, at_label)
         else:
-            weight = np.float64(get(w, _TARGETS * lanes + k))
-            weight += np.float64(get(w, (_TARGETS + 1) * lanes + k))
+            total = np.float64(get(w, _TARGETS * lanes + k))
+            total += np.float64(get(w, (_TARGETS + 1) * lanes + k))
             moment = np.float64(get(w, (_TARGETS + 2) * lanes + k))
             moment += np.float64(get(w, (_TARGETS + 3) * lanes + k))
-            prescale, lost = get(w, _PRESCALE * lanes + k), get(w, (_TARGETS + 4) * lanes + k)
-            losses[number + k] = target_loss(log_sum, own, prescale, weight, moment, lost)
+            units = get(w, _UNITS * lanes + k), get(w, (_UNITS + 1) * lanes + k)
+            lost = get(w, (_TARGETS + 4) * lanes + k)
+            loss, weight = target_loss(log_sum, own, units, total, moment, lost)
+            losses[number + k] = loss
         if out is not None:
             mass = mass_of(row_max, ties, rest, error, weight, own, samples)
             put(w, _MASS * lanes + k, mass.high)
@@ -710,6 +764,7 @@ def vector_values(classes, labels, temperature, samples, losses, number, count, 
             put(w, (_MASS + 3) * lanes + k, mass.tie_low)
             put(w, (_MASS + 4) * lanes + k, mass.before)
             put(w, (_MASS + 5) * lanes + k, mass.after)
+            put(w, (_MASS + 6) * lanes + k, mass.last)
 
 
 @jit
@@ -723,6 +778,7 @@ def read_mass(w):
         load(w, (_MASS + 3) * lanes),
         load(w, (_MASS + 4) * lanes),
         load(w, (_MASS + 5) * lanes),
+        load(w, (_MASS + 6) * lanes),
     )
 
 
@@ -798,11 +854,11 @@ def sum_products(probs, cotangent, start, stop, step, width, log):
 
 
 @jit
-def write_products(probs, cotangent, start, stop, step, width, total, error, before, after, log, out):
-    """Write p (g - total) / T, or (g - p total) / T unless ``log`` is None."""
+def write_products(probs, cotangent, start, stop, step, width, total, error, factors, log, out):
+    """Write p (g - total) / T, or (g - p total) / T unless ``log`` is None; 1 / T comes as three factors."""
     zero = spread(0.0, probs)
     total, error = spread(total, probs), spread(error, probs)
-    before, after = spread(before, probs), spread(after, probs)
+    before, after, last = spread(factors[0], probs), spread(factors[1], probs), spread(factors[2], probs)
     i = start
     while i < stop:
         count = min(stop - i, width)
@@ -811,7 +867,7 @@ def write_products(probs, cotangent, start, stop, step, width, total, error, bef
             value = p * ((g - total) - error)
         else:
             value = fma(-p, error, fma(-p, total, g))
-        write(out, i, count, (value * before) * after)
+        write(out, i, count, ((value * before) * after) * last)
         i += step
 
 
@@ -828,8 +884,8 @@ def vjp_rows(probs, cotangent, temperature, out, log, parts):
             start, stop = i * n, i * n + n
             total, error = sum_products(p, g, start, stop, lanes, lanes, log)
             total, error = sum_lanes(total, error)
-            before, after = gradient_factors(temperature_at(temperature, i), 1, like)
-            write_products(p, g, start, stop, lanes, lanes, total, error, before, after, log, results)
+            factors = gradient_factors(temperature_at(temperature, i), 1, like)
+            write_products(p, g, start, stop, lanes, lanes, total, error, factors, log, results)
 
 
 @Kernel
@@ -838,7 +894,7 @@ def vjp_columns(probs, cotangent, temperature, out, log, parts):
     outer, n, inner = probs.shape
     lanes = lane_count(probs)
     vectors = -(-inner // lanes)
-    work = workspace(parts * 2 * lanes, probs)
+    work = workspace(parts * 3 * lanes, probs)
     for k in prange(parts):
         part = np.intp(k)
         w = pointer(part_of(work, part, parts))
@@ -851,11 +907,12 @@ def vjp_columns(probs, cotangent, temperature, out, log, parts):
             total, error = sum_products(p, g, start, stop, inner, width, log)
             for j in range(lanes):
                 own = temperature_at(temperature, number + j)
-                before, after = gradient_factors(own, 1, get(w, 0))
+                before, after, last = gradient_factors(own, 1, get(w, 0))
                 put(w, j, spread(before, get(w, 0)))
                 put(w, lanes + j, spread(after, get(w, 0)))
-            before, after = load(w, 0), load(w, lanes)
-            write_products(p, g, start, stop, inner, width, total, error, before, after, log, results)
+                put(w, 2 * lanes + j, spread(last, get(w, 0)))
+            factors = load(w, 0), load(w, lanes), load(w, 2 * lanes)
+            write_products(p, g, start, stop, inner, width, total, error, factors, log, results)
 
 
 def vjp(probs, cotangent, temperature, out, log):
@@ -870,9 +927,9 @@ def vjp(probs, cotangent, temperature, out, log):
 # b are d_label - E[d] and the variance of d. One pass over the logits gives mean and variance of b d for each
 # sample, all of it in float64, for float32 terms would leave 1e-9 of T unknown.
 
-# Columns of the table of `fit_start`: the maximum, the weight of a sample, and, of d times a factor, the
-# label's, the mean and the variance of all; the logarithm of the number of entries above -inf.
-_TOP, _WEIGHT, _GAP, _MEAN, _VARIANCE, _LOG_COUNT, FIT_COLUMNS = 0, 1, 2, 3, 4, 5, 6
+# Rows of the table of `fit_start`, with a column for each sample: the maximum, the weight and, of d times a
+# factor, the sum, the label's, the mean and the variance; the logarithm of the number of entries above -inf.
+_TOP, _WEIGHT, _WIDTH, _GAP, _MEAN, _VARIANCE, _LOG_COUNT, FIT_ROWS = 0, 1, 2, 3, 4, 5, 6, 7
 
 
 @jit
@@ -928,14 +985,15 @@ def write_start(table, i, top, number, first, second, weight, gap):
     mean = first / number
     variance = second / number - mean * mean
     log_count = math.log(number)
-    if top == math.inf:
-        mean = variance = log_count = 0.0
-    table[i, _TOP] = top
-    table[i, _WEIGHT] = 0.0 if top == math.inf else weight
-    table[i, _GAP] = gap
-    table[i, _MEAN] = mean * weight
-    table[i, _VARIANCE] = variance * weight
-    table[i, _LOG_COUNT] = log_count * weight
+    if top == math.inf and first == first:
+        weight = first = mean = variance = log_count = 0.0
+    table[_TOP, i] = top
+    table[_WEIGHT, i] = weight
+    table[_WIDTH, i] = first if weight != 0.0 else 0.0
+    table[_GAP, i] = gap
+    table[_MEAN, i] = mean * weight
+    table[_VARIANCE, i] = variance * weight
+    table[_LOG_COUNT, i] = log_count * weight
 
 
 @Kernel
@@ -1030,11 +1088,11 @@ def lane_moments(x, start, stop, step, width, scale, guard, like):
 def write_moments(moments, i, weight, total, error, first, first_error, second):
     """Write the mean and variance of b d, times the weight of a sample."""
     if weight == 0.0:
-        moments[i, 0] = moments[i, 1] = 0.0
+        moments[0, i] = moments[1, i] = 0.0
         return
     mean = -(first + first_error) / (total + error) * LOG_2
-    moments[i, 0] = weight * mean
-    moments[i, 1] = weight * (second / total * (LOG_2 * LOG_2) - mean * mean)
+    moments[0, i] = weight * mean
+    moments[1, i] = weight * (second / total * (LOG_2 * LOG_2) - mean * mean)
 
 
 @Kernel
@@ -1048,7 +1106,7 @@ def fit_rows(x, table, temperature, moments, parts):
         rate = rate_of(temperature, 0.0)
         for i in range(rows * part // parts, rows * (part + 1) // parts):
             start, stop = i * n, i * n + n
-            top = table[i, _TOP]
+            top = table[_TOP, i]
             if is_plain(top, rate):
                 scale = plain_scale(top, rate)
                 sums = lane_moments(entries, start, stop, lanes, lanes, scale, None, table)
@@ -1058,7 +1116,7 @@ def fit_rows(x, table, temperature, moments, parts):
             total, error = sum_lanes(sums[0], sums[1])
             first, first_error = sum_lanes(sums[2], sums[3])
             second, _ = sum_lanes(sums[4], zero)
-            write_moments(moments, i, table[i, _WEIGHT], total, error, first, first_error, second)
+            write_moments(moments, i, table[_WEIGHT, i], total, error, first, first_error, second)
 
 
 @Kernel
@@ -1078,7 +1136,7 @@ def fit_columns(x, table, temperature, moments, parts):
             start, width = task // vectors * n * inner + column, min(lanes, inner - column)
             stop, number = start + n * inner, task // vectors * inner + column
             for j in range(lanes):
-                top = table[number + min(j, width - 1), _TOP]
+                top = table[_TOP, number + min(j, width - 1)]
                 if is_plain(top, rate):
                     scale, guard = plain_scale(top, rate), no_guard(top)
                 else:
@@ -1094,32 +1152,34 @@ def fit_columns(x, table, temperature, moments, parts):
             for j in range(width):
                 total, error, first = get(w, j), get(w, lanes + j), get(w, 2 * lanes + j)
                 first_error, second = get(w, 3 * lanes + j), get(w, 4 * lanes + j)
-                weight = table[number + j, _WEIGHT]
+                weight = table[_WEIGHT, number + j]
                 write_moments(moments, number + j, weight, total, error, first, first_error, second)
 
 
-# Powers of two for entries whose differences, or the squares of these, overflow or underflow.
-_FACTOR_OF_HUGE, _FACTOR_OF_TINY = 2.0**-520, 2.0**500
-_LEAST_VARIANCE = 2.0**-900
+# Sums of distances in this range need no factor; with the other, neither they nor squares of them overflow.
+_LEAST_WIDTH, _MOST_WIDTH, _FACTOR_OF_HUGE = 2.0**-300, 2.0**300, 2.0**-560
+_TINIEST = 2.0**-1074
+# Mean and labels' d that are equal to this, relative, are equal but for rounding.
+_EQUAL = 2.0**-48
 # A relative step below this, of Newton's method, leaves an error of about its square.
 _LAST_STEP = 1e-8
 _MOST_PASSES = 200
 
 
 def fit_start(threads, x, classes, probs, factor):
-    """Table of what a fit needs of each sample, and the sums of its columns from that of gaps on."""
-    table = np.empty((x.size // x.shape[1], FIT_COLUMNS))
+    """Table of what a fit needs of each sample, and the sums of its rows from that of gaps on."""
+    table = np.empty((FIT_ROWS, x.size // x.shape[1]))
     run = fit_start_rows if x.ndim == 2 else fit_start_columns
     run(threads, x, classes, probs, factor, table, threads)
     with np.errstate(all="ignore"):
-        return table, table[:, _GAP:].sum(axis=0).tolist()
+        return table, table[_GAP:].sum(axis=1).tolist()
 
 
 def fit(x, classes, probs):
     """Return the temperature of least loss for samples over axis 1, and the number of passes.
 
-    It is None if the loss of a sample is NaN or infinite at every temperature; then the second is the first
-    such sample. With b = 1 / T, the slope is 0 where the mean of E[d] is that of the labels' d. Newton's
+    It is None if the loss is NaN or infinite at every temperature; then the second is the first sample with
+    which it is. With b = 1 / T, the slope is 0 where the mean of E[d] is that of the labels' d. Newton's
     method finds where the logarithm of their ratio is 0, whose slope in log(b) is -var(b d) / E[b d]: it is
     almost straight, as E[d] falls like a power of b or exponentially. A step beyond what is known of b is
     replaced: the loss is at least b times the labels' d, so b is at most the loss at b = 0 over that.
@@ -1127,29 +1187,39 @@ def fit(x, classes, probs):
     threads = _threads(x.size, PARALLEL_ROWS)
     factor = 1.0
     table, (gap, mean, variance, log_count) = fit_start(threads, x, classes, probs, factor)
-    if not math.isfinite(gap + variance):
+    # Without a factor no distance rounds to 0: these say whether a label, and an entry, is below its maximum.
+    missed, width = gap != 0.0, table[_WIDTH].max()
+    if not math.isfinite(gap + mean + variance):
         factor = _FACTOR_OF_HUGE
-    elif gap + mean > 0.0 and variance < _LEAST_VARIANCE:
-        factor = _FACTOR_OF_TINY
+    elif width > 0.0 and not _LEAST_WIDTH < width < _MOST_WIDTH:
+        factor = 2.0 ** min(-math.frexp(width)[1], 1000)
     if factor != 1.0:
         table, (gap, mean, variance, log_count) = fit_start(threads, x, classes, probs, factor)
-    if not math.isfinite(gap + mean + variance):
+    if not math.isfinite(gap + mean + variance + log_count):
         with np.errstate(all="ignore"):
-            bad = ~np.isfinite(table[:, _GAP:].sum(axis=1))
+            bad = ~np.isfinite(table[_GAP:].cumsum(axis=1)).all(axis=0)
         return None, int(bad.argmax())
-    if gap == 0.0:
-        return (0.0 if variance > 0.0 else math.inf), 1
-    if mean <= gap:
+    if not missed:
+        return (0.0 if width > 0.0 else math.inf), 1
+    if mean <= gap * (1.0 + _EQUAL):
         return math.inf, 1
+    gap = max(gap, _TINIEST)
     run = fit_rows if x.ndim == 2 else fit_columns
-    moments = np.empty((len(table), 2))
-    low, high = 0.0, log_count / gap
-    rate = min((mean - gap) / variance, high)
+    moments = np.empty((2, table.shape[1]))
+    # The least b is that of the largest T.
+    least = 1.0 / LARGEST[1] / factor
+    low, high = 0.0, min(log_count / gap, LARGEST[1])
+    rate = min((mean - gap) / variance, high) if variance > 0.0 else high
     for passes in range(2, _MOST_PASSES):
+        rate = max(rate, least)
         run(threads, x, table, 1.0 / rate / factor, moments, threads)
-        mean, variance = moments.sum(axis=0).tolist()
+        mean, variance = moments.sum(axis=1).tolist()
         low, high = (rate, high) if mean > rate * gap else (low, rate)
-        step = math.log(mean / (rate * gap)) * mean / variance if mean > 0.0 < variance else -math.inf
+        if high == least:
+            return math.inf, passes
+        step = -math.inf
+        if mean > 0.0 < variance:
+            step = math.log(min(mean / rate / gap, LARGEST[1])) * mean / variance
         following = rate * (1.0 + step) if step > 0.0 else rate / (1.0 - step)
         if abs(step) <= _LAST_STEP:
             return 1.0 / following / factor, passes
@@ -1160,29 +1230,36 @@ def fit(x, classes, probs):
 
 
 # -- solving for a temperature -------------------------------------------------------------------------
-# Each slice is copied to working memory, divided by its range, and then walked some eight times there. With
+# The distances d from the maximum are written to working memory, and then walked some six times there. With
 # u = log(b) and z = b d, the entropy is log(sum(exp(-z))) + E[z], and its slope in u is -var(z).
 
 # What is found of a slice: a temperature, or why there is none.
 _SOLVED, _BELOW, _ABOVE = 0, 1, 2
-# Entropies within this of a limit, relative, are the limit.
-_AT_LIMIT = 4.0 * 2.0**-52
+# Entries beyond this are taken by a quarter, lest their distances or the temperature overflow.
+_HUGE_ENTRY = 2.0**900
 # Newton steps in u: below this, the error of the entropy is that of rounding.
 _LAST_ENTROPY_STEP = 1e-9
 
 
 @jit
-def solve_slice(x, start, step, n, target, w):
-    """Temperature at which the entropy of a slice is the target, and whether one was found."""
-    top = -math.inf
+def solve_slice(x, start, step, n, target, at_limit, w):
+    """Temperature at which the entropy of a slice is the target, and whether one was found.
+
+    Targets within ``at_limit``, relative, of what the entropy is at T = 0 or T = inf are that limit.
+    """
+    top, largest = -math.inf, 0.0
     for i in range(n):
         entry = np.float64(get(x, start + i * step))
         if math.isnan(entry):
             return math.nan, _SOLVED
         top = max(top, entry)
-    if n == 0 or top == -math.inf or math.isnan(target):
-        return (math.nan, _ABOVE) if n == 0 and target != 0.0 else (math.nan, _SOLVED)
-    factor = 0.25 if abs(top) > 1.0 else 1.0
+        if entry != -math.inf:
+            largest = max(largest, abs(entry))
+    if math.isnan(target) or (top == -math.inf and (n > 0 or target == 0.0)):
+        return math.nan, _SOLVED
+    if n == 0:
+        return math.nan, _BELOW if target < 0.0 else _ABOVE
+    factor = 0.25 if largest > _HUGE_ENTRY else 1.0
     count = ties = 0
     widest, least = 0.0, math.inf
     for i in range(n):
@@ -1192,18 +1269,18 @@ def solve_slice(x, start, step, n, target, w):
             put(w, count, 0.0)
             count += 1
         elif top != math.inf and entry != -math.inf:
-            distance = top * factor - entry * factor
+            distance = max(top * factor - entry * factor, _TINIEST)
             put(w, count, -distance)
             count += 1
             widest, least = max(widest, distance), min(least, distance)
     bottom, ceiling = math.log(ties), math.log(count)
-    if target < bottom - _AT_LIMIT * bottom:
+    if target < bottom - at_limit * bottom:
         return math.nan, _BELOW
-    if target > ceiling + _AT_LIMIT * ceiling:
+    if target > ceiling + at_limit * ceiling:
         return math.nan, _ABOVE
-    if target >= ceiling - _AT_LIMIT * ceiling:
+    if target >= ceiling - at_limit * ceiling:
         return math.inf, _SOLVED
-    if target <= bottom + _AT_LIMIT * bottom:
+    if target <= bottom + at_limit * bottom:
         return 0.0, _SOLVED
     first = second = 0.0
     for i in range(count):
@@ -1212,19 +1289,21 @@ def solve_slice(x, start, step, n, target, w):
         second += share * share
     variance = second / count - (first / count) ** 2
     guess = math.sqrt(0.5 * variance / (ceiling - target)) * widest
-    temperature = solve_distances(w, count, least * 2.0**-10, widest * 2.0**30, guess, target)
-    return temperature / factor, _SOLVED
+    low, high = max(least * 2.0**-10, _TINIEST), min(widest * 2.0**30, LARGEST[1])
+    return solve_distances(w, count, ties, low, high, guess, target - bottom) / factor, _SOLVED
 
 
 @jit
-def solve_distances(w, count, low, high, temperature, target):
-    """Temperature between two bounds at which the entropy of entries is the target; their maximum is 0."""
+def solve_distances(w, count, ties, low, high, temperature, goal):
+    """Temperature between two bounds at which the entropy is so much above that of the maxima.
+
+    Newton's method on the logarithm of this surplus, which is almost straight in b where it is small.
+    """
     lanes = lane_count(w)
     zero = spread(0.0, w)
-    high = min(high, 2.0**1023)
     for _ in range(_MOST_PASSES):
         if not low < temperature < high:
-            temperature = math.sqrt(low) * math.sqrt(high)
+            temperature = min(max(math.sqrt(low) * math.sqrt(high), low), high)
         scale, guard = guarded_scale(0.0, temperature)
         sums = lane_moments(w, 0, count, lanes, lanes, scale, guard, w)
         total, error = sum_lanes(sums[0], sums[1])
@@ -1232,13 +1311,16 @@ def solve_distances(w, count, low, high, temperature, target):
         second, _ = sum_lanes(sums[4], zero)
         mean = -(first + first_error) / (total + error) * LOG_2
         variance = second / total * (LOG_2 * LOG_2) - mean * mean
-        excess = math.log((total + error) / top_term(total)) + mean - target
-        if excess > 0.0:
+        maxima = ties * top_term(total)
+        surplus = math.log1p(((total - maxima) + error) / maxima) + mean
+        if surplus > goal:
             high = temperature
         else:
             low = temperature
-        step = -excess / variance if variance > 0.0 else math.inf
-        following = temperature * math.exp(step)
+        step = math.inf
+        if surplus > 0.0 < variance:
+            step = (math.log(goal) - math.log(surplus)) * surplus / variance
+        following = temperature * (1.0 + step) if step > 0.0 else temperature / (1.0 - step)
         if abs(step) <= _LAST_ENTROPY_STEP or following == temperature:
             return following
         temperature = following
@@ -1246,7 +1328,7 @@ def solve_distances(w, count, low, high, temperature, target):
 
 
 @Kernel
-def solve_slices(x, entropies, temperatures, found, parts):
+def solve_slices(x, entropies, at_limit, temperatures, found, parts):
     """Solve for the temperature of each slice over axis 1 of an array (outer, n, inner)."""
     outer, n, inner = x.shape
     slices = outer * inner
@@ -1257,13 +1339,13 @@ def solve_slices(x, entropies, temperatures, found, parts):
         for i in range(slices * part // parts, slices * (part + 1) // parts):
             start = i // inner * n * inner + i % inner
             target = temperature_at(entropies, i)
-            temperatures[i], found[i] = solve_slice(pointer(x), start, inner, n, target, w)
+            temperatures[i], found[i] = solve_slice(pointer(x), start, inner, n, target, at_limit, w)
 
 
-def solve(x, entropies, temperatures, found):
+def solve(x, entropies, at_limit, temperatures, found):
     """Write the temperature of each slice, and 0; or 1 or 2 if it has only greater or smaller entropies."""
     threads = _threads(x.size, PARALLEL_ROWS)
-    solve_slices(threads, x, entropies, temperatures, found, threads)
+    solve_slices(threads, x, entropies, at_limit, temperatures, found, threads)
 
 
 # -- the choice of a schedule ----------------------------------------------------------------------------

@@ -39,7 +39,8 @@ def cross_entropy(
         Real values of any shape and of the dtypes that `softmax` takes; slices along `axis` are samples.
     labels : array_like
         Classes: integers from 0 on, below the length of `axis`, in the shape of `logits` without `axis`. Or
-        probabilities: real floats in the shape of `logits`. They need not sum to 1.
+        probabilities: real floats in the shape of `logits`, rounded to their precision (16-bit logits: to
+        float32). They need not sum to 1; whether they are negative is not checked.
     temperature : array_like, optional
         Real values in [0, inf]: one for all samples, or an array that broadcasts to the shape of `logits`
         without `axis`.
@@ -114,8 +115,9 @@ def cross_entropy_and_grad(
 
     Notes
     -----
-    At T = inf the gradient is 0. The logits are read once from memory where a sample fits in a cache, and
-    nothing of their size is allocated but the gradient. For classes it is within 4 ulp of the exact one, in
+    At T = inf the gradient is 0. The logits are read once from memory where a sample fits in a cache. Nothing
+    of their size is allocated but the gradient, unless they have to be copied into packed, native floats.
+    For classes it is within 4 ulp of the exact one, in
     ulp of the largest entry of a sample; for probabilities, in ulp of the largest of both terms.
     Probabilities that `softmax` rounds to 0 count as 0.
 
@@ -209,6 +211,10 @@ def log_softmax_vjp(probs, cotangent, temperature: ArrayLike = 1.0, *, axis=0, o
     TypeError, ValueError, numpy.exceptions.AxisError
         As `softmax_vjp` does.
 
+    Notes
+    -----
+    The sum of g is taken in the precision of the result: where it overflows, the result is NaN or infinite.
+
     Examples
     --------
     >>> from fastmax import log_softmax_vjp, softmax
@@ -230,29 +236,32 @@ def fit_temperature(logits, labels, *, axis: int = 0) -> float:
     logits : array_like
         Real values of any shape and of the dtypes that `softmax` takes; slices along `axis` are samples.
     labels : array_like
-        Classes or probabilities, as in `cross_entropy`.
+        Classes or probabilities, as in `cross_entropy`; negative ones are refused, and probabilities that do
+        not have the dtype of `logits` are taken in float64.
     axis : int, optional
         Axis of the classes.
 
     Returns
     -------
     float
-        Temperature in [0, inf]. It is inf if no finite one is better than equal probabilities, and 0 if the
-        label of every sample is a maximum (unless all its logits are equal, for all samples).
+        Temperature in [0, inf]. It is inf if no finite one is better than equal probabilities, to rounding,
+        and 0 if the label of every sample is a maximum (unless all its logits are equal, for all samples).
 
     Raises
     ------
     IndexError, TypeError, numpy.exceptions.AxisError
         As `cross_entropy` does.
     ValueError
-        As `cross_entropy` does; also if there is no sample, or one whose loss is NaN or infinite at every
-        temperature: one with NaN, with nothing but -inf, or with the label at -inf.
+        As `cross_entropy` does; also if a probability is negative, and if there is no sample, or one whose
+        loss is NaN or infinite at every temperature: one with NaN, with nothing but -inf, or with the label
+        at -inf.
 
     Notes
     -----
     The loss is convex in 1 / T. A Newton method in 1 / T, kept between bounds, takes first and second
     derivatives from one pass over the logits a step, in float64. It converges to 1e-12, relative, in at most
-    12 passes unless the logits differ by many orders of magnitude.
+    12 passes, unless the distances of logits from their maxima differ by many orders of magnitude: where the
+    loss shows no difference between temperatures, any of them is returned.
 
     References
     ----------
@@ -273,7 +282,12 @@ def fit_temperature(logits, labels, *, axis: int = 0) -> float:
     from fastmax import _learning
 
     x, dtype, position, blocks, order, shape = _as_samples(logits, axis)
-    classes, probs = _as_labels(labels, x, dtype, position, blocks, order, shape)
+    classes, probs = _as_labels(labels, x, dtype, np.float64, position, blocks, order, shape)
+    if probs is not None:
+        array = np.asarray(labels)
+        if (array < 0).any():
+            index = tuple(int(i) for i in np.argwhere(array < 0)[0])
+            raise ValueError(f"labels must not be negative, got {array[index]} at {index}")
     if math.prod(shape) == 0:
         raise ValueError(f"logits must have at least one sample, got shape {x.shape}")
     if x.size == 0:
@@ -320,9 +334,11 @@ def solve_temperature(x, *, entropy: ArrayLike, axis=0) -> Any:
 
     Notes
     -----
-    The entropy at the result is within 1e-12 of the given one, in float64. Where that is the logarithm of the
-    number of entries above -inf, to within rounding, the result is inf; at that of the number of maxima it
-    is 0. Newton's method, kept between bounds, takes some eight passes over a slice, in the cache.
+    The entropy at the result is within 1e-12 of the given one, in float64, unless the result is subnormal;
+    where it would be beyond the largest float64 it is inf. Where the given one is the logarithm of the number
+    of entries above -inf, to the rounding of its own dtype, the result is inf; at that of the number of
+    maxima it is 0. Newton's method, kept between bounds, takes some six passes over a slice, in the cache;
+    two or three times as many where distances from the maximum differ by orders of magnitude.
 
     Examples
     --------
@@ -338,21 +354,19 @@ def solve_temperature(x, *, entropy: ArrayLike, axis=0) -> Any:
     from fastmax import _learning
 
     x, dtype = _as_array(x)
-    targets = _as_real(entropy, "entropy")
+    targets, at_limit = _as_entropies(entropy)
     _, axes = _as_axes(axis, x.ndim)
     shape = tuple(x.shape[i] for i in _kept(axes, range(x.ndim)))
-    if shape and math.prod(shape) == 0:
-        _check_broadcast(targets, shape, "entropy")
-        return np.empty(shape)
     _check_broadcast(targets, shape, "entropy")
+    if math.prod(shape) == 0:
+        return np.empty(shape)
     x, order = _as_packed(x, dtype, axes)
     blocks = _blocks(x.shape, axes, order)
     blocks = blocks if len(blocks) == 3 else (*blocks, 1)
     count = blocks[0] * blocks[2]
     temperatures, found = np.empty(count), np.empty(count, np.int8)
-    _learning.solve(
-        _block(x, order, blocks), _one_per_slice(targets, x.shape, axes, order), temperatures, found
-    )
+    entropies = _one_per_slice(targets, x.shape, axes, order)
+    _learning.solve(_block(x, order, blocks), entropies, at_limit, temperatures, found)
     kept = _kept(axes, order)
 
     def restore(values):
@@ -382,7 +396,7 @@ def _cross_entropy(logits, labels, temperature, axis, reduction, gradient):
     if gradient and not temperature.all():
         raise ValueError("temperature must not be 0, where the cross entropy has no gradient, got 0.0")
     _check_broadcast(temperature, shape, "temperature")
-    classes, probs = _as_labels(labels, x, dtype, position, blocks, order, shape)
+    classes, probs = _as_labels(labels, x, dtype, _kernel_dtype(dtype), position, blocks, order, shape)
     samples = math.prod(shape)
     losses = np.full(samples, 0.0 if probs is not None else np.nan)
     out = np.empty_like(x) if gradient else None
@@ -413,7 +427,11 @@ def _cross_entropy(logits, labels, temperature, axis, reduction, gradient):
 def _as_samples(logits, axis):
     """Return the logits, packed in some order of axes; what else says where a sample lies; samples' shape."""
     x, dtype = _as_array(logits, "logits", "")
-    _, axes = _as_axes(operator.index(axis), x.ndim)
+    try:
+        axis = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"axis must be an integer, got {axis!r}") from None
+    _, axes = _as_axes(axis, x.ndim)
     x, order = _as_packed(x, dtype, axes)
     blocks = _blocks(x.shape, axes, order)
     position = axes[0] if axes else None
@@ -439,24 +457,29 @@ def _block(array, order, blocks):
     return _as_stored(array).transpose(order).reshape(blocks)
 
 
-def _as_labels(labels, x, dtype, position, blocks, order, shape):
-    """Return classes in the order of samples, or none and the probabilities as kernels take them."""
+def _as_labels(labels, x, dtype, other, position, blocks, order, shape):
+    """Return classes in the order of samples, or none and the probabilities as kernels take them.
+
+    Probabilities of another dtype than that of x, the first one given, come as the second.
+    """
     if isinstance(labels, np.ma.MaskedArray):
         raise TypeError("labels must not be a masked array")
     array = np.asarray(labels)
-    if array.dtype.kind in "iu":
+    if array.dtype.kind in "iu" or (array.dtype.kind == "f" and array.size == 0 and array.shape == shape):
         if array.shape != shape:
             raise ValueError(
                 f"labels that are classes must have the shape {shape} of logits without the axis of classes, "
                 f"got shape {array.shape}"
             )
-        classes = x.shape[position] if position is not None else 1
-        invalid = (array < 0) | (array >= classes)
+        count = x.shape[position] if position is not None else 1
+        # Kernels use them as indices: what is checked is a copy that no other thread can write to.
+        classes = array.astype(np.int64)
+        invalid = (classes < 0) | (classes >= count)
         if invalid.any():
             index = tuple(int(i) for i in np.argwhere(invalid)[0])
-            raise IndexError(f"labels must be in [0, {classes}), got {array[index]} at {index}")
-        kept = [i if position is None or i < position else i - 1 for i in order if i != position]
-        return np.ascontiguousarray(array.transpose(kept).reshape(-1), np.intp), None
+            raise IndexError(f"labels must be in [0, {count}), got {array[index]} at {index}")
+        kept = _sample_axes(position, order)
+        return np.ascontiguousarray(classes.transpose(kept).reshape(-1), np.intp), None
     if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         raise TypeError(f"labels must be integers or floats, got dtype {array.dtype}")
     if array.shape != x.shape:
@@ -465,14 +488,19 @@ def _as_labels(labels, x, dtype, position, blocks, order, shape):
         )
     if array.dtype != dtype:
         with np.errstate(all="ignore"):
-            array = array.astype(_kernel_dtype(dtype))
+            array = array.astype(other)
     packed = np.ascontiguousarray(_as_stored(array).transpose(order)).reshape(blocks)
     return np.empty(0, np.intp), packed
 
 
+def _sample_axes(position, order):
+    """Axes of samples in the order of memory, as numbered without the axis of classes."""
+    return [i if position is None or i < position else i - 1 for i in order if i != position]
+
+
 def _position(sample, shape, position, order):
     """Index of a sample, from its number in the order of memory."""
-    kept = [i if position is None or i < position else i - 1 for i in order if i != position]
+    kept = _sample_axes(position, order)
     place = np.unravel_index(sample, [shape[i] for i in kept])
     return tuple(int(place[kept.index(i)]) for i in range(len(shape)))
 
@@ -487,12 +515,17 @@ def _check_broadcast(array, shape, name):
         raise ValueError(f"{name} of shape {array.shape} does not broadcast to the shape {shape} of samples")
 
 
-def _as_real(values, name):
-    """Return real values as a float64 array."""
-    array = np.asarray(values)
-    if isinstance(values, np.ma.MaskedArray) or array.dtype.kind not in "biuf":
-        raise TypeError(f"{name} must be real, got {values!r}")
-    return array.astype(np.float64, copy=False)
+def _as_entropies(entropy):
+    """Return entropies as a float64 array, and by how much, relative, a limit may be off in their dtype."""
+    array = np.asarray(entropy)
+    is_float = array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+    if isinstance(entropy, np.ma.MaskedArray) or not (is_float or array.dtype.kind in "biu"):
+        raise TypeError(f"entropy must be real, got {entropy!r}")
+    values = array.astype(np.float64, copy=False)
+    if not is_float or array.dtype.itemsize >= 8:
+        return values, 4.0 * 2.0**-52
+    # In 16 bits a float32 is rounded once.
+    return values, max(4.0 * 2.0**-23, float(np.spacing(np.ones((), array.dtype))))
 
 
 # -- products with the Jacobian ------------------------------------------------------------------------

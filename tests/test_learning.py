@@ -13,11 +13,12 @@ from numpy.exceptions import AxisError
 from scipy.optimize import minimize_scalar
 
 import fastmax
-from fastmax import _learning
+from fastmax import _learning, _learning_api
 
 FLOATS = [np.float32, np.float64]
 INTEGERS = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64, ">i4"]
 RNG = np.random.default_rng(5)
+LOG_3 = math.log(3)
 # Lengths on both sides of those at which samples are taken in tiles, kept in a cache, or read where they lie.
 ROWS = [1, 2, 15, 17, _learning.SHORT, _learning.SHORT + 1, 1000]
 TALL = _learning.COLUMN_BYTES // _learning.LANE_BYTES
@@ -109,6 +110,23 @@ def test_tall_columns_and_long_rows(dtype):
 
 
 @both
+def test_probabilities_of_tall_columns_and_long_rows(dtype):
+    for n in (TALL + 1, _learning.STORED_BYTES // 4 + 1):
+        x = RNG.normal(scale=3, size=(2, n)).astype(dtype)
+        q = fastmax.softmax(RNG.normal(scale=3, size=(2, n)), axis=1).astype(dtype)
+        wide = q.astype(np.float64)
+        logs = fastmax.log_softmax(x.astype(np.float64), 0.7, axis=1)
+        expected = (np.exp(logs) * wide.sum(axis=1, keepdims=True) - wide) / 0.7
+        unit = np.spacing(np.maximum(np.exp(logs), wide).max(axis=1, keepdims=True).astype(dtype))
+        for axis, logits, labels in ((1, x, q), (0, np.ascontiguousarray(x.T), np.ascontiguousarray(q.T))):
+            losses, gradient = fastmax.cross_entropy_and_grad(
+                logits, labels, 0.7, axis=axis, reduction="none"
+            )
+            np.testing.assert_allclose(losses, -(wide * logs).sum(axis=1), rtol=4 * np.finfo(dtype).eps)
+            assert (np.abs((gradient if axis else gradient.T) - expected) <= 8 * unit).all()
+
+
+@both
 @pytest.mark.parametrize("axis", [0, 1, 2, -1])
 def test_any_axis_any_layout_and_a_temperature_per_sample(dtype, axis):
     x = RNG.normal(size=(6, 5, 7)).astype(dtype)
@@ -172,6 +190,15 @@ def test_labels_of_any_integer_dtype(integer):
     expected = fastmax.cross_entropy(x, labels, axis=1, reduction="none")
     got = fastmax.cross_entropy(x, labels.astype(integer), axis=1, reduction="none")
     np.testing.assert_array_equal(got, expected)
+
+
+def test_labels_are_copied_before_they_are_checked():
+    """So that no other thread can make one of them an index out of bounds; and their flags do not matter."""
+    labels = np.array([0, 1, 2])
+    labels.flags.writeable = False
+    found = _learning_api._as_labels(labels, BATCH, BATCH.dtype, None, 0, (1, 4, 3), [0, 1], (3,))[0]
+    assert not np.shares_memory(found, labels)
+    assert found.flags.writeable
 
 
 def test_one_sample():
@@ -278,6 +305,57 @@ def test_extreme_logits(dtype):
 
 
 @both
+@pytest.mark.parametrize("n", [3, 200])
+def test_probabilities_whose_sums_overflow(dtype, n):
+    """With entries at the ends of the range; the last sample needs no help and keeps its bits."""
+    lowest, inf = np.finfo(dtype).min, np.inf
+    largest = -float(lowest)
+    temperature = 2.0 ** (126 if dtype == np.float32 else 1022)
+    gap = largest / temperature
+    x, q = np.zeros((4, n), dtype), np.zeros((4, n), dtype)
+    x[:, 3:] = -inf
+    x[:, :3] = [[0, lowest, -inf], [0, lowest, lowest], [0, lowest, -inf], [0.5, 0.25, -0.25]]
+    q[:, :3] = [[3, 2, 0], [0, 0.5, 0.75], [3, 2, 1], [1e-30, 1e-30, 1e-37]]
+    expected = [
+        5 * math.log1p(math.exp(-gap)) + 2 * gap,
+        1.25 * (math.log1p(2 * math.exp(-gap)) + gap),
+        inf,
+        float(q[3, :3].astype(float).sum()) * LOG_3,
+    ]
+    for axis, logits, labels in ((1, x, q), (0, np.ascontiguousarray(x.T), np.ascontiguousarray(q.T))):
+        got = fastmax.cross_entropy(logits, labels, temperature, axis=axis, reduction="none")
+        np.testing.assert_allclose(got, expected, rtol=4 * np.finfo(dtype).eps)
+        cold = fastmax.cross_entropy(logits, labels, 1.0, axis=axis, reduction="none")
+        np.testing.assert_array_equal(cold[:3], inf)
+    alone = fastmax.cross_entropy(x[3:], q[3:], temperature, axis=1, reduction="none")
+    np.testing.assert_array_equal(
+        alone, fastmax.cross_entropy(x, q, temperature, axis=1, reduction="none")[3:]
+    )
+
+
+@both
+@pytest.mark.parametrize("exponent", [-1070, -200, -90, 90, 150, 200, 274])
+def test_gradients_of_any_size_at_extreme_temperatures(dtype, exponent):
+    """They follow from small or large labels, or cotangents, and need not be extreme."""
+    temperature = 1.25 * 2.0**exponent
+    size = 2.0 ** min(max(exponent, -120 if dtype == np.float32 else -1000), 126)
+    g = np.array([size, 0.0], dtype)
+    p = np.full(2, 0.5, dtype)
+    with np.errstate(all="ignore"):
+        half = np.float64(size) / 2 / temperature
+        expected = np.array([half, -half]).astype(dtype)
+        quarter = np.array([half / 2, -half / 2]).astype(dtype)
+    bound = {"rtol": 4 * np.finfo(dtype).eps, "atol": 2 * np.finfo(dtype).smallest_subnormal}
+    for logits, axis in ((np.ones(2, dtype), 0), (np.ones((2, 1), dtype), 0), (np.ones((1, 2), dtype), 1)):
+        args = (p.reshape(logits.shape), g.reshape(logits.shape), temperature)
+        got = fastmax.log_softmax_vjp(*args, axis=axis).ravel()
+        np.testing.assert_allclose(got, expected, **bound)
+        np.testing.assert_allclose(fastmax.softmax_vjp(*args, axis=axis).ravel(), quarter, **bound)
+        _, gradient = fastmax.cross_entropy_and_grad(logits, args[1], temperature, axis=axis, reduction="sum")
+        np.testing.assert_allclose(gradient.ravel(), -expected, **bound)
+
+
+@both
 @pytest.mark.parametrize("n", [10, 500])
 def test_gradient_is_the_derivative(dtype, n):
     """The derivative along each entry, by differences of the exact loss, where dtype is float64."""
@@ -314,20 +392,41 @@ def test_against_pytorch():
             np.testing.assert_allclose(gradient, tensor.grad.numpy(), rtol=1e-11, atol=1e-15)
 
 
+@pytest.mark.skipif(numba.get_num_threads() == 1, reason="Numba has one thread")
 @both
 @pytest.mark.parametrize("shape", [(3000, 10), (300, 1000), (40, 20_000)])
 def test_number_of_threads_changes_no_bit(dtype, shape):
     x = RNG.normal(scale=3, size=shape).astype(dtype)
     labels = RNG.integers(0, shape[1], shape[0])
+    soft = fastmax.softmax(x[::-1], 2.0, axis=1)
     most, results = numba.get_num_threads(), []
-    for threads in (1, most):
-        numba.set_num_threads(threads)
-        found = []
-        for axis, logits in ((1, x), (0, x.T.copy())):
-            loss, gradient = fastmax.cross_entropy_and_grad(logits, labels, axis=axis)
-            found += [loss.tobytes(), gradient.tobytes()]
-        results.append([*found, fastmax.fit_temperature(x, labels, axis=1)])
+    try:
+        for threads in (1, most):
+            numba.set_num_threads(threads)
+            found = []
+            for axis, logits, q in ((1, x, soft), (0, x.T.copy(), soft.T.copy())):
+                for target in (labels, q):
+                    loss, gradient = fastmax.cross_entropy_and_grad(logits, target, axis=axis)
+                    found += [loss.tobytes(), gradient.tobytes()]
+            solved = fastmax.solve_temperature(x, entropy=0.5, axis=1)
+            results.append([*found, fastmax.fit_temperature(x, labels, axis=1), solved.tobytes()])
+    finally:
+        numba.set_num_threads(most)
     assert results[0] == results[1]
+
+
+@both
+@pytest.mark.parametrize("n", [10, 1000])
+def test_bits_of_a_sample_do_not_depend_on_its_batch(dtype, n):
+    x = RNG.normal(scale=3, size=(70, n)).astype(dtype)
+    x[10] = 1e30  # which is not plain
+    labels, soft = RNG.integers(0, n, 70), fastmax.softmax(x[::-1], 2.0, axis=1)
+    for target in (labels, soft):
+        losses, gradient = fastmax.cross_entropy_and_grad(x, target, 0.7, axis=1, reduction="none")
+        for own in (slice(3, 4), slice(9, 12), slice(20, 61)):
+            alone = fastmax.cross_entropy_and_grad(x[own], target[own], 0.7, axis=1, reduction="none")
+            np.testing.assert_array_equal(alone[0], losses[own])
+            np.testing.assert_array_equal(alone[1], gradient[own])
 
 
 def test_empty():
@@ -336,6 +435,7 @@ def test_empty():
     loss, gradient = fastmax.cross_entropy_and_grad(np.ones((0, 3)), np.zeros(0, int), axis=1)
     assert np.isnan(loss)
     assert gradient.shape == (0, 3)
+    assert fastmax.cross_entropy(np.ones((0, 3)), [], axis=1, reduction="sum") == 0
 
 
 BATCH = np.arange(12.0).reshape(4, 3)
@@ -358,7 +458,9 @@ BATCH = np.arange(12.0).reshape(4, 3)
         ([0, 1, 2], {"temperature": [1.0, 2.0]}, ValueError, r"temperature of shape \(2,\)"),
         ([0, 1, 2], {"temperature": np.ones((2, 3))}, ValueError, r"temperature of shape \(2, 3\)"),
         ([0, 1, 2], {"axis": 2}, AxisError, "axis 2"),
-        ([0, 1, 2], {"axis": (0, 1)}, TypeError, "tuple"),
+        ([0, 1, 2], {"axis": (0, 1)}, TypeError, r"axis must be an integer, got \(0, 1\)"),
+        ([0, 1, 2], {"axis": None}, TypeError, "axis must be an integer, got None"),
+        ([0, 1, 2], {"axis": 1.0}, TypeError, "axis must be an integer, got 1.0"),
     ],
 )
 def test_errors(function, labels, keywords, error, message):
@@ -507,7 +609,13 @@ def test_fit_at_the_ends():
 
 @pytest.mark.parametrize(
     ("row", "label"),
-    [([np.nan, 1, 0], 1), ([-np.inf] * 3, 1), ([1, -np.inf, 0], 1), ([np.inf, 1, 0], 1)],
+    [
+        ([np.nan, 1, 0], 1),
+        ([np.inf, np.nan, 0], 0),
+        ([-np.inf] * 3, 1),
+        ([1, -np.inf, 0], 1),
+        ([np.inf, 1, 0], 1),
+    ],
 )
 def test_fit_refuses_samples_without_a_finite_loss(row, label):
     x = np.array([[1.0, 2, 3], row, [2, 1, 3]])
@@ -516,7 +624,66 @@ def test_fit_refuses_samples_without_a_finite_loss(row, label):
             fastmax.fit_temperature(logits, [0, label, 0], axis=axis)
 
 
+def test_fit_of_many_samples():
+    """Sums over samples must not lose digits: a quarter of the labels is 1, so T = 0.1 / log(3)."""
+    x, labels = np.tile([0.1, 0.0], (400_000, 1)), np.arange(400_000) % 4 == 0
+    assert fastmax.fit_temperature(x, labels.astype(int), axis=1) == pytest.approx(0.1 / LOG_3, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "expected"),
+    [
+        # A third at the lower entry gives gap / log(2), a quarter gap / log(3); subnormals are spaced widely.
+        ([[0, 5e-324]] * 4, [1, 1, 0, 1], 5e-324),
+        ([[0, 1e-310]] * 4, [1, 1, 0, 1], 1e-310 / LOG_3),
+        ([[0.0, 1e-312]], [1], 0.0),
+        ([[0.0, 5e-324]], [0], np.inf),
+        ([[0.9e308, -0.6e308]] * 4, [0, 0, 1, 0], 1.5e308 / LOG_3),
+        ([[1.7e308, 0]] * 5, [0, 0, 0, 1, 1], np.inf),  # 1.7e308 / log(1.5) overflows
+        # Where exp(-1 / T) = 1e-310 / 2, for the slope of the second sample is half its gap.
+        ([[1.0, 0], [1e-310, 0]], [0, 1], 1 / (310 * math.log(10) + math.log(2))),
+        # Rounding must not make equal probabilities a temperature.
+        ([RNG.normal(size=10).tolist()] * 10, list(range(10)), np.inf),
+    ],
+)
+def test_fit_where_distances_are_extreme(rows, labels, expected):
+    x = np.array(rows)
+    for logits, axis in ((x, 1), (x.T.copy(), 0)):
+        assert fastmax.fit_temperature(logits, labels, axis=axis) == pytest.approx(expected, rel=1e-12)
+
+
+def test_fit_where_distances_span_all_exponents():
+    """From 1e-297 of the largest distance down no sum shows the other sample: any T in between will do."""
+    fitted = fastmax.fit_temperature([[1e300, 0], [1e-300, 0]], [0, 1], axis=1)
+    assert 1e-297 < fitted < 2e297
+
+
+def test_fit_of_huge_logits_that_are_many():
+    x = np.tile([0.9e308, -0.6e308], (2**20, 1))
+    labels = (np.arange(2**20) % 4 == 0).astype(int)
+    assert fastmax.fit_temperature(x, labels, axis=1) == pytest.approx(1.5e308 / LOG_3, rel=1e-12)
+
+
+def test_fit_takes_probabilities_as_they_are():
+    """Labels that do not sum to 1 weigh samples; float64 ones keep what float32 logits do not."""
+    x, labels = calibrated(300, 5, 1.5)
+    x = x.astype(np.float32)
+    weights = np.arange(300) % 3
+    weighted = np.eye(5)[labels] * weights[:, None]
+    repeated = fastmax.fit_temperature(np.repeat(x, weights, 0), np.repeat(labels, weights), axis=1)
+    assert fastmax.fit_temperature(x, weighted, axis=1) == pytest.approx(repeated, rel=1e-12)
+    assert fastmax.fit_temperature(x, weighted * 1e-60, axis=1) == pytest.approx(repeated, rel=1e-12)
+    with pytest.raises(ValueError, match=r"sample \(1,\)"):
+        fastmax.fit_temperature([[1.0, 0.0]] * 3, np.full((3, 2), 8e307), axis=1)
+    exact = 1 / math.log(0.7 / 0.3)
+    assert fastmax.fit_temperature(np.eye(1, 2, dtype=np.float32), [[0.7, 0.3]], axis=1) == pytest.approx(
+        exact, rel=1e-12
+    )
+
+
 def test_fit_errors():
+    with pytest.raises(ValueError, match=r"labels must not be negative, got -0.5 at \(1, 0\)"):
+        fastmax.fit_temperature([[1.0, 0.0], [2.0, 1.0]], [[1.0, 0.0], [-0.5, -0.25]], axis=1)
     with pytest.raises(IndexError, match="labels must be in"):
         fastmax.fit_temperature(BATCH, [0, 1, 4])
     with pytest.raises(ValueError, match=r"labels .* shape"):
@@ -604,7 +771,44 @@ def test_solve_at_the_ends():
     assert np.isnan(solve([np.nan, 1, 2], entropy=0.5))
     assert np.isnan(solve([-inf, -inf], entropy=0.5))
     assert solve(np.ones((3, 0)), entropy=0.5).shape == (0,)
+    assert np.isnan(solve(np.ones((0, 3)), entropy=[np.nan, 0.0, np.nan])).all()
     assert abs(fastmax.entropy([0.0, -1, -inf], solve([0.0, -1, -inf], entropy=0.5)) - 0.5) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("x", "target", "error"),
+    [
+        ([0, -1e-321, -1.0], 0.5, 0.01),  # a subnormal result has few digits
+        ([0, -5e-324, -1.0], 0.5, 0.1),
+        ([0, -5e-324, -2.0], 0.5, 0.1),
+        ([0, -5e-324, -1e308], 0.5, 0.2),
+        ([0, -1, -1.7e308], 1.0, 1e-12),
+        ([1.7e308, -1.7e308], 0.3, 1e-12),
+        ([0, 1e300, 2e-300], 1e-300, 1e-300),
+    ],
+)
+def test_solve_where_distances_are_extreme(x, target, error):
+    temperature = fastmax.solve_temperature(x, entropy=target)
+    assert temperature > 0
+    assert abs(fastmax.entropy(x, temperature) - target) <= error
+    assert fastmax.solve_temperature([0, -1.7e308], entropy=0.69) == np.inf  # it would be 2e309
+
+
+@pytest.mark.parametrize("target", [1e-300, 1e-100, 1e-30, 1e-12, 1e-6, 1e-3])
+def test_solve_of_small_entropies(target):
+    x = RNG.normal(size=(50, 30))
+    temperature = fastmax.solve_temperature(x, entropy=target, axis=1)
+    np.testing.assert_allclose(fastmax.entropy(x, temperature, axis=1), target, rtol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, *FLOATS])
+def test_solve_knows_the_limits_in_the_dtype_of_the_entropy(dtype):
+    x = np.array([[0] * 7, [1, 1, 1, *[-np.inf] * 4], [3, 3, 3, 3, 3, 0, 0]], dtype)
+    entropies = fastmax.entropy(x, [1.0, np.inf, 0.0], axis=1)
+    assert entropies.dtype == dtype
+    np.testing.assert_array_equal(
+        fastmax.solve_temperature(x, entropy=entropies, axis=1), [np.inf, np.inf, 0]
+    )
 
 
 def test_solve_errors():
