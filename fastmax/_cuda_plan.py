@@ -99,6 +99,7 @@ STRIDED_COLUMN = Class("column", 256, 8, 1, 0)
 STRIDED_LONG = 512  # entries from which a block shares a slice
 
 CLUSTERS_FROM = (9, 0)  # compute capability
+SMALL_TYPES_FROM = (8, 0)  # that rounds float32 to 16-bit types, two at a time
 MOST_BLOCKS = 65535  # along the second axis of a grid
 
 # Numbers that a part of a slice leaves in memory: its maximum and its sums.

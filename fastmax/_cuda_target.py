@@ -946,3 +946,23 @@ def compile_kernel(name, function, replaced, arguments, capability, threads):
     (entry,) = re.findall(r"\.visible \.entry (\w+)\(", ptx)
     ptx = re.sub(r"\.common \.global [^;]*_ZN08NumbaEnv[^;]*;\n", "", ptx)
     return ptx.replace(entry, name)
+
+
+def assemble(ptx, capability):
+    """Machine code (a cubin) from PTX, and the assembler's report; ImportError without nvJitLink."""
+    nvjitlink: Any = importlib.import_module("cuda.bindings.nvjitlink")
+    try:
+        linker = nvjitlink.create(2, [f"-arch=sm_{capability[0]}{capability[1]}", "-verbose"])
+    except (RuntimeError, OSError) as error:  # the bindings are there, the library is not
+        raise ImportError("nvJitLink was not found") from error
+    try:
+        code = ptx.encode()
+        nvjitlink.add_data(linker, nvjitlink.InputType.PTX, code, len(code), "kernel")
+        nvjitlink.complete(linker)
+        report = bytearray(nvjitlink.get_info_log_size(linker))
+        nvjitlink.get_info_log(linker, report)
+        cubin = bytearray(nvjitlink.get_linked_cubin_size(linker))
+        nvjitlink.get_linked_cubin(linker, cubin)
+    finally:
+        nvjitlink.destroy(linker)
+    return bytes(cubin), report.decode()

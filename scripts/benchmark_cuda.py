@@ -245,7 +245,7 @@ def build(job: tuple[Any, tuple[int, int]]) -> None:
     """Compile a kernel into the cache, in a process of its own."""
     from fastmax import _cuda_launch
 
-    _cuda_launch.ptx_of(*job)
+    _cuda_launch.code_of(*job)
 
 
 def specs_needed() -> list[Any]:

@@ -2,16 +2,15 @@
 
 import importlib
 import re
-from typing import Any
 
 import pytest
 
 pytest.importorskip("numba.cuda.extending", reason="numba-cuda is not installed")
 
-from fastmax import _cuda_plan
+from fastmax import _cuda_plan, _cuda_target
 
 try:
-    nvjitlink: Any = importlib.import_module("cuda.bindings.nvjitlink")
+    importlib.import_module("cuda.bindings.nvjitlink").version()
     importlib.import_module("cuda.bindings.nvvm").version()
 except Exception as error:  # whatever a missing or old library raises
     pytest.skip(f"the CUDA compiler is not installed: {error}", allow_module_level=True)
@@ -59,17 +58,11 @@ SPECS = {
 }
 
 
-def assemble(ptx, capability):
+def assembled(ptx, capability):
     """Return the registers, stack and spilled bytes of a kernel's machine code."""
-    linker = nvjitlink.create(2, [f"-arch=sm_{capability[0]}{capability[1]}", "-verbose"])
-    code = ptx.encode()
-    nvjitlink.add_data(linker, nvjitlink.InputType.PTX, code, len(code), "kernel")
-    nvjitlink.complete(linker)
-    log = bytearray(nvjitlink.get_info_log_size(linker))
-    nvjitlink.get_info_log(linker, log)
-    nvjitlink.destroy(linker)
-    (registers,) = re.findall(r"Used (\d+) registers", log.decode())
-    ((stack, spilled),) = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log.decode())
+    _, report = _cuda_target.assemble(ptx, capability)
+    (registers,) = re.findall(r"Used (\d+) registers", report)
+    ((stack, spilled),) = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", report)
     return int(registers), int(stack), int(spilled)
 
 
@@ -77,7 +70,7 @@ def assemble(ptx, capability):
 def test_kernels_fit_the_registers_and_keep_to_their_precision(kind):
     spec = SPECS[kind]
     ptx = _cuda_plan.build(spec, HOPPER)
-    registers, stack, spilled = assemble(ptx, HOPPER)
+    registers, stack, spilled = assembled(ptx, HOPPER)
     assert (stack, spilled) == (0, 0)
     assert registers * spec.threads <= 65536
     assert (".f64" in ptx) == (spec.dtype == "float64")
@@ -99,7 +92,7 @@ def test_kernels_fit_the_registers_and_keep_to_their_precision(kind):
 def test_kernels_compile_for_other_gpus(kind, capability):
     ptx = _cuda_plan.build(SPECS[kind], capability)
     assert f".target sm_{capability[0]}{capability[1]}" in ptx
-    _, stack, spilled = assemble(ptx, capability)
+    _, stack, spilled = assembled(ptx, capability)
     assert (stack, spilled) == (0, 0)
 
 
