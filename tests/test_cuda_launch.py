@@ -67,8 +67,8 @@ def test_launch_hands_over_grid_cluster_stream_and_arguments(notes):
     launch = _cuda_launch.Launch(SPEC, 0, (4, 1), (10, 20, 0, law, 2, 30000, 1, 30000, 30000))
     launch(77, 30, 40)
     ((grid, threads, stream, kernel, values),) = notes.launches
-    assert (grid, threads, stream, kernel) == ([4, 1, 1], [1024, 1, 1], 77, 9)
-    assert notes.cluster == [2, 1, 1]
+    assert (grid, threads, stream, kernel) == ([4, 1, 1], [512, 1, 1], 77, 9)
+    assert notes.cluster == [4, 1, 1]
     assert values[:3] == [30, 40, 0]
     assert values[-5:] == [2, 30000, 1, 30000, 30000]
     words = np.array(values[3:-5], np.int64).view(np.float32)[::2]
@@ -338,19 +338,22 @@ def test_views_that_are_marked_as_negated_are_negated():
     ("n", "group", "threads", "members", "blocks"),
     [
         (32, "thread", 128, 1, 1),
-        (33, "warp", 128, 8, 1),
-        (64, "warp", 128, 8, 1),
-        (65, "warp", 128, 16, 1),
-        (128, "warp", 128, 16, 1),
-        (129, "warp", 128, 32, 1),
+        (33, "warp", 128, 4, 1),
+        (64, "warp", 128, 4, 1),
+        (65, "warp", 128, 8, 1),
+        (128, "warp", 128, 8, 1),
+        (129, "warp", 128, 16, 1),
+        (256, "warp", 128, 16, 1),
+        (257, "warp", 128, 32, 1),
         (1024, "warp", 128, 32, 1),
         (1025, "block", 128, 128, 1),
         (2049, "block", 256, 256, 1),
         (4097, "block", 512, 512, 1),
-        (8193, "block", 1024, 1024, 1),
-        (24576, "block", 1024, 1024, 1),
-        (24577, "cluster", 1024, 1024, 2),
-        (32769, "cluster", 1024, 1024, 4),
+        (8192, "block", 512, 512, 1),
+        (8193, "cluster", 512, 512, 2),
+        (16385, "cluster", 512, 512, 4),
+        (32769, "cluster", 512, 512, 8),
+        (65536, "cluster", 512, 512, 8),
         (65537, "cluster", 1024, 1024, 8),
         (131072, "cluster", 1024, 1024, 8),
     ],
@@ -360,6 +363,26 @@ def test_class_of_a_length(n, group, threads, members, blocks):
     assert others == []
     assert (spec.group, spec.threads, spec.members, spec.blocks) == (group, threads, members, blocks)
     assert spec.capacity >= n or group == "thread"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "access", "n", "members"),
+    [
+        *(("float32", 4, n, members) for n, members in [(12, 1), (16, 2), (32, 2)]),
+        *(("float64", 2, n, members) for n, members in [(6, 1), (8, 2)]),
+        *[("bfloat16", 8, 24, 2), ("float32", 2, 16, 1)],
+    ],
+)
+def test_short_rows_that_are_aligned_need_no_shared_memory(dtype, access, n, members):
+    spec = _cuda_plan.plan("softmax", dtype, n, False, True, access, False, (9, 0))[0]
+    assert spec.members == members
+    assert spec.function == ("transform_short" if members == 1 else "transform")
+
+
+def test_without_clusters_blocks_are_larger():
+    for n, threads in [(8192, 512), (8193, 1024), (24576, 1024)]:
+        spec = _cuda_plan.plan("softmax", "float32", n, False, True, 1, False, (8, 0))[0]
+        assert (spec.group, spec.threads) == ("block", threads)
 
 
 def test_short_rows_of_float64_are_half_as_long():
