@@ -588,8 +588,12 @@ def _is_lazy(argument):
 
 
 def _is_on_gpu(x):
-    """Whether an object is an array on an NVIDIA GPU; a PyTorch tensor may also be on the host."""
-    return hasattr(type(x), "__cuda_array_interface__") and getattr(x, "is_cuda", True)
+    """Whether an object is an array on an NVIDIA GPU; those of PyTorch and JAX may also be on the host."""
+    name = "__cuda_array_interface__"
+    if not hasattr(type(x), name):
+        return False
+    on_gpu = getattr(x, "is_cuda", None)  # of PyTorch, whose interface refuses tensors that require gradients
+    return hasattr(x, name) if on_gpu is None else on_gpu
 
 
 def _as_array(x, name="x", advice="; pass x.data with where=~np.ma.getmaskarray(x)"):

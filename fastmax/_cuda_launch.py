@@ -2,7 +2,7 @@
 
 A launch that is prepared once, with its arguments in place, costs some assignments and two calls of the
 driver afterwards: 2.3 us on a host, with a driver that does nothing. Kernels are compiled for the device at
-hand when they are first used, and their PTX is kept beside the machine code of the CPU's (see `_jit`).
+hand when they are first used, and their machine code is kept beside that of the CPU's (see `_jit`).
 """
 
 import contextlib
@@ -23,6 +23,8 @@ from fastmax import _cuda_plan, _jit
 _ATTRIBUTE_MAJOR, _ATTRIBUTE_MINOR = 75, 76  # of a device
 _ATTRIBUTE_DEVICE = 9  # of a pointer
 _CLUSTER_DIMENSION = 4  # attribute of a launch
+# What may hold the compilers, by the version of CUDA.
+_COMPILERS = ("nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12")
 
 
 class _Attribute(ctypes.Structure):
@@ -129,8 +131,12 @@ def _current(device):
 
 
 def upload(array, address, device, stream):
-    """Copy a NumPy array to a device, on a stream; the driver is done with it when this returns."""
+    """Copy a NumPy array in pageable memory to a device, on a stream; it is not needed after this returns."""
+    capturing = ctypes.c_int()
     with _current(device):
+        _check(_library().cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(capturing)))
+        if capturing.value:
+            raise RuntimeError("temperatures on the host cannot be captured in a graph; pass a GPU array")
         _check(
             _library().cuMemcpyHtoDAsync_v2(address, array.ctypes.data, array.nbytes, ctypes.c_void_p(stream))
         )
@@ -139,24 +145,49 @@ def upload(array, address, device, stream):
 # -- kernels ----------------------------------------------------------------------------------------
 
 
-def ptx_of(spec, capability):
-    """PTX of a kernel, from the cache or compiled."""
+@functools.cache
+def _compilers():
+    """Versions of what compiles kernels, as far as they are installed as packages."""
+    versions = {}
+    for name in ("numba-cuda", *_COMPILERS):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions, os.environ.get("CUDA_HOME")
+
+
+def code_of(spec, capability):
+    """Machine code of a kernel, from the cache or compiled."""
     directory = _jit._cache_directory()
     if directory is None:
-        return _cuda_plan.build(spec, capability)
-    key = repr((tuple(spec), capability, importlib.metadata.version("numba-cuda")))
-    path = Path(directory, f"{spec.function}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.ptx")
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        digest, _, ptx = path.read_text().partition("\n")
-        if digest == hashlib.sha256(ptx.encode()).hexdigest():
-            return ptx
-    ptx = _cuda_plan.build(spec, capability)
+        return _compiled(spec, capability)
+    key = repr((tuple(spec), capability, _compilers()))
+    path = Path(directory, f"{spec.function}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.cubin")
+    with contextlib.suppress(OSError):
+        content = path.read_bytes()
+        digest, code = content[:32], content[32:]
+        if digest == hashlib.sha256(code).digest():
+            return code
+    code = _compiled(spec, capability)
     with contextlib.suppress(OSError):
         descriptor, name = tempfile.mkstemp(dir=directory)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(f"{hashlib.sha256(ptx.encode()).hexdigest()}\n{ptx}")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(hashlib.sha256(code).digest() + code)
         os.replace(name, path)
-    return ptx
+    return code
+
+
+def _compiled(spec, capability):
+    """Machine code of a kernel; PTX where nvJitLink is missing.
+
+    PTX has the version of the compiler, and a driver refuses one that is newer than itself.
+    """
+    from fastmax import _cuda_target
+
+    ptx = _cuda_plan.build(spec, capability)
+    try:
+        return _cuda_target.assemble(ptx, capability)[0]
+    except ImportError:
+        return ptx.encode() + b"\0"
 
 
 _loading = threading.Lock()
@@ -165,10 +196,10 @@ _loading = threading.Lock()
 @functools.cache
 def _load(spec, capability):
     """Load a kernel into the driver, for all devices of a compute capability."""
-    ptx = ptx_of(spec, capability)
+    code = code_of(spec, capability)
     library, kernel = ctypes.c_void_p(), ctypes.c_void_p()
     status = _library().cuLibraryLoadData(
-        ctypes.byref(library), ctypes.c_char_p(ptx.encode()), None, None, 0, None, None, 0
+        ctypes.byref(library), ctypes.c_char_p(code), None, None, 0, None, None, 0
     )
     _check(status)
     _check(_library().cuLibraryGetKernel(ctypes.byref(kernel), library, spec.function.encode()))

@@ -22,6 +22,7 @@ class Spec(NamedTuple):
     blocks: int = 1  # of a cluster that share a slice
     pieces: int = 1  # that a thread holds
     access: int = 1  # entries read at a time
+    resident: int = 1  # blocks that a multiprocessor shall hold at once, by the registers of their threads
     per_slice: bool = False  # whether each slice has a law of its own
     masked: bool = False
     source: str = "float64"  # dtype of the temperatures that laws are worked out of
@@ -44,13 +45,18 @@ class Spec(NamedTuple):
 
 
 class Class(NamedTuple):
-    """Groups of one kind, and how many words of 32 bits of a slice each of their threads may hold."""
+    """Groups of one kind, and how many words of 32 bits of a slice each of their threads may hold.
+
+    With ``resident`` blocks at once on a multiprocessor, some load and store while others compute. It is
+    asked of softmax of up to 32 bits alone, which does not spill then; the others have more sums to hold.
+    """
 
     group: str
     threads: int
     members: int
     blocks: int
     words: int
+    resident: int = 1
 
 
 # Short rows: a thread has up to 32 words of its own row in registers (64 spill), and neighbouring threads
@@ -58,34 +64,41 @@ class Class(NamedTuple):
 SHORT = 32
 SHORT_THREADS = 128
 
-# Rows, by length. Entries per thread: 8 words keep two 128-bit loads of each thread on their way; from there
-# on registers set the limit. A block of 1024 threads has 64 of them for each, which hold 16 words and what
-# `terms` needs, by the compiler's report; softmax of float32, whose sums take two registers where those of
-# others take three to five, holds 24. A cluster has at most 8 blocks on every GPU that has clusters. The
+# Rows, by length. With 16 words, four 128-bit loads of each thread are on their way, and what a group does
+# once is shared by many entries: softmax of float32 rows of 64, 128 and 256 takes 54 to 56 instructions per
+# entry, by the machine code for an H100, and 70 to 72 with 8 words and twice the threads. Up to 512 threads,
+# 64 registers each hold 16 words and what `terms` needs, and a multiprocessor has room for 1024 threads, in
+# two blocks or more. A block of 1024 threads has it for itself, and nothing is loaded or stored while it
+# computes. In 64 registers it holds 16 words too, softmax of float32, whose sums take two registers where
+# those of others take three to five, 24. A cluster has at most 8 blocks on every GPU that has clusters. The
 # choice never depends on the number of rows: the bits of a slice must not.
 ROWS = (
-    Class("warp", 128, 8, 1, 8),  # up to 64 words: the threads of a warp would have one or two entries each
-    Class("warp", 128, 16, 1, 8),  # to 128
-    Class("warp", 128, 32, 1, 32),  # to 1024: no barrier, 8 to 167 registers for entries
-    Class("block", 128, 128, 1, 16),  # to 2048: from here on one row needs more threads than a warp
-    Class("block", 256, 256, 1, 16),
-    Class("block", 512, 512, 1, 16),
-    Class("block", 1024, 1024, 1, 16),  # to 16k, softmax of float32 24k
-    Class("cluster", 1024, 1024, 2, 16),
-    Class("cluster", 1024, 1024, 4, 16),
+    Class("warp", 128, 2, 1, 16, 8),  # up to 32 words, where all rows are aligned to 128 bits
+    Class("warp", 128, 4, 1, 16, 8),  # to 64: whole sectors of 32 bytes for each row
+    Class("warp", 128, 8, 1, 16, 8),  # to 128
+    Class("warp", 128, 16, 1, 16, 8),  # to 256
+    Class("warp", 128, 32, 1, 32, 5),  # to 1024: no barrier; 167 registers, or 96 for five blocks
+    Class("block", 128, 128, 1, 16, 8),  # to 2048: from here on one row needs more threads than a warp
+    Class("block", 256, 256, 1, 16, 4),
+    Class("block", 512, 512, 1, 16, 2),  # to 8k
+    Class("cluster", 512, 512, 2, 16, 2),
+    Class("cluster", 512, 512, 4, 16, 2),
+    Class("cluster", 512, 512, 8, 16, 2),  # to 64k
+    Class("block", 1024, 1024, 1, 16),  # to 16k, softmax of float32 24k, on GPUs without clusters
     Class("cluster", 1024, 1024, 8, 16),  # to 128k
 )
+ALIGNED_FROM = 16  # words from which a packed row that is aligned need not go through shared memory
 
 # Columns, by length. 16 neighbouring columns are 64 bytes of float32, two sectors of a cache line.
 COLUMNS = (
     Class("column", 128, 1, 1, 32),  # up to 32 words: a column per thread, nothing to exchange
-    Class("column", 256, 8, 1, 16),  # to 128
-    Class("column", 512, 16, 1, 16),  # to 256
+    Class("column", 256, 8, 1, 16, 4),  # to 128
+    Class("column", 512, 16, 1, 16, 2),  # to 256
     Class("column", 512, 32, 1, 24),  # to 768
 )
 
 # Longer slices are split: small parts, so that one row of 10^6 has enough of them for all multiprocessors.
-SPLIT_ROWS = Class("block", 256, 256, 1, 16)
+SPLIT_ROWS = Class("block", 256, 256, 1, 16, 4)
 SPLIT_COLUMNS = Class("column", 512, 16, 1, 16)
 
 # Bytes of split slices that are summed and then read again before the next: half of the L2 cache of an H100,
@@ -99,6 +112,7 @@ STRIDED_COLUMN = Class("column", 256, 8, 1, 0)
 STRIDED_LONG = 512  # entries from which a block shares a slice
 
 CLUSTERS_FROM = (9, 0)  # compute capability
+SMALL_TYPES_FROM = (8, 0)  # that rounds float32 to 16-bit types, two at a time
 MOST_BLOCKS = 65535  # along the second axis of a grid
 
 # Numbers that a part of a slice leaves in memory: its maximum and its sums.
@@ -130,8 +144,12 @@ def _fit(classes, operation, dtype, n, capability):
 
 
 def _spec(function, operation, dtype, class_, pieces, access, per_slice):
-    group, threads, members, blocks, _ = class_
-    return Spec(function, operation, dtype, group, threads, members, blocks, pieces, access, per_slice)
+    group, threads, members, blocks, _, resident = class_
+    if operation != "softmax" or dtype == "float64":
+        resident = 1
+    return Spec(
+        function, operation, dtype, group, threads, members, blocks, pieces, access, resident, per_slice
+    )
 
 
 def elementwise(operation):
@@ -147,12 +165,15 @@ def plan(operation, dtype, n, is_columns, is_packed, access, per_slice, capabili
     other without gaps.
     """
     verb = "transform" if elementwise(operation) else "reduce"
+    words = n * (2 if dtype == "float64" else 1)
+    is_aligned = access * ITEMSIZE[dtype] == 16 and words >= ALIGNED_FROM
     if is_columns:
         access = 1
         found = _fit(COLUMNS, operation, dtype, n, capability)
-    elif n * (2 if dtype == "float64" else 1) <= SHORT and is_packed:
+    elif words <= SHORT and is_packed and not is_aligned:
         pieces = -(-n * ITEMSIZE[dtype] // 16)
-        return (Spec(f"{verb}_short", operation, dtype, "thread", SHORT_THREADS, 1, 1, pieces, 1, per_slice),)
+        class_ = Class("thread", SHORT_THREADS, 1, 1, SHORT)
+        return (_spec(f"{verb}_short", operation, dtype, class_, pieces, 1, per_slice),)
     else:
         found = _fit(ROWS, operation, dtype, n, capability)
     if found is not None:
@@ -183,7 +204,7 @@ def build(spec, capability):
     from fastmax import _cuda_target as target
 
     return target.compile_kernel(
-        spec.function, *names(spec, target), argument_types(spec), capability, spec.threads
+        spec.function, *names(spec, target), argument_types(spec), capability, (spec.threads, spec.resident)
     )
 
 

@@ -197,6 +197,40 @@ def select(typingctx, condition, yes, no):
 
 
 @intrinsic
+def larger(typingctx, x, y):
+    """The larger of two, or the one that is not NaN: one instruction for float32."""
+
+    def codegen(context, builder, sig, args):
+        suffix = _SUFFIX[x.dtype]
+        return _each(
+            builder,
+            args[0].type,
+            lambda *pair: _call(builder, f"llvm.nvvm.fmax.{suffix}", pair[0].type, *pair),
+            *args,
+        )
+
+    return x(x, x), codegen
+
+
+MAXIMUM_WITH_NAN_FROM = (8, 0)  # compute capability
+
+
+@intrinsic
+def at_least(typingctx, x, lowest):
+    """The larger of two, NaN if x is: one instruction for float32."""
+
+    def emit(builder, x, lowest):
+        if isinstance(x.type, ir.DoubleType):
+            return builder.select(builder.fcmp_ordered(">", lowest, x), lowest, x)
+        return _asm(builder, x.type, "max.NaN.f32 $0, $1, $2;", "=f,f,f", x, lowest)
+
+    def codegen(context, builder, sig, args):
+        return _each(builder, args[0].type, lambda *pair: emit(builder, *pair), *args)
+
+    return x(x, x), codegen
+
+
+@intrinsic
 def fma(typingctx, a, b, c):
     """``a * b + c``, rounded once."""
 
@@ -890,6 +924,7 @@ PRIMITIVES = {
     "as_float64": float,
     "constant": constant,
     "fma": fma,
+    "larger": larger,
     "log1p": log1p,
     "lower_half": lower_half,
     "polynomial": polynomial,
@@ -927,8 +962,13 @@ def _compiling_for(capability):
         dispatcher.get_current_device = usual
 
 
-def compile_kernel(name, function, replaced, arguments, capability, threads):
-    """PTX of a kernel under a short name, from the types of its arguments; no GPU is needed."""
+def compile_kernel(name, function, replaced, arguments, capability, bounds):
+    """PTX of a kernel under a short name, from the types of its arguments; no GPU is needed.
+
+    ``bounds`` = (threads of a block, blocks that a multiprocessor shall hold).
+    """
+    if capability >= MAXIMUM_WITH_NAN_FROM:
+        replaced = {**replaced, "at_least": at_least}
 
     def wrap(copy):
         return copy if copy.__code__ is function.__code__ else device(copy)
@@ -941,8 +981,28 @@ def compile_kernel(name, function, replaced, arguments, capability, threads):
             device=False,
             abi="numba",
             cc=capability,
-            launch_bounds=threads,
+            launch_bounds=bounds,
         )
     (entry,) = re.findall(r"\.visible \.entry (\w+)\(", ptx)
     ptx = re.sub(r"\.common \.global [^;]*_ZN08NumbaEnv[^;]*;\n", "", ptx)
     return ptx.replace(entry, name)
+
+
+def assemble(ptx, capability):
+    """Machine code (a cubin) from PTX, and the assembler's report; ImportError without nvJitLink."""
+    nvjitlink: Any = importlib.import_module("cuda.bindings.nvjitlink")
+    try:
+        linker = nvjitlink.create(2, [f"-arch=sm_{capability[0]}{capability[1]}", "-verbose"])
+    except (RuntimeError, OSError) as error:  # the bindings are there, the library is not
+        raise ImportError("nvJitLink was not found") from error
+    try:
+        code = ptx.encode()
+        nvjitlink.add_data(linker, nvjitlink.InputType.PTX, code, len(code), "kernel")
+        nvjitlink.complete(linker)
+        report = bytearray(nvjitlink.get_info_log_size(linker))
+        nvjitlink.get_info_log(linker, report)
+        cubin = bytearray(nvjitlink.get_linked_cubin_size(linker))
+        nvjitlink.get_linked_cubin(linker, cubin)
+    finally:
+        nvjitlink.destroy(linker)
+    return bytes(cubin), report.decode()

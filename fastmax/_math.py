@@ -213,6 +213,12 @@ def guarded_scale(row_max, temperature):
     return bounded_scale(row_max, high, low, guard)
 
 
+@jit(inline="always")
+def at_least(x, lowest):
+    """Return the larger of two; NaN if x is."""
+    return select(lowest > x, lowest, x)
+
+
 @jit(forceinline=True)
 def terms(x, scale, guard):
     """2**((x - max) c + BIAS) as power * (1 + excess), and (x - max) c; the guard of plain slices is None."""
@@ -220,7 +226,7 @@ def terms(x, scale, guard):
         largest = constant(LARGEST, x)
         x = select(x > largest, largest, x * spread(guard.prescale, x))
     lowest = spread(scale.lowest, x)
-    x = select(lowest > x, lowest, x)
+    x = at_least(x, lowest)
     row_max = spread(scale.row_max, x)
     distance = x - row_max
     virtual = x - distance

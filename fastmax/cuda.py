@@ -70,6 +70,9 @@ def softmax(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, out=None)
         If a dtype is not supported, or `where` or `out` is not on a GPU.
     ValueError
         If a temperature on the host is negative or NaN, or a shape does not fit.
+    RuntimeError
+        If the GPU is too old for 16-bit types (compute capability below 8.0), the driver reports an error, or
+        temperatures on the host would be copied while a CUDA graph is captured.
     numpy.exceptions.AxisError
         If `axis` is out of bounds.
 
@@ -77,6 +80,13 @@ def softmax(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, out=None)
     -----
     The limits and special values, and the accuracy, are those of `fastmax.softmax`. A tensor that requires
     gradients is taken as it is; the result knows nothing of them.
+
+    Work is queued on the stream of `x`; whoever writes `where`, `out` or temperatures on another stream must
+    let that of `x` wait for it. In a CUDA graph, temperatures that differ between slices must be on the GPU.
+
+    The bits of a slice depend on its values, temperature, length, dtype and strides, and on how far from a
+    multiple of 16 bytes `x` and the result begin, as this decides which entries a thread reads. They do not
+    depend on the other slices.
 
     Examples
     --------
@@ -105,7 +115,7 @@ def log_softmax(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, out=N
 
     Raises
     ------
-    TypeError, ValueError, numpy.exceptions.AxisError
+    TypeError, ValueError, RuntimeError, numpy.exceptions.AxisError
         As `softmax` does.
 
     Notes
@@ -141,7 +151,7 @@ def logsumexp(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, keepdim
 
     Raises
     ------
-    TypeError, ValueError, numpy.exceptions.AxisError
+    TypeError, ValueError, RuntimeError, numpy.exceptions.AxisError
         As `softmax` does.
 
     Notes
@@ -177,7 +187,7 @@ def entropy(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, keepdims=
 
     Raises
     ------
-    TypeError, ValueError, numpy.exceptions.AxisError
+    TypeError, ValueError, RuntimeError, numpy.exceptions.AxisError
         As `softmax` does.
 
     Notes
@@ -281,8 +291,13 @@ def _stream(x, device):
     return x.__cuda_array_interface__.get("stream") or 0
 
 
+def _resolved(x):
+    """Return x, or a copy in which what a PyTorch view only marks as negated is negated."""
+    return x.resolve_neg() if _library_of(x) == "torch" and x.is_neg() else x
+
+
 def _empty(x, shape, dtype, device):
-    """New array of the kind of x, C-contiguous, on its device."""
+    """New array of the kind of x, C-contiguous, on its device and stream."""
     library = _library_of(x)
     if library == "torch":
         torch = sys.modules[library]
@@ -291,14 +306,23 @@ def _empty(x, shape, dtype, device):
         cupy = sys.modules[library]
         with cupy.cuda.Device(device):
             return cupy.empty(shape, x.dtype if dtype == _place(x, "x").dtype else dtype)
-    return _empty_of_numba(shape, dtype)
+    return _empty_of_numba(shape, dtype, device, _stream(x, device))
 
 
-def _empty_of_numba(shape, dtype):
+def _empty_of_numba(shape, dtype, device, stream):
     from numba import cuda
 
     kind: Any = np.dtype(dtype)
-    return cuda.device_array(shape, kind)
+    gpus: Any = cuda.gpus
+    with gpus[device]:
+        return cuda.device_array(shape, kind, stream=_stream_of_numba(cuda, stream))
+
+
+def _stream_of_numba(cuda, stream):
+    """Numba's object for a stream, of which 0, 1 and 2 are CUDA's names for default streams."""
+    if stream == 2:
+        return cuda.per_thread_default_stream()
+    return cuda.external_stream(stream) if stream > 2 else 0
 
 
 # -- temperatures -------------------------------------------------------------------------------------
@@ -322,11 +346,11 @@ def _no_law(dtype):
     return (np.float64(0) if dtype == "float64" else np.float32(0),) * LAW_WORDS
 
 
-# -- the short way: a packed array, one temperature on the host, a new result or x itself ------------------
+# -- the short way: packed arrays of PyTorch or CuPy, one temperature on the host ---------------------------
 
 
 class _Ready(threading.local):
-    """Launches of this thread, by what they depend on."""
+    """Launches of this thread and the shapes of their results, by what they depend on."""
 
     def __init__(self):
         self.launches = {}
@@ -334,37 +358,53 @@ class _Ready(threading.local):
 
 _ready = _Ready()
 _MOST_READY = 256
+_NUMBERS = (float, int, np.float64, np.float32, np.float16)  # equal ones have the same hash
 
 
-def _evaluate_ready(operation, x, temperature, axis, out):
-    """Result by a launch that an earlier call has prepared; None if there is none."""
+def _packed(x):
+    """Device and address of a C-contiguous array of PyTorch, or of CuPy on its current device; else None."""
     library = _library_of(x)
-    if library == "torch":
-        device, address, packed = x.device.index, x.data_ptr(), x.is_contiguous()
-    elif library == "cupy":
-        device, address, packed = x.device.id, x.data.ptr, x.flags.c_contiguous
-    else:
+    if library == "torch" and x.is_contiguous() and not x.is_neg():
+        return x.device.index, x.data_ptr()
+    if library == "cupy" and x.flags.c_contiguous:
+        device = x.device.id
+        if sys.modules[library].cuda.runtime.getDevice() == device:
+            return device, x.data.ptr
+    return None
+
+
+def _evaluate_ready(operation, x, temperature, axis, keepdims, out):
+    """Result by a launch that an earlier call has prepared; None if there is none."""
+    own = _packed(x)
+    target = own if out is None or out is x else _packed(out)
+    if own is None or target is None:
         return None
-    if not packed:
-        return None
-    launch = _ready.launches.get((operation, x.shape, x.dtype, device, temperature, axis, address % 16))
+    device, address = own
+    to = 0 if out is None else target[1]  # new arrays begin at multiples of 256 bytes
+    key = (operation, x.shape, x.dtype, device, temperature, axis, keepdims, address % 16, to % 16)
+    launch, shape = _ready.launches.get(key, (None, None))
     if launch is None:
         return None
-    result, to = x, address
+    result = out
     if out is None:
-        result = sys.modules[library].empty_like(x)
-        to = result.data_ptr() if library == "torch" else result.data.ptr
+        is_torch = _library_of(x) == "torch"
+        result = x.new_empty(shape) if is_torch else sys.modules["cupy"].empty(shape, x.dtype)
+        to = result.data_ptr() if is_torch else result.data.ptr
+    elif out is not x:
+        apart = to + out.nbytes <= address or address + x.nbytes <= to
+        if not apart or target[0] != device or tuple(out.shape) != shape or out.dtype != x.dtype:
+            return None
     launch(_stream(x, device), address, to)
     return result
 
 
-def _keep_ready(operation, x, temperature, axis, place, launch):
-    """Keep a launch for calls with the same shape, dtype, temperature and alignment."""
+def _keep_ready(operation, x, place, temperature, axis, keepdims, address, shape, launch):
+    """Keep a launch on packed arrays for calls with the same shape, dtype, temperature and alignment."""
     if _library_of(x) in ("torch", "cupy"):
         if len(_ready.launches) >= _MOST_READY:
             _ready.launches.clear()
-        key = (operation, x.shape, x.dtype, place.device, temperature, axis, place.address % 16)
-        _ready.launches[key] = launch
+        key = (operation, x.shape, x.dtype, place.device, temperature, axis, keepdims)
+        _ready.launches[*key, place.address % 16, address % 16] = launch, shape
 
 
 # -- the long way: every argument -----------------------------------------------------------------------
@@ -408,21 +448,20 @@ class _Laws(NamedTuple):
 
 def evaluate(operation, x, temperature, axis, where, out, keepdims=False):
     """Check the arguments, run the operation, and return the result."""
-    elementwise = _cuda_plan.elementwise(operation)
-    simple = (
-        elementwise
-        and where is None
-        and (out is None or out is x)
-        and type(temperature) is float
-        and type(axis) is int
-    )
+    keepdims = bool(keepdims)
+    simple = where is None and type(axis) is int and type(temperature) in _NUMBERS
     if simple:
-        result = _evaluate_ready(operation, x, temperature, axis, out)
+        result = _evaluate_ready(operation, x, temperature, axis, keepdims, out)
         if result is not None:
             return result
+    elementwise = _cuda_plan.elementwise(operation)
+    if out is not None and _resolved(out) is not out:
+        raise ValueError("out must not be a view with the negative bit set, got one")
+    x, temperature = _resolved(x), _resolved(temperature)
     place = _place(x, "x")
     if place.dtype not in _cuda_plan.ITEMSIZE:
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got dtype {place.dtype}")
+    _check_capability(place)
     ghost = place.as_numpy()
     degrees, on_device = _degrees_of(temperature, place)
     given, axes = _api._as_axes(axis, ghost.ndim)
@@ -462,9 +501,18 @@ def evaluate(operation, x, temperature, axis, where, out, keepdims=False):
         launch = _run_packed(
             task, place.address, _address(written), count * inner, n, inner, pitch, pitch, laws
         )
-        if simple and not laws.per_slice and launch is not None:
-            _keep_ready(operation, x, temperature, axis, place, launch)
+        if simple and launch is not None and ghost.flags.c_contiguous and written.flags.c_contiguous:
+            _keep_ready(operation, x, place, temperature, axis, keepdims, _address(written), shape, launch)
     return result
+
+
+def _check_capability(place):
+    least = _cuda_plan.SMALL_TYPES_FROM
+    if _cuda_plan.ITEMSIZE[place.dtype] == 2 and (found := driver.capability(place.device)) < least:
+        raise RuntimeError(
+            f"{place.dtype} needs a GPU of compute capability {least[0]}.{least[1]} or above, "
+            f"got one of {found[0]}.{found[1]}"
+        )
 
 
 def _address(ghost):
@@ -546,7 +594,7 @@ def _laws_of(task, degrees, dtype, batch, order):
         return _Laws(False, 0, _law_of(float(degrees.reshape(())), task.dtype))
     source = None
     if dtype is None:
-        degrees = np.ascontiguousarray(degrees)
+        degrees = np.array(degrees, order="C")  # a copy, as pinned memory would be read after the call
         source, address = task.memory(degrees.size, "float64")
         driver.upload(degrees, address, task.device, task.stream)
         dtype = "float64"

@@ -1,10 +1,11 @@
 """Check fastmax's CUDA kernels against its CPU functions, then time them beside their rivals, on a GPU.
 
 The rivals are a copy from device to device, torch.softmax, torch.compile of it, and the fused softmax that
-one writes in Triton. Every call is captured in a CUDA graph several times over, on as many arrays as the L2
-cache cannot hold, and replayed between CUDA events, so that what is timed is the device. Writes
-benchmark_cuda.csv, with a row per case and library, and benchmark_cuda.png and .svg: bytes read and written
-per second against the length of the rows.
+one writes in Triton; one that is missing or fails is left out. Every call is captured in a CUDA graph several
+times over, on as many arrays as the L2 cache cannot hold (512 at most), each with a result of its own, and
+replayed between CUDA events, so that what is timed is the device. Writes benchmark_cuda.csv, with a row per
+case and library, anew after each case, and benchmark_cuda.png and .svg: bytes read and written per second
+against the length of the rows. Differences from the CPU's results are reported, and make it exit with 1.
 """
 
 import argparse
@@ -14,7 +15,9 @@ import importlib.util
 import itertools
 import math
 import os
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,16 +38,23 @@ TRAFFIC = 2**30  # bytes read and written by a call that fills the GPU
 LENGTHS = (3, 10, 32, 64, 128, 256, 1000, 1024, 1025, 2048, 4096, 8192, 16384, 32768, 50257, 65536, 128256)
 LONG = (2**18, 10**6)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # rows of 128256
-INNER = (1, 8, 64, 1024, 8192)  # columns, of COLUMN entries and as many as fill the traffic
+INNER = (1, 8, 64, 1024, 8192)  # columns of COLUMN entries
+LONG_INNER = (1, 1024, 8192)  # columns of as many entries as fill the traffic
 COLUMN = 1000
+SPREAD = 3  # entries between rows that are neither packed nor aligned
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-COMPILED = (64, 1024, 8192, 65536)  # lengths for torch.compile, which takes seconds for each
+COMPILED = (64, 1024, 8192, 65536)  # lengths for torch.compile, which takes seconds for each,
+COMPILED_DTYPES = ("float32", "bfloat16")  # and types
 TRITON_LIMIT = 65536  # longest row that the fused kernel holds
 CACHE_BYTES = 128 * 2**20  # more than any L2 cache
+MOST_ARRAYS = 512
 REPLAYS = 7
+LONGEST_REPLAYS = 0.5  # seconds for the replays of one library on one shape, of which there is at least one
 OPERATIONS = ("softmax", "log_softmax", "logsumexp", "entropy")
 # Largest differences to the CPU function, in units in the last place of what the result is compared with.
 TOLERANCE = {"float32": 4.0, "float64": 4.0, "float16": 1.0, "bfloat16": 1.0}
+# What differs by more than this share from PyTorch's result, which is no judge of ulp, is no softmax.
+RIVAL_TOLERANCE = 2.0**-6
 
 
 # -- correctness ----------------------------------------------------------------------------------------
@@ -97,7 +107,7 @@ def check_case(torch: Any, operation: str, dtype: str, x: np.ndarray, temperatur
     expected = function(work, temperatures, axis=1)
     on_device = torch.tensor(temperatures, device="cuda")
     # A view whose rows are a little apart, so that they are neither packed nor aligned.
-    wide = torch.empty(x.shape[0], x.shape[1] + 3, dtype=tensor.dtype, device="cuda")[:, 1:-2]
+    wide = torch.empty(x.shape[0], x.shape[1] + SPREAD, dtype=tensor.dtype, device="cuda")[:, 1:-2]
     wide.copy_(tensor)
     found = [
         function(tensor, temperatures, axis=1),
@@ -116,17 +126,22 @@ def check_case(torch: Any, operation: str, dtype: str, x: np.ndarray, temperatur
     return max(worst, difference(operation, alone, function(work, 0.7, axis=1), dtype))
 
 
-def check_everything(torch: Any) -> int:
-    """Compare all kinds of kernels with the CPU functions; return how many cases were compared, or stop."""
+def check_everything(torch: Any) -> tuple[int, list[str]]:
+    """Compare all kinds of kernels with the CPU functions; return how many cases, and what differs."""
     rng = np.random.default_rng(0)
-    count = 0
+    count, faults = 0, []
     for operation, dtype in itertools.product(OPERATIONS, DTYPES):
         for n in lengths_to_check(operation, dtype):
-            worst = check_case(torch, operation, dtype, *make_rows(n, dtype, rng))
             count += 1
+            name = f"{operation} of {dtype} rows of {n}"
+            try:
+                worst = check_case(torch, operation, dtype, *make_rows(n, dtype, rng))
+            except Exception as error:
+                faults.append(f"{name}: {error!r}")
+                continue
             if not worst <= TOLERANCE[dtype]:
-                sys.exit(f"{operation} of {dtype} rows of {n}: {worst:.3g} ulp from the CPU's result")
-    return count
+                faults.append(f"{name}: {worst:.3g} ulp from the CPU's result")
+    return count, faults
 
 
 # -- rivals ---------------------------------------------------------------------------------------------
@@ -139,18 +154,24 @@ def triton_softmax() -> Callable[[Any], Any]:
     return softmax
 
 
-def contenders(torch: Any, n: int, axis: int) -> dict[str, Callable[[Any], Any]]:
-    """Return what is timed, by name."""
-    found: dict[str, Callable[[Any], Any]] = {
-        "copy": lambda x: x.clone(),
-        "fastmax": lambda x: fastmax.softmax(x, 1.0, axis=axis),
-        "torch": lambda x: torch.softmax(x, axis),
+def contenders(torch: Any, dtype: str, n: int, axis: int) -> dict[str, Callable[[], Callable[[Any], Any]]]:
+    """Return what makes the functions that are timed, by name."""
+    found: dict[str, Callable[[], Callable[[Any], Any]]] = {
+        "copy": lambda: lambda x: x.clone(),
+        "fastmax": lambda: lambda x: fastmax.softmax(x, 1.0, axis=axis),
+        "torch": lambda: lambda x: torch.softmax(x, axis),
     }
     if axis == 1 and n <= TRITON_LIMIT:
-        found["triton"] = triton_softmax()
-    if axis == 1 and n in COMPILED:
-        found["torch.compile"] = torch.compile(lambda x: torch.softmax(x, axis), dynamic=False)
+        found["triton"] = triton_softmax
+    if axis == 1 and n in COMPILED and dtype in COMPILED_DTYPES:
+        found["torch.compile"] = lambda: compiled_softmax(torch, axis)
     return found
+
+
+def compiled_softmax(torch: Any, axis: int) -> Callable[[Any], Any]:
+    """Return PyTorch's softmax compiled anew, as it is run as it stands after 8 shapes of one function."""
+    torch._dynamo.reset()
+    return torch.compile(lambda x: torch.softmax(x, axis), dynamic=False)
 
 
 # -- timing ---------------------------------------------------------------------------------------------
@@ -159,25 +180,30 @@ def contenders(torch: Any, n: int, axis: int) -> dict[str, Callable[[Any], Any]]
 def device_seconds(torch: Any, function: Callable[[Any], Any], arrays: Sequence[Any]) -> list[float]:
     """Return the time of one call in each of several replays of calls on all arrays."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
-            for x in arrays[:2]:
-                function(x)
+            function(arrays[0])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        for x in arrays:
-            function(x)
+        results = [function(x) for x in arrays]  # kept, so that each has memory of its own
+    seconds: list[float] = []
+    replay_seconds(torch, graph)  # the first replay uploads the graph
+    while len(seconds) < REPLAYS and sum(seconds) <= LONGEST_REPLAYS:
+        seconds.append(replay_seconds(torch, graph))
+    del results
+    return [value / len(arrays) for value in seconds]
+
+
+def replay_seconds(torch: Any, graph: Any) -> float:
+    """Return the device's time for a graph."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
     graph.replay()
-    seconds = []
-    for _ in range(REPLAYS):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        seconds.append(start.elapsed_time(stop) / 1000 / len(arrays))
-    return seconds
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1000
 
 
 def host_seconds(torch: Any, function: Callable[[Any], Any], calls: int = 2000) -> float:
@@ -195,31 +221,48 @@ def host_seconds(torch: Any, function: Callable[[Any], Any], calls: int = 2000) 
 
 def cases(dtypes: Sequence[str]) -> list[tuple[str, str, tuple[int, int], int]]:
     """Return (group, dtype, shape, axis) of everything that is timed."""
-    found = []
+    groups: dict[str, list[tuple[str, tuple[int, int], int]]] = {}
     for dtype in dtypes:
         size = {"float64": 8, "float32": 4}.get(dtype, 2)
         entries = TRAFFIC // (2 * size)
-        rows = [(n, max(1, entries // n)) for n in (*LENGTHS, *LONG)]
-        found += [("rows", dtype, (count, n), 1) for n, count in rows]
-        found += [("batch", dtype, (count, 128256), 1) for count in BATCHES]
-        found += [("one row", dtype, (1, 10**6), 1)]
-        found += [("columns", dtype, (COLUMN, inner), 0) for inner in INNER]
-        found += [("long columns", dtype, (max(1, entries // inner), inner), 0) for inner in INNER]
-    return found
+        shapes = {
+            "rows": [((max(1, entries // n), n), 1) for n in (*LENGTHS, *LONG)],
+            "one row": [((1, 10**6), 1)],
+            "columns": [((COLUMN, inner), 0) for inner in INNER],
+            "batch": [((count, 128256), 1) for count in BATCHES],
+            "long columns": [((max(1, entries // inner), inner), 0) for inner in LONG_INNER],
+        }
+        for group, own in shapes.items():
+            groups.setdefault(group, []).extend((dtype, *shape) for shape in own)
+    return [(group, *case) for group, own in groups.items() for case in own]
 
 
-def time_case(torch: Any, group: str, dtype: str, shape: tuple[int, int], axis: int) -> list[Row]:
-    """Time all contenders on one shape."""
+def time_case(
+    torch: Any, group: str, dtype: str, shape: tuple[int, int], axis: int, absent: dict[str, str]
+) -> list[Row]:
+    """Time all contenders on one shape; those that fail are noted as absent there."""
     size = getattr(torch, dtype).itemsize
     bytes_moved = 2 * size * math.prod(shape)
-    count = max(1, min(64, CACHE_BYTES // bytes_moved))
+    count = min(MOST_ARRAYS, -(-CACHE_BYTES // (bytes_moved // 2)))
     arrays = [
         torch.randn(shape, device="cuda", dtype=torch.float32).to(getattr(torch, dtype)) for _ in range(count)
     ]
-    rows = []
-    for name, function in contenders(torch, shape[axis], axis).items():
-        seconds = device_seconds(torch, function, arrays)
+    title = f"{dtype} {'x'.join(map(str, shape))}"
+    expected = torch.softmax(arrays[0], axis)
+    rows: list[Row] = []
+    for name, make in contenders(torch, dtype, shape[axis], axis).items():
+        try:
+            function = make()
+            found = function(arrays[0])
+            if name != "copy" and not is_near(torch, found, expected):
+                raise ArithmeticError("its result is not PyTorch's")
+            del found
+            seconds = device_seconds(torch, function, arrays)
+        except Exception as error:
+            absent[f"{name} on {title}"] = f"{type(error).__name__}: {error}".partition("\n")[0]
+            continue
         middle = statistics.median(seconds)
+        speed = bytes_moved / middle / 1e12
         rows.append(
             {
                 "group": group,
@@ -231,49 +274,64 @@ def time_case(torch: Any, group: str, dtype: str, shape: tuple[int, int], axis: 
                 "microseconds": 1e6 * middle,
                 "fastest": 1e6 * min(seconds),
                 "slowest": 1e6 * max(seconds),
-                "TB/s": bytes_moved / middle / 1e12,
+                "TB/s": speed,
+                "of copy": speed / rows[0]["TB/s"] if rows else 1.0,
             }
         )
-    ceiling = rows[0]["TB/s"]
-    return [row | {"of copy": row["TB/s"] / ceiling} for row in rows]
+    return rows
+
+
+def is_near(torch: Any, found: Any, expected: Any) -> bool:
+    """Whether a result is a softmax, up to what PyTorch's sums lose on long rows and to subnormals."""
+    info = torch.finfo(found.dtype)
+    return torch.allclose(found, expected, rtol=RIVAL_TOLERANCE, atol=4 * info.eps * info.smallest_normal)
 
 
 # -- compiling beforehand -----------------------------------------------------------------------------------
 
 
-def build(job: tuple[Any, tuple[int, int]]) -> None:
-    """Compile a kernel into the cache, in a process of its own."""
+def build(job: tuple[Any, tuple[int, int]]) -> str | None:
+    """Compile a kernel into the cache, in a process of its own; return what went wrong."""
     from fastmax import _cuda_launch
 
-    _cuda_launch.ptx_of(*job)
+    try:
+        _cuda_launch.code_of(*job)
+    except Exception as error:
+        return f"{job[0]}: {error!r}"
+    return None
 
 
-def specs_needed() -> list[Any]:
-    """Return the kernels that checks and timings will ask for, most of them."""
-    from fastmax import _cuda_launch, _cuda_plan
+def specs_needed(dtypes: Sequence[str], capability: tuple[int, int]) -> list[Any]:
+    """Return the kernels that checks and timings ask for."""
+    from fastmax import _cuda_plan
 
-    capability = _cuda_launch.capability(0)
     found: dict[Any, None] = {}
+
+    def add(operation: str, dtype: str, n: int, inner: int, pitch: int, base: int, per_slice: bool) -> None:
+        access = math.gcd(16 // _cuda_plan.ITEMSIZE[dtype], n, pitch, base)
+        is_packed = pitch == n * inner
+        own = _cuda_plan.plan(operation, dtype, n, inner > 1, is_packed, access, per_slice, capability)
+        found.update(dict.fromkeys(own))
+
     for operation, dtype in itertools.product(OPERATIONS, DTYPES):
-        lengths = [(n, True) for n in lengths_to_check(operation, dtype)]
-        if operation == "softmax":
-            lengths += [(n, False) for n in (*lengths_to_check(operation, dtype), *LENGTHS, *LONG, COLUMN)]
-        for n, per_slice in lengths:
-            access = math.gcd(16 // _cuda_plan.ITEMSIZE[dtype], n)
-            for is_columns in (False, True):
-                for spec in _cuda_plan.plan(
-                    operation, dtype, n, is_columns, True, access, per_slice, capability
-                ):
-                    found[spec] = None
+        work = "float64" if dtype == "float64" else "float32"
+        found[_cuda_plan.laws_plan(work, "float64", 1)] = None
+        for n in lengths_to_check(operation, dtype):
+            add(operation, dtype, n, 1, n, 0, True)
+            add(operation, dtype, n, 1, n + SPREAD, 1, True)
+            add(operation, dtype, n, 7, 7 * n, 0, True)
+            if operation == "softmax":
+                add(operation, dtype, n, 1, n, 0, False)
+    for _, dtype, shape, axis in cases(dtypes):
+        inner = shape[1] if axis == 0 else 1
+        add("softmax", dtype, shape[axis], inner, shape[axis] * inner, 0, False)
     return [(spec, capability) for spec in found]
 
 
-def compile_all() -> int:
-    """Compile kernels on all cores."""
-    jobs = specs_needed()
+def compile_all(jobs: Sequence[Any]) -> list[str]:
+    """Compile kernels on all cores; return what went wrong."""
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing_context()) as pool:
-        list(pool.map(build, jobs))
-    return len(jobs)
+        return [fault for fault in pool.map(build, jobs) if fault]
 
 
 def multiprocessing_context() -> Any:
@@ -310,6 +368,15 @@ def draw(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def driver_version() -> str:
+    """Return the version of the NVIDIA driver, as its own tool says."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "unknown"
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.partition("\n")[0]
+
+
 def main() -> None:
     """Read the options, check, time, and write."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
@@ -318,6 +385,12 @@ def main() -> None:
         "--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES, help="types to time (default: all)"
     )
     parser.add_argument("--check-only", action="store_true", help="compare with the CPU, time nothing")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=270.0,
+        help="time after which no further case is begun (default: 270)",
+    )
     options = parser.parse_args()
     make_output_folder(parser, options.output)
     if not cuda.is_available():
@@ -328,34 +401,55 @@ def main() -> None:
         parser.exit(1, "PyTorch is needed to time fastmax beside it: pip install torch\n")
     torch = importlib.import_module("torch")
     start = time.perf_counter()
-    print(f"compiled {compile_all()} kernels in {time.perf_counter() - start:.0f} s", flush=True)
-    print(
-        f"{check_everything(torch)} cases agree with the CPU after {time.perf_counter() - start:.0f} s",
-        flush=True,
-    )
+
+    def tell(text: str) -> None:
+        print(f"{time.perf_counter() - start:4.0f} s: {text}", flush=True)
+
+    jobs = specs_needed(options.dtypes, torch.cuda.get_device_capability())
+    faults = compile_all(jobs)
+    tell(f"compiled {len(jobs)} kernels")
+    count, differences = check_everything(torch)
+    faults += differences
+    tell(f"compared {count} cases with the CPU, {len(differences)} differ")
+    print(*faults, sep="\n", flush=True)
     if options.check_only:
-        return
+        sys.exit(bool(faults))
     overhead = {
         "fastmax": host_seconds(torch, lambda x: fastmax.softmax(x, 1.0, axis=1)),
         "torch": host_seconds(torch, lambda x: torch.softmax(x, 1)),
     }
-    rows: list[Row] = []
-    for case in cases(options.dtypes):
-        rows += time_case(torch, *case)
-        torch.cuda.empty_cache()
     comments = header(["numba", "numba-cuda", "torch", "numpy"])
     comments += [
-        f"GPU: {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}",
+        f"GPU: {torch.cuda.get_device_name()}, driver {driver_version()}, CUDA {torch.version.cuda}",
         "host's time for a call on 32 x 10: "
         + ", ".join(f"{k} {1e6 * v:.1f} us" for k, v in overhead.items()),
         "TB/s: bytes of x and of the result, over the median time of a call; of copy: over that of the copy",
+        f"cases compared with the CPU: {count}, of which differ: {len(differences)}",
     ]
-    table = write_table(options.output / "benchmark_cuda.csv", comments, rows)
+    rows: list[Row] = []
+    absent: dict[str, str] = {}
+    table = options.output / "benchmark_cuda.csv"
+    todo = cases(options.dtypes)
+    for i, case in enumerate(todo):
+        if time.perf_counter() - start > options.seconds:
+            comments.append(f"cases left out for want of time: {len(todo) - i} of {len(todo)}")
+            tell(comments[-1])
+            break
+        rows += time_case(torch, *case, absent)
+        if rows:
+            write_table(table, comments, rows)
+        torch.cuda.empty_cache()
+    if not rows:
+        parser.exit(1, "Nothing could be timed:\n" + "\n".join(map(": ".join, absent.items())) + "\n")
+    write_table(table, comments, rows)
     show_table("softmax on a GPU", rows, lambda value: f"{value:.3g}")
+    for name, reason in absent.items():
+        print(f"absent: {name}: {reason}")
     use_style()
     figures = save(draw(rows), options.output / "benchmark_cuda", options.format)
-    print(f"{time.perf_counter() - start:.0f} s in all; host: {comments[-2]}")
+    tell("done")
     report([table, *figures])
+    sys.exit(bool(faults))
 
 
 if __name__ == "__main__":

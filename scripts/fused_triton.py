@@ -13,7 +13,9 @@ def _rows(x, out, n, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     inside = columns < n
-    entries = tl.load(x + row * n + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    entries = tl.load(x + row * n + columns, mask=inside, other=float("-inf"))
+    if entries.dtype.primitive_bitwidth == 16:
+        entries = entries.to(tl.float32)
     terms = tl.exp(entries - tl.max(entries, axis=0))
     tl.store(out + row * n + columns, terms / tl.sum(terms, axis=0), mask=inside)
 

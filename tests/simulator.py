@@ -513,7 +513,9 @@ def install(monkeypatch, capability=CAPABILITY):
     monkeypatch.setattr(_cuda_launch, "run", run)
     monkeypatch.setattr(_cuda_launch, "upload", upload)
     monkeypatch.setattr(_cuda_launch, "capability", lambda device: capability)
-    monkeypatch.setattr(cuda, "_empty_of_numba", Array.empty)
+    monkeypatch.setattr(
+        cuda, "_empty_of_numba", lambda shape, dtype, device, stream: Array.empty(shape, dtype)
+    )
 
 
 def on_gpu(function):

@@ -3,6 +3,7 @@
 import inspect
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -714,3 +715,18 @@ def test_where_of_one_vector_at_many_temperatures(function):
     result = function(x, temperatures, axis=-1, where=mask)
     expected = [function(x, t, where=mask) for t in temperatures]
     np.testing.assert_allclose(result, expected, rtol=1e-14)
+
+
+def test_jax_arrays_on_the_host_are_taken_as_any_other():
+    """Their class has the interface of arrays on a GPU; asking one on the host for it is an error."""
+
+    class Host:
+        @property
+        def __cuda_array_interface__(self):
+            raise AttributeError("only on a GPU")
+
+        def __array__(self, dtype=None, copy=None):
+            return np.array([1.0, 1.0], dtype)
+
+    host: Any = Host()
+    assert fastmax.softmax(host).tolist() == [0.5, 0.5]

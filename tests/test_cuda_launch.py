@@ -1,14 +1,18 @@
 """How kernels are launched and kept, with a driver that only takes notes."""
 
+import contextlib
 import ctypes
+import functools
+import sys
 import types
+from typing import Any
 
 import numpy as np
 import pytest
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
-from fastmax import _cuda_launch, _cuda_plan, _jit, cuda
+from fastmax import _cuda_launch, _cuda_plan, _cuda_target, _jit, cuda
 
 SPEC = _cuda_plan.plan("softmax", "float32", 30000, False, True, 4, False, (9, 0))[0]
 
@@ -17,7 +21,8 @@ class Driver:
     """The driver's functions that a launch calls, and what they were given."""
 
     def __init__(self, current=1234):
-        self.launches, self.contexts, self.current = [], [], current
+        self.launches, self.contexts, self.copies, self.current = [], [], [], current
+        self.capturing = False
 
     def cuCtxGetCurrent(self, found):
         found._obj.value = self.current
@@ -29,6 +34,14 @@ class Driver:
 
     def cuCtxPopCurrent_v2(self, found):
         self.contexts.append(None)
+        return 0
+
+    def cuStreamIsCapturing(self, stream, found):
+        found._obj.value = self.capturing
+        return 0
+
+    def cuMemcpyHtoDAsync_v2(self, to, address, size, stream):
+        self.copies.append((to, size, stream.value))
         return 0
 
     def cuLaunchKernelEx(self, configuration, kernel, pointers, extra):
@@ -54,8 +67,8 @@ def test_launch_hands_over_grid_cluster_stream_and_arguments(notes):
     launch = _cuda_launch.Launch(SPEC, 0, (4, 1), (10, 20, 0, law, 2, 30000, 1, 30000, 30000))
     launch(77, 30, 40)
     ((grid, threads, stream, kernel, values),) = notes.launches
-    assert (grid, threads, stream, kernel) == ([4, 1, 1], [1024, 1, 1], 77, 9)
-    assert notes.cluster == [2, 1, 1]
+    assert (grid, threads, stream, kernel) == ([4, 1, 1], [512, 1, 1], 77, 9)
+    assert notes.cluster == [4, 1, 1]
     assert values[:3] == [30, 40, 0]
     assert values[-5:] == [2, 30000, 1, 30000, 30000]
     words = np.array(values[3:-5], np.int64).view(np.float32)[::2]
@@ -97,23 +110,53 @@ def test_errors_of_the_driver_are_told(monkeypatch):
         _cuda_launch._check(2)
 
 
-def test_ptx_is_kept_and_a_damaged_file_counts_as_absent(monkeypatch, tmp_path):
+def test_code_is_kept_and_a_damaged_file_counts_as_absent(monkeypatch, tmp_path):
     built = []
 
-    def build(spec, capability):
+    def compiled(spec, capability):
         built.append(spec)
-        return "// text"
+        return b"code"
 
     monkeypatch.setattr(_jit, "_cache_directory", lambda: str(tmp_path))
-    monkeypatch.setattr(_cuda_plan, "build", build)
-    assert [_cuda_launch.ptx_of(SPEC, (9, 0)) for _ in range(2)] == ["// text"] * 2
+    monkeypatch.setattr(_cuda_launch, "_compiled", compiled)
+    assert [_cuda_launch.code_of(SPEC, (9, 0)) for _ in range(2)] == [b"code"] * 2
     assert len(built) == 1
     (file,) = tmp_path.iterdir()
-    file.write_text(file.read_text() + "more")
-    assert _cuda_launch.ptx_of(SPEC, (9, 0)) == "// text"
+    file.write_bytes(file.read_bytes() + b"more")
+    assert _cuda_launch.code_of(SPEC, (9, 0)) == b"code"
     assert len(built) == 2
-    _cuda_launch.ptx_of(SPEC, (8, 0))
+    _cuda_launch.code_of(SPEC, (8, 0))
     assert len(built) == 3
+    monkeypatch.setattr(_cuda_launch, "_compilers", lambda: "other")
+    _cuda_launch.code_of(SPEC, (9, 0))
+    assert len(built) == 4
+
+
+def test_the_driver_gets_machine_code_for_it_may_be_older_than_the_compiler(monkeypatch):
+    pytest.importorskip("cuda.bindings.nvjitlink").version()
+    ptx = """.version 8.0
+.target sm_90
+.address_size 64
+.visible .entry kernel() { ret; }
+"""
+    monkeypatch.setattr(_cuda_plan, "build", lambda spec, capability: ptx)
+    assert _cuda_launch._compiled(SPEC, (9, 0)).startswith(b"\x7fELF")
+
+    def missing(ptx, capability):
+        raise ImportError
+
+    monkeypatch.setattr(_cuda_target, "assemble", missing)
+    assert _cuda_launch._compiled(SPEC, (9, 0)) == ptx.encode() + b"\0"
+
+
+def test_temperatures_on_the_host_are_not_captured_in_a_graph(notes):
+    temperatures = np.ones(3)
+    _cuda_launch.upload(temperatures, 64, 0, 77)
+    assert notes.copies == [(64, 24, 77)]
+    notes.capturing = True
+    with pytest.raises(RuntimeError, match="cannot be captured in a graph; pass a GPU array"):
+        _cuda_launch.upload(temperatures, 64, 0, 77)
+    assert len(notes.copies) == 1
 
 
 def test_nothing_is_available_without_a_driver(monkeypatch):
@@ -124,6 +167,170 @@ def test_nothing_is_available_without_a_driver(monkeypatch):
     assert not cuda.is_available()
 
 
+# --- which launches are kept, with arrays that look like CuPy's ---------------------------------------
+
+
+class ndarray(np.ndarray):
+    """An array on the host that looks as if it were CuPy's."""
+
+    __module__ = "cupy"
+    device: Any = types.SimpleNamespace(id=0)
+
+    @property
+    def data(self) -> Any:
+        return types.SimpleNamespace(ptr=self.ctypes.data)
+
+    @property
+    def __cuda_array_interface__(self):
+        return {**self.__array_interface__, "data": (self.ctypes.data, False), "strides": self.strides}
+
+
+def aligned(shape: Any, dtype: Any = np.float32):
+    """Return an array that begins at a multiple of 256 bytes."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 256, np.uint8)
+    start = -memory.ctypes.data % 256
+    return memory[start : start + size].view(dtype).reshape(shape).view(ndarray)
+
+
+@pytest.fixture
+def cupy(notes, monkeypatch):
+    """Take the place of CuPy; its ``current`` device can be set."""
+    module: Any = types.ModuleType("cupy")
+    module.current = 0
+    module.empty = aligned
+    stream = types.SimpleNamespace(ptr=5)
+    module.cuda = types.SimpleNamespace(
+        Device=lambda device: contextlib.nullcontext(),
+        get_current_stream=lambda: stream,
+        runtime=types.SimpleNamespace(getDevice=lambda: module.current),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    monkeypatch.setattr(cuda, "_ready", cuda._Ready())
+    kept = []
+    monkeypatch.setattr(cuda, "_keep_ready", functools.partial(note_kept, kept, cuda._keep_ready))
+    module.kept = kept
+    return module
+
+
+def note_kept(kept, keep, *arguments):
+    kept.append(arguments)
+    keep(*arguments)
+
+
+def layout(launch):
+    """Count, n, inner and the two pitches of a launch."""
+    return launch[-1][-5:]
+
+
+def test_a_launch_for_one_layout_does_not_serve_another(notes, cupy):
+    x = aligned((64, 64))
+    for view in (x.T, x, np.asfortranarray(x).view(ndarray)):
+        cuda.softmax(view, 1.0, axis=1)
+    assert [layout(launch)[2] for launch in notes.launches] == [64, 1, 64]
+    assert len(cupy.kept) == 1
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp", "entropy"])
+def test_equal_calls_share_a_launch(notes, cupy, name):
+    function, x = getattr(cuda, name), aligned((4, 8))
+    shape = (4, 8) if cuda._cuda_plan.elementwise(name) else (4,)
+    for temperature in (1.0, 1, np.float32(1.0), np.float64(1.0)):
+        result = function(x, temperature, axis=1)
+        assert (result.shape, result.dtype) == (shape, np.float32)
+    for out in (aligned(shape), aligned(shape)):
+        assert function(x, 1.0, axis=1, out=out) is out
+        assert notes.launches[-1][-1][:2] == [x.ctypes.data, out.ctypes.data]
+    assert len(notes.launches) == 6
+    assert len(cupy.kept) == 1
+    assert len({tuple(layout(launch)) for launch in notes.launches}) == 1
+
+
+def test_a_launch_is_not_shared_between_what_it_does_not_fit(notes, cupy):
+    x = aligned((4, 8))
+    cuda.softmax(x, 1.0, axis=1)
+    cuda.softmax(x, 2.0, axis=1)
+    cuda.softmax(x, 1.0, axis=0)
+    cuda.softmax(x.reshape(8, 4), 1.0, axis=1)
+    cuda.softmax(x.astype(np.float64).view(ndarray), 1.0, axis=1)
+    cuda.softmax(aligned(33)[1:].reshape(4, 8), 1.0, axis=1)
+    cuda.softmax(x, 1.0, axis=1, out=aligned(33)[1:].reshape(4, 8))
+    cuda.logsumexp(x, 1.0, axis=1)
+    assert cuda.logsumexp(x, 1.0, axis=1, keepdims=True).shape == (4, 1)
+    assert len(cupy.kept) == 9
+    before = len(cupy.kept)
+    cuda.softmax(x, 1.0, axis=1, out=aligned((8, 4)).T)  # another layout
+    assert len(cupy.kept) == before
+    with pytest.raises(ValueError, match="out must have the shape"):
+        cuda.softmax(x, 1.0, axis=1, out=aligned((8, 4)))
+    with pytest.raises(ValueError, match="out must have the shape"):
+        cuda.softmax(x, 1.0, axis=1, out=aligned((4, 8), np.float64))
+    both = aligned((5, 8))
+    with pytest.raises(ValueError, match="overlaps x in part"):
+        cuda.softmax(both[:4], 1.0, axis=1, out=both[1:])
+
+
+def test_a_launch_for_another_device_is_prepared_anew(notes, cupy):
+    """CuPy's new arrays are on its current device, which is not that of x."""
+    x = aligned((4, 8))
+    cuda.softmax(x, 1.0, axis=1)
+    cupy.current = 1
+    assert cuda._evaluate_ready("softmax", x, 1.0, 1, False, None) is None
+
+
+# --- arrays of other libraries ----------------------------------------------------------------------
+
+
+def test_numba_arrays_are_made_on_the_device_and_the_stream_of_x(monkeypatch):
+    made, devices = [], []
+
+    class Gpus:
+        def __getitem__(self, device):
+            devices.append(device)
+            return contextlib.nullcontext()
+
+    stand_in = types.SimpleNamespace(
+        gpus=Gpus(),
+        external_stream=lambda pointer: f"stream {pointer}",
+        per_thread_default_stream=lambda: "thread's stream",
+        device_array=lambda shape, dtype, stream: made.append((shape, stream)),
+    )
+    monkeypatch.setattr("numba.cuda", stand_in, raising=False)
+    for stream in (0, 1, 2, 77):
+        cuda._empty_of_numba((3,), "float32", 1, stream)
+    assert made == [((3,), 0), ((3,), 0), ((3,), "thread's stream"), ((3,), "stream 77")]
+    assert devices == [1] * 4
+
+
+def test_temperatures_are_copied_before_they_are_sent(notes, cupy, monkeypatch):
+    """Pinned memory would be read after the call has returned."""
+    sent = []
+    monkeypatch.setattr(_cuda_launch, "upload", lambda array, *rest: sent.append(array))
+    temperatures = np.ones(4)
+    cuda.softmax(aligned((4, 8)), temperatures, axis=1)
+    assert np.array_equal(sent[0], temperatures)
+    assert not np.shares_memory(sent[0], temperatures)
+
+
+def test_types_of_16_bits_need_a_gpu_that_has_them(notes, cupy, monkeypatch):
+    monkeypatch.setattr(_cuda_launch, "capability", lambda device: (7, 5))
+    cuda.softmax(aligned(3), axis=0)
+    with pytest.raises(RuntimeError, match=r"float16 needs a GPU of compute capability 8\.0 or above"):
+        cuda.softmax(aligned(3, np.float16), axis=0)
+
+
+def test_views_that_are_marked_as_negated_are_negated():
+    torch = pytest.importorskip("torch")
+    x = torch.tensor([1 + 2j, 3 + 4j]).conj().imag
+    assert x.is_neg()
+    resolved = cuda._resolved(x)
+    assert not resolved.is_neg()
+    assert resolved.tolist() == [-2.0, -4.0]
+    assert cuda._packed(x) is None
+    with pytest.raises(ValueError, match="negative bit"):
+        cuda.evaluate("softmax", resolved, 1.0, 0, None, x)
+
+
 # --- what is chosen ---------------------------------------------------------------------------------
 
 
@@ -131,19 +338,22 @@ def test_nothing_is_available_without_a_driver(monkeypatch):
     ("n", "group", "threads", "members", "blocks"),
     [
         (32, "thread", 128, 1, 1),
-        (33, "warp", 128, 8, 1),
-        (64, "warp", 128, 8, 1),
-        (65, "warp", 128, 16, 1),
-        (128, "warp", 128, 16, 1),
-        (129, "warp", 128, 32, 1),
+        (33, "warp", 128, 4, 1),
+        (64, "warp", 128, 4, 1),
+        (65, "warp", 128, 8, 1),
+        (128, "warp", 128, 8, 1),
+        (129, "warp", 128, 16, 1),
+        (256, "warp", 128, 16, 1),
+        (257, "warp", 128, 32, 1),
         (1024, "warp", 128, 32, 1),
         (1025, "block", 128, 128, 1),
         (2049, "block", 256, 256, 1),
         (4097, "block", 512, 512, 1),
-        (8193, "block", 1024, 1024, 1),
-        (24576, "block", 1024, 1024, 1),
-        (24577, "cluster", 1024, 1024, 2),
-        (32769, "cluster", 1024, 1024, 4),
+        (8192, "block", 512, 512, 1),
+        (8193, "cluster", 512, 512, 2),
+        (16385, "cluster", 512, 512, 4),
+        (32769, "cluster", 512, 512, 8),
+        (65536, "cluster", 512, 512, 8),
         (65537, "cluster", 1024, 1024, 8),
         (131072, "cluster", 1024, 1024, 8),
     ],
@@ -153,6 +363,26 @@ def test_class_of_a_length(n, group, threads, members, blocks):
     assert others == []
     assert (spec.group, spec.threads, spec.members, spec.blocks) == (group, threads, members, blocks)
     assert spec.capacity >= n or group == "thread"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "access", "n", "members"),
+    [
+        *(("float32", 4, n, members) for n, members in [(12, 1), (16, 2), (32, 2)]),
+        *(("float64", 2, n, members) for n, members in [(6, 1), (8, 2)]),
+        *[("bfloat16", 8, 24, 2), ("float32", 2, 16, 1)],
+    ],
+)
+def test_short_rows_that_are_aligned_need_no_shared_memory(dtype, access, n, members):
+    spec = _cuda_plan.plan("softmax", dtype, n, False, True, access, False, (9, 0))[0]
+    assert spec.members == members
+    assert spec.function == ("transform_short" if members == 1 else "transform")
+
+
+def test_without_clusters_blocks_are_larger():
+    for n, threads in [(8192, 512), (8193, 1024), (24576, 1024)]:
+        spec = _cuda_plan.plan("softmax", "float32", n, False, True, 1, False, (8, 0))[0]
+        assert (spec.group, spec.threads) == ("block", threads)
 
 
 def test_short_rows_of_float64_are_half_as_long():
