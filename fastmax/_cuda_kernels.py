@@ -4,8 +4,8 @@ All schedules are one: a *group* of threads takes a slice, and each of them hold
 registers, a piece being the lanes of one 128-bit access. Entries are read once and written once. What differs
 is the group: a thread, some lanes of a warp, a block, the blocks of a cluster, or a column of a block, and
 how it finds the maximum and the sum. A slice that is too long for a group is split: one kernel leaves the
-maximum and the sum of each part in memory, another merges them, and so entries are read twice, the second
-time from the L2 cache. The kernels for any strides take what has no such form.
+maximum and the sum of each part in memory, others merge them and write, and so entries are read twice, the
+second time from the L2 cache. The kernels for any strides take what has no such form.
 
 The functions here are plain Python over the primitives of `_cuda_target`. The names in capitals, and those in
 the tables at the end, get their values when a kernel is built (see `_cuda_plan.names`); so do `load`,
@@ -127,7 +127,8 @@ def scaled_in_launch(law):
 
 
 def law_in_memory(laws, law, index):
-    return laws, index * LAW_WORDS
+    """Where a law is: the launch says how far apart those of neighbouring slices are, 0 if all share one."""
+    return laws, index * int(law[0])
 
 
 def rate_in_memory(law):
@@ -638,9 +639,10 @@ def reduce_short(x, out, laws, law, count, n, inner, x_pitch, out_pitch):
 
 
 # -- split slices: a group takes a part, and leaves its maximum and sums for the others ------------------
+# The slices from start on, of which those before count are there: what changes between launches comes first.
 
 
-def summarise(x, work, laws, law, start, count, n, inner, x_pitch, parts):
+def summarise(start, count, x, work, laws, law, n, inner, x_pitch, parts):
     """Write the maximum and sums of part y of a slice: each entry is read once."""
     slot, member = place()
     index = min(start + slot, count - 1)
@@ -687,7 +689,17 @@ def merge_parts(work, first, parts, member, law, like):
     return row_max, exchange(merge_sums, sums, empty)
 
 
-def transform_parts(x, out, work, laws, law, start, count, n, inner, x_pitch, out_pitch, parts):
+def merge_slices(start, count, work, totals, laws, law, parts):
+    """Write the maximum and sums of a slice, once for all who write its parts."""
+    slot, member = place()
+    index = min(start + slot, count - 1)
+    law = law_at(laws, law, index)
+    row_max, sums = merge_parts(work, (index - start) * parts, parts, member, law, load_one(work, 0))
+    if start + slot < count and member == 0:
+        scanned(write_field, (totals, slot * FIELDS), (row_max, *sums))
+
+
+def transform_parts(start, count, x, out, totals, laws, law, n, inner, x_pitch, out_pitch):
     """Write part y of a slice: each entry is read again, from the L2 cache, and written once."""
     slot, member = place()
     index = min(start + slot, count - 1)
@@ -695,14 +707,15 @@ def transform_parts(x, out, work, laws, law, start, count, n, inner, x_pitch, ou
     law = law_at(laws, law, index)
     first = part() * CAPACITY
     row = load_row(x, base + first * stride, stride, member, n - first)
-    row_max, sums = merge_parts(work, (index - start) * parts, parts, member, law, load_one(work, 0))
+    row_max = load_one(totals, (index - start) * FIELDS)
+    sums = sums_at(totals, (index - start) * FIELDS + 1, empty_sums(row_max))
     row = results_of(entries_again(row, row_max, law), row_max, sums, law)
     base, stride = base_of(index, n, inner, out_pitch)
     stop = n - first if start + slot < count else 0
     store_row(out, base + first * stride, stride, member, stop, row)
 
 
-def reduce_parts(x, out, work, laws, law, start, count, n, inner, x_pitch, out_pitch, parts):
+def reduce_parts(start, count, x, out, work, laws, law, n, inner, x_pitch, out_pitch, parts):
     """Write the value of a slice from its parts."""
     slot, member = place()
     index = min(start + slot, count - 1)

@@ -218,7 +218,7 @@ def _flat(arguments):
 
 
 class Launch:
-    """A kernel with its grid and its arguments in place, of which the leading pointers may change.
+    """A kernel with its grid and its arguments in place, of which the leading integers may change.
 
     A thread must have its own, as the arguments are written into it.
     """
@@ -244,10 +244,10 @@ class Launch:
         self._where = ctypes.byref(self._found)
         self._call = (ctypes.addressof(self._configuration), self._kernel, self._pointers, None)
 
-    def __call__(self, stream, *pointers):
-        """Launch on a stream, with other pointers in the first places."""
-        for i, pointer in enumerate(pointers):
-            self._values[i] = pointer
+    def __call__(self, stream, *leading):
+        """Launch on a stream, with other pointers or integers in the first places."""
+        for i, value in enumerate(leading):
+            self._values[i] = value
         self._configuration.stream = stream
         library = _library()
         library.cuCtxGetCurrent(self._where)

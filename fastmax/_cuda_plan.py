@@ -99,7 +99,7 @@ COLUMNS = (
 
 # Longer slices are split: small parts, so that one row of 10^6 has enough of them for all multiprocessors.
 SPLIT_ROWS = Class("block", 256, 256, 1, 16, 4)
-SPLIT_COLUMNS = Class("column", 512, 16, 1, 16)
+SPLIT_COLUMNS = Class("column", 512, 16, 1, 16, 2)
 
 # Bytes of split slices that are summed and then read again before the next: half of the L2 cache of an H100,
 # so that the second reading finds them there.
@@ -109,7 +109,7 @@ WAVE_BYTES = 24 * 2**20
 STRIDED_WARP = Class("warp", 128, 32, 1, 0)
 STRIDED_BLOCK = Class("block", 256, 256, 1, 0)
 STRIDED_COLUMN = Class("column", 256, 8, 1, 0)
-STRIDED_LONG = 512  # entries from which a block shares a slice
+STRIDED_LONG = 512  # entries, or parts of a split slice, from which a block shares a slice
 
 CLUSTERS_FROM = (9, 0)  # compute capability
 SMALL_TYPES_FROM = (8, 0)  # that rounds float32 to 16-bit types, two at a time
@@ -159,7 +159,7 @@ def elementwise(operation):
 
 @functools.lru_cache(maxsize=1024)
 def plan(operation, dtype, n, is_columns, is_packed, access, per_slice, capability):
-    """Return the one spec, or the two for a split slice, with which slices of n entries are taken.
+    """Return the one spec, or the two or three for a split slice, with which slices of n entries are taken.
 
     ``access`` is the number of entries that every row is aligned to; ``is_packed`` says that rows follow each
     other without gaps.
@@ -180,10 +180,12 @@ def plan(operation, dtype, n, is_columns, is_packed, access, per_slice, capabili
         return (_spec(verb, operation, dtype, *found, access, per_slice),)
     class_ = SPLIT_COLUMNS if is_columns else SPLIT_ROWS
     pieces = class_.words * 4 // 16 if ITEMSIZE[dtype] > 2 else class_.words // 8
-    return (
-        _spec("summarise", operation, dtype, class_, pieces, access, per_slice),
-        _spec(f"{verb}_parts", operation, dtype, class_, pieces, access, per_slice),
-    )
+    first = _spec("summarise", operation, dtype, class_, pieces, access, per_slice)
+    last = first._replace(function=f"{verb}_parts")
+    if not elementwise(operation):
+        return first, last
+    merging = STRIDED_BLOCK if n >= STRIDED_LONG * first.capacity else STRIDED_WARP
+    return first, _spec("merge_slices", operation, dtype, merging, 1, 1, per_slice), last
 
 
 def strided_plan(operation, dtype, n, is_across, per_slice, masked, ranks):
@@ -258,9 +260,12 @@ def argument_types(spec):
     if spec.function == "laws":
         return target.pointer(spec.source), work, integer, outer, outer
     if spec.function == "summarise":
-        return entries, work, *law, *(integer,) * 6
+        return integer, integer, entries, work, *law, *(integer,) * 4
+    if spec.function == "merge_slices":
+        return integer, integer, work, work, *law, integer
     if spec.function.endswith("parts"):
-        return entries, entries, work, *law, *(integer,) * 7
+        steps = 4 if spec.function == "transform_parts" else 5
+        return integer, integer, entries, entries, work, *law, *(integer,) * steps
     if spec.function.endswith("strided"):
         strides = (target.tuples(outer), target.tuples(inner))
         return entries, entries, target.pointer("bool"), *law, integer, integer, *strides

@@ -341,9 +341,10 @@ def _law_of(temperature, dtype):
         return tuple(work(value) for value in _law(temperature, work(0.0)))
 
 
-def _no_law(dtype):
-    """What stands for the law in a launch where each slice has its own."""
-    return (np.float64(0) if dtype == "float64" else np.float32(0),) * LAW_WORDS
+def _no_law(dtype, step):
+    """What stands for the law in a launch where laws are in memory: how far apart those of two slices are."""
+    work = np.float64 if dtype == "float64" else np.float32
+    return work(step), *(work(0),) * (LAW_WORDS - 1)
 
 
 # -- the short way: packed arrays of PyTorch or CuPy, one temperature on the host ---------------------------
@@ -434,11 +435,11 @@ class _Task(NamedTuple):
         return array, _place(array, "memory").address
 
     def launch(self, spec, grid, *arguments):
-        driver.run(spec, self.device, grid, self.stream, arguments)
+        return driver.run(spec, self.device, grid, self.stream, arguments)
 
 
 class _Laws(NamedTuple):
-    """Laws of a call: one that comes with the launch, or those in an array, one per slice."""
+    """Laws of a call: one that comes with the launch, or those in an array, one or one per slice."""
 
     per_slice: bool
     address: int
@@ -600,14 +601,17 @@ def _laws_of(task, degrees, dtype, batch, order):
         dtype = "float64"
     else:
         address = _address(degrees)
-    count = math.prod(batch)
+    if degrees.size == 1:
+        full, step = degrees.reshape(()), 0
+    else:
+        full, step = np.broadcast_to(degrees, batch), LAW_WORDS
+        full = full if order is None else full.transpose(order)
+    count = full.size
     memory, laws = task.memory(count * LAW_WORDS, task.work)
-    full = np.broadcast_to(degrees, batch)
-    full = full if order is None else full.transpose(order)
     sizes, (strides,) = _collapsed(full.shape, [_in_entries(full)])
     spec = _cuda_plan.laws_plan(task.work, dtype, len(sizes))
     task.launch(spec, (-(-count // spec.threads), 1), address, laws, count, sizes, strides)
-    return _Laws(True, laws, _no_law(task.dtype), (memory, source))
+    return _Laws(True, laws, _no_law(task.dtype, step), (memory, source))
 
 
 def _in_entries(ghost):
@@ -653,7 +657,7 @@ def _run_packed(task, x, out, count, n, inner, x_pitch, out_pitch, laws):
     specs = _cuda_plan.plan(
         task.operation, task.dtype, n, inner > 1, is_packed, access, laws.per_slice, capability
     )
-    if len(specs) == 2:
+    if len(specs) > 1:
         _run_split(task, specs, x, out, count, n, inner, x_pitch, out_pitch, laws)
         return None
     (spec,) = specs
@@ -664,23 +668,31 @@ def _run_packed(task, x, out, count, n, inner, x_pitch, out_pitch, laws):
 
 def _run_split(task, specs, x, out, count, n, inner, x_pitch, out_pitch, laws):
     """Run slices in parts, as many slices at a time as the L2 cache holds for the second reading."""
-    first, second = specs
+    first, *others = specs
     parts = -(-n // first.capacity)
-    wave = max(1, _cuda_plan.WAVE_BYTES // (n * task.itemsize) // first.slices) * first.slices
-    wave = min(wave, count, _cuda_plan.MOST_BLOCKS * first.slices)
+    most = max(1, _cuda_plan.WAVE_BYTES // (n * task.itemsize) // first.slices)
+    groups = -(-count // first.slices)
+    blocks = -(-groups // -(-groups // min(most, _cuda_plan.MOST_BLOCKS)))  # of waves of about one size
+    wave = blocks * first.slices
     fields = _cuda_plan.FIELDS[task.operation]
-    memory, work = task.memory(wave * parts * fields, task.work)
-    for start in range(0, count, wave):
-        stop = min(start + wave, count)
-        blocks = -(-(stop - start) // first.slices)
-        shape = (start, stop, n, inner)
-        task.launch(first, (parts, blocks), x, work, laws.address, laws.law, *shape, x_pitch, parts)
-        across = parts if _cuda_plan.elementwise(task.operation) else 1
-        task.launch(
-            second,
-            (across, blocks),
-            *(x, out, work, laws.address, laws.law, *shape, x_pitch, out_pitch, parts),
-        )
+    memory, work = task.memory(wave * (parts + 1) * fields, task.work)
+    law = laws.address, laws.law
+    kernels: list[tuple[Any, tuple[int, int], tuple]] = []
+    kernels += [(first, (parts, blocks), (x, work, *law, n, inner, x_pitch, parts))]
+    if _cuda_plan.elementwise(task.operation):
+        merging, last = others
+        totals = work + wave * parts * fields * _cuda_plan.ITEMSIZE[task.work]
+        kernels += [
+            (merging, (-(-wave // merging.slices), 1), (work, totals, *law, parts)),
+            (last, (parts, blocks), (x, out, totals, *law, n, inner, x_pitch, out_pitch)),
+        ]
+    else:
+        (last,) = others
+        kernels.append((last, (1, blocks), (x, out, work, *law, n, inner, x_pitch, out_pitch, parts)))
+    launches = [task.launch(spec, grid, 0, min(wave, count), *arguments) for spec, grid, arguments in kernels]
+    for start in range(wave, count, wave):
+        for launch in launches:
+            launch(task.stream, start, min(start + wave, count))
     del memory
 
 

@@ -150,9 +150,12 @@ def kinds(spec):
     if spec.function == "laws":
         return DTYPES[spec.source], work, None, None, None
     if spec.function == "summarise":
-        return entries, work, work, None, *(None,) * 6
+        return None, None, entries, work, work, None, *(None,) * 4
+    if spec.function == "merge_slices":
+        return None, None, work, work, work, None, None
     if spec.function.endswith("parts"):
-        return entries, entries, work, work, None, *(None,) * 7
+        steps = 4 if spec.function == "transform_parts" else 5
+        return None, None, entries, entries, work, work, None, *(None,) * steps
     if spec.function.endswith("strided"):
         return entries, entries, DTYPES["bool"], work, None, *(None,) * 4
     return entries, entries, work, None, *(None,) * 5
@@ -486,7 +489,12 @@ class Array:
 
 def run(spec, device, grid, stream, arguments):
     """What takes the place of `_cuda_launch.run`."""
-    launch(spec, grid, arguments)
+
+    def again(stream, *leading):
+        launch(spec, grid, (*leading, *arguments[len(leading) :]))
+
+    again(stream)
+    return again
 
 
 def upload(array, address, device, stream):

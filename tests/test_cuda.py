@@ -169,6 +169,15 @@ def test_strided_slices_for_warps_and_blocks(name, n):
         oracle.assert_close(name, result[i], x[i, :, 0])
 
 
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize(("shape", "name"), [((3, 1100), "softmax"), ((10, 100), "entropy")])
+def test_one_temperature_on_the_gpu_serves_all_slices(shape, name):
+    x = np.random.default_rng(5).normal(size=shape).astype(np.float32)
+    found = getattr(cuda, name)(Array.like(x), Array.like(np.array([0.7])), axis=1).memory
+    for i in (0, shape[0] - 1):
+        oracle.assert_close(name, found[i], x[i], 0.7)
+
+
 def test_faint_terms_beside_a_maximum_of_zero():
     """T log(sum) shows though the sum is 1 to float32."""
     x = np.array([0.0, -1e35, -1.2e35], np.float32)

@@ -54,6 +54,8 @@ SPECS = {
     "column logsumexp": full("logsumexp", "float32", COLUMNS[1], 1),
     "first part": full("softmax", "float32", _cuda_plan.SPLIT_ROWS, 4, "summarise"),
     "second part": full("log_softmax", "float32", _cuda_plan.SPLIT_ROWS, 4, "transform_parts"),
+    "merging": _cuda_plan._spec("merge_slices", "softmax", "float32", _cuda_plan.STRIDED_BLOCK, 1, 1, False),
+    "part of a column": full("softmax", "float32", _cuda_plan.SPLIT_COLUMNS, 1, "transform_parts", True),
     "strided": strided("softmax"),
 }
 

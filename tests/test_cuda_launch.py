@@ -278,6 +278,25 @@ def test_a_launch_for_another_device_is_prepared_anew(notes, cupy):
     assert cuda._evaluate_ready("softmax", x, 1.0, 1, False, None) is None
 
 
+def test_one_temperature_on_the_gpu_has_one_law(notes, cupy):
+    x = aligned((64, 8))
+    for temperatures, count, step in [(aligned(1), 1, 0), (aligned((64,)), 64, 20)]:
+        notes.launches.clear()
+        cuda.softmax(x, temperatures, axis=1)
+        (*_, laws), (*_, softmax) = notes.launches
+        assert laws[2] == count
+        assert np.array([softmax[3]], np.int64).view(np.float32)[0] == step
+
+
+def test_slices_that_the_cache_cannot_hold_together_come_in_waves(notes, cupy, monkeypatch):
+    n = 200_000
+    monkeypatch.setattr(_cuda_plan, "WAVE_BYTES", 3 * 4 * n)
+    x = aligned((10, n))
+    cuda.softmax(x, 1.0, axis=1)
+    assert [launch[-1][:2] for launch in notes.launches[::3]] == [[0, 3], [3, 6], [6, 9], [9, 10]]
+    assert [launch[0][:2] for launch in notes.launches[:3]] == [[49, 3], [1, 1], [49, 3]]
+
+
 # --- arrays of other libraries ----------------------------------------------------------------------
 
 
@@ -395,4 +414,7 @@ def test_short_rows_of_float64_are_half_as_long():
 def test_longer_rows_are_split_and_without_clusters_so_are_shorter_ones():
     for n, capability in [(131073, (9, 0)), (24577, (8, 0))]:
         specs = _cuda_plan.plan("softmax", "float32", n, False, True, 1, False, capability)
-        assert [spec.function for spec in specs] == ["summarise", "transform_parts"]
+        assert [spec.function for spec in specs] == ["summarise", "merge_slices", "transform_parts"]
+    for n, group in [(10**5, "warp"), (10**6, "block")]:
+        _, *others = _cuda_plan.plan("softmax", "float32", n, True, True, 1, False, (9, 0))
+        assert others[0].group == group
