@@ -181,10 +181,8 @@ def test_typing_errors_say_what_is_wrong(function, message):
     "expression",
     [
         "softmax(x[0], 0.3)",
-        "softmax(x, 0.3, axis=1)",
         "log_softmax(x, t, axis=0)",
-        "entropy(x, axis=0)",
-        "logsumexp(x[:, ::2], 0.3, axis=1)",
+        "entropy(x[:, ::2], 0.3, axis=1)",
     ],
 )
 def test_cached_callers(expression, tmp_path):
