@@ -573,32 +573,38 @@ def reduce(x, out, laws, law, count, n, inner, x_pitch, out_pitch):
 
 # -- short rows: a thread has a row, and a block brings its rows in and out through shared memory ----------
 # The block reads THREADS n neighbouring entries, neighbouring threads neighbouring entries, and each thread
-# finds its own in shared memory, where a word in 33 is left free so that rows of 8, 16 or 32 do not meet in
-# one bank. With loads of 128 bits, the writes to shared memory would meet there instead.
+# finds its own in shared memory. Rows of an odd number of words begin in 32 banks as they are; for the others
+# a word in 33 is left free, so that rows of 8, 16 or 32 do not meet in one. With loads of 128 bits, the
+# writes to shared memory would meet there instead.
+
+
+def pad_shift(n):
+    """After how many entries a word is left free, as a power of two; 2**31 is none."""
+    return 31 if n % 2 == 1 else 5
 
 
 def stage_piece(state, piece):
-    x, room, base, first, stop = state
+    x, room, base, first, stop, shift = state
     value = load(x, base, 1, first, THREADS, stop)
-    stage(room, first, THREADS, stop, value)
-    return (x, room, base, first + LANES * THREADS, stop), 0
+    stage(room, first, THREADS, stop, shift, value)
+    return (x, room, base, first + LANES * THREADS, stop, shift), 0
 
 
 def unstage_piece(state, piece):
-    room, first, stop = state
-    return (room, first + LANES, stop), unstage(room, first, 1, stop)
+    room, first, stop, shift = state
+    return (room, first + LANES, stop, shift), unstage(room, first, 1, stop, shift)
 
 
 def restage_piece(state, value):
-    room, first, stop = state
-    stage(room, first, 1, stop, value)
-    return (room, first + LANES, stop), 0
+    room, first, stop, shift = state
+    stage(room, first, 1, stop, shift, value)
+    return (room, first + LANES, stop, shift), 0
 
 
 def drain_piece(state, piece):
-    out, room, base, first, stop = state
-    store(out, base, 1, first, THREADS, stop, unstage(room, first, THREADS, stop))
-    return (out, room, base, first + LANES * THREADS, stop), 0
+    out, room, base, first, stop, shift = state
+    store(out, base, 1, first, THREADS, stop, unstage(room, first, THREADS, stop, shift))
+    return (out, room, base, first + LANES * THREADS, stop, shift), 0
 
 
 def bring_rows(x, count, n):
@@ -606,10 +612,10 @@ def bring_rows(x, count, n):
     first = block() * THREADS
     stop = min(THREADS, count - first) * n
     room = slots(load_one(x, 0))
-    scanned(stage_piece, (x, room, first * n, thread(), stop), PIECES)
+    scanned(stage_piece, (x, room, first * n, thread(), stop, pad_shift(n)), PIECES)
     barrier()
     start = min(thread() * n, stop - n)
-    _, row = scanned(unstage_piece, (room, start, start + n), PIECES)
+    _, row = scanned(unstage_piece, (room, start, start + n, pad_shift(n)), PIECES)
     return room, row, stop
 
 
@@ -621,9 +627,9 @@ def transform_short(x, out, laws, law, count, n, inner, x_pitch, out_pitch):
     row_max, sums, row = reduce_row(row, law)
     row = results_of(row, row_max, sums, law)
     barrier()
-    scanned(restage_piece, (room, thread() * n, min(thread() * n + n, stop)), row)
+    scanned(restage_piece, (room, thread() * n, min(thread() * n + n, stop), pad_shift(n)), row)
     barrier()
-    scanned(drain_piece, (out, room, block() * THREADS * n, thread(), stop), PIECES)
+    scanned(drain_piece, (out, room, block() * THREADS * n, thread(), stop, pad_shift(n)), PIECES)
 
 
 def reduce_short(x, out, laws, law, count, n, inner, x_pitch, out_pitch):

@@ -840,28 +840,34 @@ def put_remote(typingctx, slots, rank, index, state):
     return types.none(slots, types.int64, types.int64, state), codegen
 
 
-# -- rows of short slices in shared memory, where a word in 33 is left free -------------------------
+# -- rows of short slices in shared memory, with offsets of 32 bits ---------------------------------
+# After each 2**shift entries one word is left free.
 
 
-def _padded(builder, index):
-    return builder.add(index, builder.ashr(index, _I64(5)))
+def _narrow(builder, integers):
+    return [builder.trunc(integer, _I32) for integer in integers]
+
+
+def _padded(builder, index, shift):
+    return builder.add(index, builder.lshr(index, shift))
 
 
 def stager(lanes):
     """Make the `stage` of a kernel: write lanes to entries first, first + step, ... before stop."""
 
     @intrinsic
-    def stage(typingctx, slots, first, step, stop, value):
+    def stage(typingctx, slots, first, step, stop, shift, value):
         def codegen(context, builder, sig, args):
-            slots, first, step, stop, vector = args
+            slots, *integers, vector = args
+            first, step, stop, shift = _narrow(builder, integers)
             for i in range(lanes):
                 with builder.if_then(builder.icmp_signed("<", first, stop)):
-                    at = builder.gep(slots, [_padded(builder, first)])
+                    at = builder.gep(slots, [_padded(builder, first, shift)])
                     builder.store(builder.extract_element(vector, _I32(i)), at)
                 first = builder.add(first, step)
             return context.get_dummy_value()
 
-        return types.none(slots, *(types.int64,) * 3, value), codegen
+        return types.none(slots, *(types.int64,) * 4, value), codegen
 
     return stage
 
@@ -870,22 +876,23 @@ def unstager(lanes):
     """Make the `unstage` of a kernel: read what `stage` wrote; -inf from stop on."""
 
     @intrinsic
-    def unstage(typingctx, slots, first, step, stop):
+    def unstage(typingctx, slots, first, step, stop, shift):
         result = Lanes(slots.value.dtype, lanes)
 
         def codegen(context, builder, sig, args):
-            slots, first, step, stop = args
+            slots, *integers = args
+            first, step, stop, shift = _narrow(builder, integers)
             vector = ir.Constant(_llvm_type(result), ir.Undefined)
             lowest = ir.Constant(_SCALAR[result.dtype], float("-inf"))
             for i in range(lanes):
                 inside = builder.icmp_signed("<", first, stop)
-                index = builder.select(inside, first, builder.sub(stop, _I64(1)))
-                value = builder.load(builder.gep(slots, [_padded(builder, index)]))
+                index = builder.select(inside, first, builder.sub(stop, _I32(1)))
+                value = builder.load(builder.gep(slots, [_padded(builder, index, shift)]))
                 vector = builder.insert_element(vector, builder.select(inside, value, lowest), _I32(i))
                 first = builder.add(first, step)
             return vector
 
-        return result(slots, *(types.int64,) * 3), codegen
+        return result(slots, *(types.int64,) * 4), codegen
 
     return unstage
 

@@ -66,8 +66,8 @@ def lengths_to_check(operation: str, dtype: str) -> list[int]:
         return [3, 33, 1025, 20000, 40000, 300000] if dtype == "float32" else [33, 1025]
     if dtype != "float32":
         return [3, 33, 129, 1025, 20000, 128256, 300000]
-    short = [1, 3, 31, 32, 33, 64, 65, 128, 129, 1000, 1024, 1025]
-    return [*short, 2049, 4097, 8193, 24576, 24577, 50257, 128256, 131073, 300000]
+    thresholds = [32, 64, 128, 256, 768, *(2**i for i in range(10, 18))]
+    return [1, 3, 12, 16, 31, *(m for n in thresholds for m in (n, n + 1)), 50257, 128256, 300000]
 
 
 def make_rows(n: int, dtype: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

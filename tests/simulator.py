@@ -363,22 +363,22 @@ def number(pointer, index):
 
 
 def _stager(lanes):
-    def stage(slots, first, step, stop, value):
+    def stage(slots, first, step, stop, shift, value):
         room = _current().shared[slots]
         for i in range(lanes):
             at = first + i * step
             if at < stop:
-                room[at + at // 32, 0] = np.broadcast_to(value, lanes)[i]
+                room[at + (at >> shift), 0] = np.broadcast_to(value, lanes)[i]
 
     return stage
 
 
 def _unstager(lanes):
-    def unstage(slots, first, step, stop):
+    def unstage(slots, first, step, stop, shift):
         room = _current().shared[slots]
         indices = first + step * np.arange(lanes)
         inside = np.minimum(indices, stop - 1)
-        return np.where(indices < stop, room[inside + inside // 32, 0], room.dtype.type(-np.inf))
+        return np.where(indices < stop, room[inside + (inside >> shift), 0], room.dtype.type(-np.inf))
 
     return unstage
 

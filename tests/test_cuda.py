@@ -178,6 +178,16 @@ def test_one_temperature_on_the_gpu_serves_all_slices(shape, name):
         oracle.assert_close(name, found[i], x[i], 0.7)
 
 
+def test_short_rows_of_a_warp_lie_in_different_banks():
+    """But for a few lengths, of which two rows meet."""
+    from fastmax import _cuda_kernels
+
+    for n in range(1, 33):
+        starts = np.arange(32) * n
+        banks = np.bincount((starts + (starts >> _cuda_kernels.pad_shift(n))) % 32)
+        assert banks.max() <= 2 - n % 2
+
+
 def test_faint_terms_beside_a_maximum_of_zero():
     """T log(sum) shows though the sum is 1 to float32."""
     x = np.array([0.0, -1e35, -1.2e35], np.float32)
