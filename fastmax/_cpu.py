@@ -52,6 +52,7 @@ from fastmax._math import (
     entropy_value,
     gap_of,
     guard_of,
+    guarded_gap,
     guarded_scale,
     is_plain,
     larger,
@@ -130,8 +131,10 @@ class Kernel:
 # about 12 instructions a row, not 64. Beside its entries a float32 row costs some 10 ns, and 20 more if it
 # does not fill its last vector.
 
-# Vectors in the working memory beside those of the sums: maxima, high and low.
-_MAXIMA, _HIGH, _LOW, _VECTORS = 0, 1, 2, 3
+# Vectors in the working memory beside those of the sums, with one row in each lane: maxima, 1 / sum as high
+# and low (or inverse and summand of a gap), the largest maximum of a plain row, and the fields of a scale,
+# which all rows of a group get at once.
+_MAXIMA, _HIGH, _LOW, _LIMIT, _SCALE, _VECTORS = 0, 1, 2, 3, 4, 9
 # Sums: total and error, or ties, rest, error, moment, its error, and zeros.
 _SUMS = 6
 
@@ -183,45 +186,80 @@ def group_maxima(x, n, step, first, count, work):
     store(work, _MAXIMA * lanes, load(work, at))
 
 
+@jit(inline="always")
+def maxima_at(work, count):
+    """Maxima of the rows of a group, one per lane."""
+    return read(work, _MAXIMA * lane_count(work), count, spread(0.0, work))
+
+
+@jit(inline="always")
+def put_row_scales(row_max, rates, work):
+    """Write the scales of rows, which are right for those that are plain."""
+    lanes = lane_count(work)
+    scale = plain_scale(row_max, rates)
+    store(work, _LIMIT * lanes, rates.limit)
+    store(work, _SCALE * lanes, scale.high)
+    store(work, (_SCALE + 1) * lanes, scale.low)
+    store(work, (_SCALE + 2) * lanes, scale.lowest)
+    store(work, (_SCALE + 3) * lanes, scale.origin)
+    store(work, (_SCALE + 4) * lanes, scale.rest)
+
+
+@jit(inline="always")
+def is_plain_at(work, r):
+    """Whether row r of a group is plain."""
+    lanes = lane_count(work)
+    return abs(get(work, _MAXIMA * lanes + r)) <= get(work, _LIMIT * lanes + r)
+
+
+@jit(inline="always")
+def row_scale_at(work, r):
+    """Scale of row r of a group, if that is plain."""
+    lanes = lane_count(work)
+    return Scale(
+        get(work, _MAXIMA * lanes + r),
+        get(work, _SCALE * lanes + r),
+        get(work, (_SCALE + 1) * lanes + r),
+        get(work, (_SCALE + 2) * lanes + r),
+        get(work, (_SCALE + 3) * lanes + r),
+        get(work, (_SCALE + 4) * lanes + r),
+    )
+
+
 @jit
-def group_sums(x, n, step, first, count, rate, temperature, work, results):
-    """Write the sums of rows, one per lane, and their terms; return the rate of the last."""
+def group_sums(x, n, step, first, count, temperature, work, results):
+    """Write the sums of rows, one per lane, and their terms."""
     lanes = lane_count(work)
     total, error = sums_at(work, 0), sums_at(work, 1)
     terms = sums_at(work, _SUMS)
     for r in range(count):
-        rate = rate_at(rate, temperature, first + r, work)
-        row_max = get(work, _MAXIMA * lanes + r)
         row = (first + r) * step
         soon = Soon(x, row + count * step, results, (first + r) * n, lanes)
-        if is_plain(row_max, rate):
-            scale = plain_scale(row_max, rate)
-            sums = lane_sums(x, row, row + n, scale, None, work, terms, soon)
+        if is_plain_at(work, r):
+            sums = lane_sums(x, row, row + n, row_scale_at(work, r), None, work, terms, soon)
         else:
-            scale, guard = guarded_scale(row_max, rate.temperature)
+            own = temperature_at(temperature, first + r)
+            scale, guard = guarded_scale(get(work, _MAXIMA * lanes + r), own)
             sums = lane_sums(x, row, row + n, scale, guard, work, terms, soon)
         store(work, total + r * lanes, sums[0])
         store(work, error + r * lanes, sums[1])
         terms += padded_size(n, work)
     sums_of(work, total, error, count)
-    return rate
 
 
 @jit
-def group_split_sums(x, n, step, first, count, rate, temperature, weighted, work, results):
-    """Write the `lane_split_sums` of rows, one per lane; return the rate of the last."""
+def group_split_sums(x, n, step, first, count, temperature, weighted, work, results):
+    """Write the `lane_split_sums` of rows, one per lane."""
     lanes = lane_count(work)
     zero = spread(0.0, work)
     for r in range(count):
-        rate = rate_at(rate, temperature, first + r, work)
         row_max = get(work, _MAXIMA * lanes + r)
         row = (first + r) * step
         soon = Soon(x, row + count * step, results, (first + r) * n, lanes)
-        if is_plain(row_max, rate):
-            scale = plain_scale(row_max, rate)
-            sums = lane_split_sums(x, row, row + n, row_max, scale, None, weighted, soon)
+        if is_plain_at(work, r):
+            sums = lane_split_sums(x, row, row + n, row_max, row_scale_at(work, r), None, weighted, soon)
         else:
-            scale, guard = guarded_scale(row_max, rate.temperature)
+            scale, guard = guarded_scale(row_max, temperature_at(temperature, first + r))
             sums = lane_split_sums(x, row, row + n, row_max, scale, guard, weighted, soon)
         at = sums_at(work, 0) + r * lanes
         store(work, at, sums[0])
@@ -234,7 +272,6 @@ def group_split_sums(x, n, step, first, count, rate, temperature, weighted, work
     sums_of(work, sums_at(work, 1), sums_at(work, 2), count)
     if weighted is not None:
         sums_of(work, sums_at(work, 3), sums_at(work, 4), count)
-    return rate
 
 
 @jit
@@ -270,13 +307,6 @@ def temperature_at(temperature, i):
 
 
 @jit
-def rate_at(rate, temperature, i, like):
-    """Rate of slice i, given that of another."""
-    own = temperature_at(temperature, i)
-    return rate if own == rate.temperature else rate_of(own, get(like, 0))
-
-
-@jit
 def row_step(x, n):
     """Distance from one row to the next: 0 if there is one for all temperatures."""
     return n if len(x) > 1 else 0
@@ -303,7 +333,8 @@ def softmax_groups(x, mask, temperature, out, first, stop, work):
     for start in range(first, stop, size):
         count = min(size, stop - start)
         group_maxima(entries, n, step, start, count, w)
-        rate = group_sums(entries, n, step, start, count, rate, temperature, w, results)
+        put_row_scales(maxima_at(w, count), lane_rates(temperature, start, count, rate, w), w)
+        group_sums(entries, n, step, start, count, temperature, w, results)
         high, low = reciprocal(load(w, sums_at(w, 0)), load(w, sums_at(w, 1)))
         store(w, _HIGH * lanes, high)
         store(w, _LOW * lanes, low)
@@ -337,16 +368,22 @@ def log_softmax_groups(x, mask, temperature, out, first, stop, work):
     for start in range(first, stop, size):
         count = min(size, stop - start)
         group_maxima(entries, n, step, start, count, w)
-        rate = group_split_sums(entries, n, step, start, count, rate, temperature, None, w, results)
-        log_sums = log_of_sum(load(w, _MAXIMA * lanes), lane_sums_at(w))
-        store(w, _HIGH * lanes, spread(log_sums, load(w, _MAXIMA * lanes)))
+        row_max, rates = maxima_at(w, count), lane_rates(temperature, start, count, rate, w)
+        put_row_scales(row_max, rates, w)
+        group_split_sums(entries, n, step, start, count, temperature, None, w, results)
+        gaps = plain_gap(row_max, rates, log_of_sum(row_max, lane_sums_at(w)))
+        store(w, _HIGH * lanes, gaps.inverse)
+        store(w, _LOW * lanes, gaps.summand)
         for r in range(count):
-            rate = rate_at(rate, temperature, start + r, w)
-            row_max = get(w, _MAXIMA * lanes + r)
-            log_sum = get(w, _HIGH * lanes + r)
+            gap = Gap(get(w, _MAXIMA * lanes + r), get(w, _HIGH * lanes + r), get(w, _LOW * lanes + r))
             row = (start + r) * step
             shift = (start + r) * n - row
-            _slice.write_log(entries, row, row + n, row_max, rate, log_sum, results, shift)
+            if is_plain_at(w, r):
+                _slice.write_log_terms(entries, row, row + n, gap, None, results, shift)
+            else:
+                log_sum = spread(0.0, gap.summand) - gap.summand
+                gap, guard = guarded_gap(gap.row_max, temperature_at(temperature, start + r), log_sum)
+                _slice.write_log_terms(entries, row, row + n, gap, guard, results, shift)
 
 
 @Kernel
@@ -371,8 +408,9 @@ def value_groups(x, mask, temperature, out, first, stop, weighted, work):
     for start in range(first, stop, size):
         count = min(size, stop - start)
         group_maxima(entries, n, step, start, count, w)
-        rate = group_split_sums(entries, n, step, start, count, rate, temperature, weighted, w, entries)
-        row_max, rates = load(w, _MAXIMA * lanes), lane_rates(temperature, start, count, rate, w)
+        row_max, rates = maxima_at(w, count), lane_rates(temperature, start, count, rate, w)
+        put_row_scales(row_max, rates, w)
+        group_split_sums(entries, n, step, start, count, temperature, weighted, w, entries)
         if are_plain(row_max, rates) and shows_all(row_max, rates.temperature, lane_sums_at(w), weighted):
             value = plain_value(row_max, rates.temperature, lane_sums_at(w), weighted)
             write(pointer(out), start, count, value)
@@ -888,8 +926,9 @@ def value_long_rows(threads, x, mask, temperature, out, weighted):
 # Threads take turns in tiles: the lines of neighbours share pages of memory.
 
 # Fields of a column: those of Scale and Guard, or of Gap and Guard, and 1 / sum.
-_FIELDS = 10
-_RECIPROCAL = 8
+_GUARD = 6
+_RECIPROCAL = 11
+_FIELDS = 13
 
 
 @jit
@@ -948,10 +987,10 @@ def write_scales(row_max, rates, temperature, first, work, j, width):
             high, low, guard = guard_of(temperature_at(temperature, first + k), get(work, 0))
         put(work, field(1, j + k, width), high)
         put(work, field(2, j + k, width), low)
-        put(work, field(4, j + k, width), guard.prescale)
-        put(work, field(5, j + k, width), guard.factor)
-        put(work, field(6, j + k, width), guard.factor2)
-        put(work, field(7, j + k, width), guard.cutoff)
+        put(work, field(_GUARD, j + k, width), guard.prescale)
+        put(work, field(_GUARD + 1, j + k, width), guard.factor)
+        put(work, field(_GUARD + 2, j + k, width), guard.factor2)
+        put(work, field(_GUARD + 3, j + k, width), guard.cutoff)
     own_high, own_low = load(work, field(1, j, width)), load(work, field(2, j, width))
     scale, own_guard = bounded_scale(row_max, own_high, own_low, read_guard(work, j, width))
     plain, other = plain_scale(row_max, rates), rates.limit < larger(row_max, -row_max)
@@ -959,6 +998,8 @@ def write_scales(row_max, rates, temperature, first, work, j, width):
     store(work, field(1, j, width), select(other, scale.high, plain.high))
     store(work, field(2, j, width), select(other, scale.low, plain.low))
     store(work, field(3, j, width), select(other, scale.lowest, plain.lowest))
+    store(work, field(4, j, width), select(other, scale.origin, plain.origin))
+    store(work, field(5, j, width), select(other, scale.rest, plain.rest))
     write_guards(own_guard, other, work, j, width)
 
 
@@ -966,17 +1007,18 @@ def write_scales(row_max, rates, temperature, first, work, j, width):
 def write_guards(guard, other, work, j, width):
     """Write the guards of slices that are not plain, and those that change nothing of the others."""
     none = no_guard(guard.prescale)
-    store(work, field(4, j, width), select(other, guard.prescale, none.prescale))
-    store(work, field(5, j, width), select(other, guard.factor, none.factor))
-    store(work, field(6, j, width), select(other, guard.factor2, none.factor2))
-    store(work, field(7, j, width), select(other, guard.cutoff, none.cutoff))
+    store(work, field(_GUARD, j, width), select(other, guard.prescale, none.prescale))
+    store(work, field(_GUARD + 1, j, width), select(other, guard.factor, none.factor))
+    store(work, field(_GUARD + 2, j, width), select(other, guard.factor2, none.factor2))
+    store(work, field(_GUARD + 3, j, width), select(other, guard.cutoff, none.cutoff))
+    store(work, field(_GUARD + 4, j, width), select(other, spread(0.0, none.plain), none.plain))
 
 
 @jit
 def no_guard(like):
     """Guard that changes nothing."""
     one = spread(1.0, like)
-    return Guard(one, one, one, -spread(math.inf, like))
+    return Guard(one, one, one, -spread(math.inf, like), one)
 
 
 @jit
@@ -987,6 +1029,8 @@ def read_scale(work, j, width):
         load(work, field(1, j, width)),
         load(work, field(2, j, width)),
         load(work, field(3, j, width)),
+        load(work, field(4, j, width)),
+        load(work, field(5, j, width)),
     )
 
 
@@ -994,10 +1038,11 @@ def read_scale(work, j, width):
 def read_guard(work, j, width):
     """Guards of the columns from j on."""
     return Guard(
-        load(work, field(4, j, width)),
-        load(work, field(5, j, width)),
-        load(work, field(6, j, width)),
-        load(work, field(7, j, width)),
+        load(work, field(_GUARD, j, width)),
+        load(work, field(_GUARD + 1, j, width)),
+        load(work, field(_GUARD + 2, j, width)),
+        load(work, field(_GUARD + 3, j, width)),
+        load(work, field(_GUARD + 4, j, width)),
     )
 
 
@@ -1016,11 +1061,11 @@ def write_gaps(row_max, rates, log_sum, temperature, first, work, j, width):
         if len(temperature) > 1:
             inverse, prescale, factor, cutoff = gap_of(temperature_at(temperature, first + k), get(work, 0))
         put(work, field(1, j + k, width), inverse)
-        put(work, field(4, j + k, width), prescale)
-        put(work, field(5, j + k, width), factor)
-        put(work, field(7, j + k, width), cutoff)
-    own_inverse, own_prescale = load(work, field(1, j, width)), load(work, field(4, j, width))
-    own_factor, own_cutoff = load(work, field(5, j, width)), load(work, field(7, j, width))
+        put(work, field(_GUARD, j + k, width), prescale)
+        put(work, field(_GUARD + 1, j + k, width), factor)
+        put(work, field(_GUARD + 3, j + k, width), cutoff)
+    own_inverse, own_prescale = load(work, field(1, j, width)), load(work, field(_GUARD, j, width))
+    own_factor, own_cutoff = load(work, field(_GUARD + 1, j, width)), load(work, field(_GUARD + 3, j, width))
     gap, guard = bounded_gap(row_max, own_inverse, own_prescale, own_factor, own_cutoff, log_sum)
     store(work, field(1, j, width), select(other, gap.inverse, plain.inverse))
     store(work, field(2, j, width), select(other, gap.summand, plain.summand))

@@ -115,7 +115,7 @@ def rate_in_launch(law):
 
 
 def guard_in_launch(law):
-    return law[4], law[5], Guard(law[6], law[8], law[9], law[7]), law[18]
+    return law[4], law[5], Guard(law[6], law[8], law[9], law[7], None), law[18]
 
 
 def gap_in_launch(law):
@@ -141,7 +141,7 @@ def rate_in_memory(law):
 def guard_in_memory(law):
     laws, at = law
     prescale, cutoff = load_one(laws, at + 6), load_one(laws, at + 7)
-    guard = Guard(prescale, load_one(laws, at + 8), load_one(laws, at + 9), cutoff)
+    guard = Guard(prescale, load_one(laws, at + 8), load_one(laws, at + 9), cutoff, None)
     return load_one(laws, at + 4), load_one(laws, at + 5), guard, load_one(laws, at + 18)
 
 

@@ -928,6 +928,7 @@ def rebuilt(function, replaced, wrap) -> Any:
 
 
 PRIMITIVES = {
+    "HAS_TABLE": False,
     "as_float64": float,
     "constant": constant,
     "fma": fma,

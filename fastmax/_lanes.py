@@ -40,6 +40,10 @@ def _has_avx512():
 
 
 LANE_BYTES = 128 if _has_avx512() else 64
+
+# Whether registers can hold a table, from which an instruction picks entries: see `table_power`.
+HAS_TABLE = LANE_BYTES == 128
+
 _COUNT = {types.float32: LANE_BYTES // 4, types.float64: LANE_BYTES // 8}
 _SCALAR = {
     types.float32: ir.FloatType(),
@@ -220,6 +224,75 @@ def power_of_two(typingctx, exponent):
         return builder.bitcast(bits, exponent.type)
 
     return exponent(exponent), codegen
+
+
+def table_power(heads, lows):
+    """Make a function of a float in whose low bits 16 n + j stands, biased: (2**n heads[j], lows[j]).
+
+    ``heads`` and ``lows`` are (float32's, float64's) 16 constants. A register holds all of float32's.
+    """
+
+    @intrinsic
+    def power(typingctx, exponent):
+        dtype = _dtype(exponent)
+        precision = {types.float32: 0, types.float64: 1}[dtype]
+        shift = _EXPONENT_SHIFT[dtype] - 4
+
+        def codegen(context, builder, sig, args):
+            (exponent,) = args
+            integer = ir.IntType(dtype.bitwidth)
+            if isinstance(exponent.type, ir.VectorType):
+                integer = ir.VectorType(integer, exponent.type.count)
+            bits = builder.bitcast(exponent, integer)
+            # The shift leaves j at the top of the fraction, from where adding takes it away again, and
+            # with it the exponent of 1.
+            one, *fields = _bits((1.0, *heads[precision]), dtype)
+            fields = [field - one - (j << shift) for j, field in enumerate(fields)]
+            head = builder.add(
+                builder.shl(bits, _constant(integer, shift)), _looked_up(builder, bits, fields, dtype)
+            )
+            low = _looked_up(builder, bits, _bits(lows[precision], dtype), dtype)
+            results = [builder.bitcast(value, exponent.type) for value in (head, low)]
+            return context.make_tuple(builder, sig.return_type, results)
+
+        return types.UniTuple(exponent, 2)(exponent), codegen
+
+    return power
+
+
+def _bits(numbers, dtype):
+    """Floats as integers."""
+    floats = np.array(numbers, str(dtype))
+    return floats.view(f"int{dtype.bitwidth}").tolist()
+
+
+def _looked_up(builder, bits, table, dtype):
+    """Entries of a table of 16 integers that the low four bits of lanes name."""
+    count = 512 // dtype.bitwidth
+    integers = ir.VectorType(ir.IntType(dtype.bitwidth), count)
+    registers = [ir.Constant(integers, table[start : start + count]) for start in range(0, 16, count)]
+    name = "permvar.si.512" if dtype == types.float32 else "vpermi2var.q.512"
+    function_type = ir.FunctionType(integers, [integers] * (1 + len(registers)))
+    function = get_or_insert_function(builder.module, function_type, f"llvm.x86.avx512.{name}")
+    if not isinstance(bits.type, ir.VectorType):
+        part = builder.insert_element(ir.Constant(integers, ir.Undefined), bits, _INDEX(0))
+        return builder.extract_element(
+            builder.call(function, [registers[0], part, *registers[1:]]), _INDEX(0)
+        )
+    parts = []
+    for start in range(0, bits.type.count, count):
+        part = _picked(builder, bits, bits, range(start, start + count))
+        parts.append(builder.call(function, [registers[0], part, *registers[1:]]))
+    while len(parts) > 1:
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        parts = [_picked(builder, a, b, range(2 * a.type.count)) for a, b in pairs]
+    return parts[0]
+
+
+def _picked(builder, a, b, indices):
+    """Lanes of two vectors, one after the other, at some indices."""
+    mask = ir.Constant(ir.VectorType(_INDEX, len(indices)), [_INDEX(i) for i in indices])
+    return builder.shuffle_vector(a, b, mask)
 
 
 @intrinsic

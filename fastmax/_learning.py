@@ -544,8 +544,8 @@ def row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, temperat
 # one write of memory. Columns too tall for that are read three times where they lie. Numbers for each sample,
 # their fields, stand before the tile: those of Scale, Guard and Mass, then these.
 
-_MASS = 8
-_LABEL, _MAX, _TIES, _REST, _ERROR, _TARGETS, _UNITS, _FLOOR, _FIELDS = 15, 16, 17, 18, 19, 20, 25, 27, 28
+_MASS = 11
+_LABEL, _MAX, _TIES, _REST, _ERROR, _TARGETS, _UNITS, _FLOOR, _FIELDS = 18, 19, 20, 21, 22, 23, 28, 30, 31
 
 Samples = namedtuple("Samples", "outer n inner class_step sample_step")
 Samples.__doc__ = (
@@ -791,30 +791,46 @@ def write_lane_scales(temperature, number, w):
         top = get(w, _MAX * lanes + k)
         rate = gradient_rate_at(rate, temperature, number + k, top)
         if is_plain(top, rate):
-            scale, guard = plain_scale(top, rate), no_guard(top)
+            put_scale(w, k, lanes, plain_scale(top, rate), no_guard(top), 1.0)
         else:
             scale, guard = guarded_scale(top, rate.temperature)
-        put_scale(w, k, lanes, scale, guard)
+            put_scale(w, k, lanes, scale, guard, 0.0)
 
 
 @jit
-def put_scale(w, k, lanes, scale, guard):
-    """Write the scale and guard of one lane."""
+def put_scale(w, k, lanes, scale, guard, plain):
+    """Write the scale and guard of one lane; ``plain`` is 1 or 0."""
     put(w, k, scale.row_max)
     put(w, lanes + k, scale.high)
     put(w, 2 * lanes + k, scale.low)
     put(w, 3 * lanes + k, scale.lowest)
-    put(w, 4 * lanes + k, guard.prescale)
-    put(w, 5 * lanes + k, guard.factor)
-    put(w, 6 * lanes + k, guard.factor2)
-    put(w, 7 * lanes + k, guard.cutoff)
+    put(w, 4 * lanes + k, scale.origin)
+    put(w, 5 * lanes + k, scale.rest)
+    put(w, 6 * lanes + k, guard.prescale)
+    put(w, 7 * lanes + k, guard.factor)
+    put(w, 8 * lanes + k, guard.factor2)
+    put(w, 9 * lanes + k, guard.cutoff)
+    put(w, 10 * lanes + k, spread(plain, guard.cutoff))
 
 
 @jit
 def scales_at(w, lanes):
     """Scales and guards that `put_scale` wrote."""
-    scale = Scale(load(w, 0), load(w, lanes), load(w, 2 * lanes), load(w, 3 * lanes))
-    guard = Guard(load(w, 4 * lanes), load(w, 5 * lanes), load(w, 6 * lanes), load(w, 7 * lanes))
+    scale = Scale(
+        load(w, 0),
+        load(w, lanes),
+        load(w, 2 * lanes),
+        load(w, 3 * lanes),
+        load(w, 4 * lanes),
+        load(w, 5 * lanes),
+    )
+    guard = Guard(
+        load(w, 6 * lanes),
+        load(w, 7 * lanes),
+        load(w, 8 * lanes),
+        load(w, 9 * lanes),
+        load(w, 10 * lanes),
+    )
     return scale, guard
 
 
@@ -1126,7 +1142,7 @@ def fit_columns(x, table, temperature, moments, parts):
     lanes = lane_count(table)
     vectors = -(-inner // lanes)
     tasks = outer * vectors
-    work = np.empty(parts * 8 * lanes)
+    work = np.empty(parts * 11 * lanes)
     for k in prange(parts):
         part = np.intp(k)
         entries, w = pointer(x), pointer(part_of(work, part, parts))
@@ -1138,10 +1154,10 @@ def fit_columns(x, table, temperature, moments, parts):
             for j in range(lanes):
                 top = table[_TOP, number + min(j, width - 1)]
                 if is_plain(top, rate):
-                    scale, guard = plain_scale(top, rate), no_guard(top)
+                    put_scale(w, j, lanes, plain_scale(top, rate), no_guard(top), 1.0)
                 else:
                     scale, guard = guarded_scale(top, temperature)
-                put_scale(w, j, lanes, scale, guard)
+                    put_scale(w, j, lanes, scale, guard, 0.0)
             scale, guard = scales_at(w, lanes)
             sums = lane_moments(entries, start, stop, inner, width, scale, guard, table)
             store(w, 0, sums[0])

@@ -391,6 +391,7 @@ class _Target:
     """What `_cuda_plan.names` asks of a target."""
 
     PRIMITIVES: ClassVar[dict[str, Any]] = {
+        "HAS_TABLE": False,
         "across": across,
         "anyone_in_block": anyone_in_block,
         "as_lanes": as_lanes,

@@ -245,7 +245,9 @@ with multiprocessing.get_context("fork").Pool(1) as pool:
 """,
     )
     parallel = layer != "omp" or sys.platform != "linux"
-    assert printed.endswith(f"[{parallel}]\n")
+    assert (
+        f"[{parallel}]" in printed.splitlines()
+    )  # TBB may say more, of the part that another thread has in it
 
 
 @forks
