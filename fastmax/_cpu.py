@@ -833,18 +833,19 @@ def long_write(x, mask, temperature, maxima, high, low, out):
     for task in prange(rows * chunk_count(n, x)):
         row, start, stop = chunk_of(np.intp(task), n, x)
         own = temperature_at(temperature, row)
-        chunk_write(entries_of(x, mask), start, stop, maxima[row], own, high[row], low[row], pointer(out))
+        entries, results = entries_of(x, mask), pointer(out)
+        chunk_write(entries, start, stop, maxima[row], own, high[row], low[row], results, 0)
 
 
 @jit
-def chunk_write(x, start, stop, row_max, temperature, high, low, out):
-    """Write the terms of a chunk times a reciprocal."""
+def chunk_write(x, start, stop, row_max, temperature, high, low, out, shift):
+    """Write the terms of a chunk times a reciprocal, at an index shifted by so much."""
     rate = rate_of(temperature, row_max)
     if is_plain(row_max, rate):
-        _slice.write_terms(x, start, stop, plain_scale(row_max, rate), None, high, low, out, 0)
+        _slice.write_terms(x, start, stop, plain_scale(row_max, rate), None, high, low, out, shift)
     else:
         scale, guard = guarded_scale(row_max, temperature)
-        _slice.write_terms(x, start, stop, scale, guard, high, low, out, 0)
+        _slice.write_terms(x, start, stop, scale, guard, high, low, out, shift)
 
 
 @Kernel
