@@ -99,6 +99,9 @@ GROUP = 2**11
 # Bytes of a row up to which a thread keeps its terms, in the second or third cache, until they are scaled.
 STORED_BYTES = 2**21
 
+# Bytes of the results of long rows from which they are written past the caches.
+FAR_BYTES = 2**24
+
 # Bytes of a tile of columns: it is walked three times, from the second cache of a core.
 TILE_BYTES = 2**19
 
@@ -379,11 +382,11 @@ def log_softmax_groups(x, mask, temperature, out, first, stop, work):
             row = (start + r) * step
             shift = (start + r) * n - row
             if is_plain_at(w, r):
-                _slice.write_log_terms(entries, row, row + n, gap, None, results, shift)
+                _slice.write_log_terms(entries, row, row + n, gap, None, results, shift, False)
             else:
                 log_sum = spread(0.0, gap.summand) - gap.summand
                 gap, guard = guarded_gap(gap.row_max, temperature_at(temperature, start + r), log_sum)
-                _slice.write_log_terms(entries, row, row + n, gap, guard, results, shift)
+                _slice.write_log_terms(entries, row, row + n, gap, guard, results, shift, False)
 
 
 @Kernel
@@ -834,18 +837,24 @@ def long_write(x, mask, temperature, maxima, high, low, out):
         row, start, stop = chunk_of(np.intp(task), n, x)
         own = temperature_at(temperature, row)
         entries, results = entries_of(x, mask), pointer(out)
-        chunk_write(entries, start, stop, maxima[row], own, high[row], low[row], results, 0)
+        chunk_write(entries, start, stop, maxima[row], own, high[row], low[row], results, 0, is_far(x, out))
 
 
 @jit
-def chunk_write(x, start, stop, row_max, temperature, high, low, out, shift):
+def is_far(x, out):
+    """Whether a result is too long for the caches, and not in place: what was just read they have."""
+    return out.size * out.itemsize >= FAR_BYTES and out.ctypes.data != x.ctypes.data
+
+
+@jit
+def chunk_write(x, start, stop, row_max, temperature, high, low, out, shift, far):
     """Write the terms of a chunk times a reciprocal, at an index shifted by so much."""
     rate = rate_of(temperature, row_max)
     if is_plain(row_max, rate):
-        _slice.write_terms(x, start, stop, plain_scale(row_max, rate), None, high, low, out, shift)
+        _slice.write_terms(x, start, stop, plain_scale(row_max, rate), None, high, low, out, shift, far)
     else:
         scale, guard = guarded_scale(row_max, temperature)
-        _slice.write_terms(x, start, stop, scale, guard, high, low, out, shift)
+        _slice.write_terms(x, start, stop, scale, guard, high, low, out, shift, far)
 
 
 @Kernel
@@ -885,7 +894,8 @@ def long_write_log(x, mask, temperature, maxima, sums, out):
         row, start, stop = chunk_of(np.intp(task), n, x)
         rate = rate_of(temperature_at(temperature, row), maxima[row])
         log_sum = log_of_sum(maxima[row], five(sums, row))
-        _slice.write_log(entries_of(x, mask), start, stop, maxima[row], rate, log_sum, pointer(out), 0)
+        entries, results = entries_of(x, mask), pointer(out)
+        _slice.write_log(entries, start, stop, maxima[row], rate, log_sum, results, 0, is_far(x, out))
 
 
 @kernel

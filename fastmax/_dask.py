@@ -401,7 +401,7 @@ def write_rows(x, mask, temperature, maxima, high, low, out):
     for row in range(rows):
         start, stop, shift = row * pitch, row * pitch + n, row * (n - pitch)
         own = _cpu.temperature_at(temperature, row)
-        _cpu.chunk_write(entries, start, stop, maxima[row], own, high[row], low[row], results, shift)
+        _cpu.chunk_write(entries, start, stop, maxima[row], own, high[row], low[row], results, shift, False)
 
 
 @_serial
@@ -413,7 +413,7 @@ def write_log_rows(x, mask, temperature, maxima, sums, out):
         start, stop, shift = row * pitch, row * pitch + n, row * (n - pitch)
         rate = rate_of(_cpu.temperature_at(temperature, row), maxima[row])
         log_sum = log_of_sum(maxima[row], _cpu.five(sums, row))
-        _slice.write_log(entries, start, stop, maxima[row], rate, log_sum, results, shift)
+        _slice.write_log(entries, start, stop, maxima[row], rate, log_sum, results, shift, False)
 
 
 # -- states ---------------------------------------------------------------------------------------

@@ -656,6 +656,43 @@ def store(typingctx, array, index, value):
 
 
 @intrinsic
+def stream(typingctx, array, index, value):
+    """As `store`, past the caches, where `to_stream` is 0; to be followed by `settle`."""
+
+    def codegen(context, builder, sig, args):
+        array, index, value = args
+        _write(context, builder, sig.args[0], array, index, value, past_caches=True)
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, value), codegen
+
+
+@intrinsic
+def to_stream(typingctx, array, index):
+    """Number of entries from an index to the next where lanes lie at a multiple of their size."""
+
+    def codegen(context, builder, sig, args):
+        itemsize = array.dtype.bitwidth // 8
+        size = itemsize * getattr(_lanes_of(array), "count", 1)
+        address = builder.ptrtoint(_pointer(context, builder, sig.args[0], *args, ir.IntType(8)), _SIZE)
+        bytes_left = builder.and_(builder.neg(address), _SIZE(size - 1))
+        return builder.udiv(bytes_left, _SIZE(itemsize))
+
+    return types.intp(array, types.intp), codegen
+
+
+@intrinsic
+def settle(typingctx):
+    """Let no thread see what this one does next before what it has streamed."""
+
+    def codegen(context, builder, sig, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.none(), codegen
+
+
+@intrinsic
 def store_first(typingctx, array, index, count, value):
     """As `store`, but only the first ``count`` lanes."""
 
@@ -684,6 +721,17 @@ def write(x, i, count, value):
         store(x, i, value)
     else:
         store_first(x, i, count, value)
+
+
+@jit(inline="always")
+def write_past_caches(x, i, count, value, far):
+    """`write`, past the caches if the result is far larger than they are."""
+    if count < lane_count(x):
+        store_first(x, i, count, value)
+    elif far:
+        stream(x, i, value)
+    else:
+        store(x, i, value)
 
 
 @intrinsic
@@ -816,7 +864,7 @@ def _read(context, builder, array_type: Any, array, index, llvm_type, first=None
     return value
 
 
-def _write(context, builder, array_type, array, index, value, first=None):
+def _write(context, builder, array_type, array, index, value, first=None, past_caches=False):
     """Write lanes from an index on; if ``first`` is given, only those that it marks."""
     stored = _stored_type(array_type, value.type)
     if array_type.dtype == types.int16:
@@ -827,7 +875,10 @@ def _write(context, builder, array_type, array, index, value, first=None):
         value = builder.trunc(_bfloat16_bits(builder, value), stored)
     pointer = _pointer(context, builder, array_type, array, index, stored)
     alignment = array_type.dtype.bitwidth // 8
-    if first is None:
+    if past_caches:
+        written = builder.store(value, pointer, align=alignment * getattr(stored, "count", 1))
+        written.set_metadata("nontemporal", builder.module.add_metadata([_INDEX(1)]))
+    elif first is None:
         builder.store(value, pointer, align=alignment)
     else:
         _masked(builder, "store", ir.VoidType(), stored, [value, pointer, _INDEX(alignment), first])

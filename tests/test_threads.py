@@ -14,6 +14,7 @@ from bits import LENGTHS
 from paths import IN_PLACE, PATHS
 
 import fastmax
+from fastmax import _cpu
 
 every = pytest.mark.parametrize("name", oracle.FUNCTIONS)
 float_types = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -137,6 +138,25 @@ def test_masked_rows_of_each_length_have_the_bits_of_the_vector(name, dtype):
         for i, row in enumerate(x):
             alone = function(row, 0.7, where=mask[i])
             np.testing.assert_array_equal(bits(result[i]), bits(alone), f"row {i} of {n}")
+
+
+@pytest.mark.parametrize("name", oracle.ELEMENTWISE)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_results_written_past_the_caches_have_the_bits_of_those_in_place(name, dtype, is_masked):
+    """Results in place are never written past the caches; the others begin at each kind of address."""
+    function = getattr(fastmax, name)
+    k = _cpu.FAR_BYTES // np.dtype(dtype).itemsize + 3
+    x = draw(k, dtype)
+    where = {"where": np.arange(k) % 7 > 0} if is_masked else {}
+    in_place = x.copy()
+    function(in_place, 0.7, out=in_place, **where)
+    for offset in (0, 1, 5, 17):
+        buffer = np.full(k + 40, 9, dtype)
+        function(x, 0.7, out=buffer[offset : offset + k], **where)
+        np.testing.assert_array_equal(bits(buffer[offset : offset + k]), bits(in_place))
+        assert (buffer[:offset] == 9).all()
+        assert (buffer[offset + k :] == 9).all()
 
 
 # --- layouts --------------------------------------------------------------------------------------
