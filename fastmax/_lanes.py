@@ -672,10 +672,11 @@ def to_stream(typingctx, array, index):
     """Number of entries from an index to the next where lanes lie at a multiple of their size."""
 
     def codegen(context, builder, sig, args):
+        first, index = args
         itemsize = array.dtype.bitwidth // 8
         size = itemsize * getattr(_lanes_of(array), "count", 1)
-        address = builder.ptrtoint(_pointer(context, builder, sig.args[0], *args, ir.IntType(8)), _SIZE)
-        bytes_left = builder.and_(builder.neg(address), _SIZE(size - 1))
+        pointer = _pointer(context, builder, sig.args[0], first, index, ir.IntType(8))
+        bytes_left = builder.and_(builder.neg(builder.ptrtoint(pointer, _SIZE)), _SIZE(size - 1))
         return builder.udiv(bytes_left, _SIZE(itemsize))
 
     return types.intp(array, types.intp), codegen
