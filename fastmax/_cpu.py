@@ -18,7 +18,7 @@ import numpy as np
 from numba import prange
 
 from fastmax import _process, _slice
-from fastmax._jit import jit, kernel, parallel_kernel
+from fastmax._jit import jit, kernel, parallel_kernel, plain_kernel
 from fastmax._lanes import (
     LANE_BYTES,
     any_lanes,
@@ -522,13 +522,19 @@ def softmax_narrow_rows(x, mask, temperature, out, parts):
             softmax_narrow_group(x, mask, temperature, out, row, min(lane_count(x), stop - row), own)
 
 
-@kernel
+@plain_kernel(2, 2)
 def softmax_few_rows(x, temperature, out):
-    """Softmax of narrow rows on one thread, at one temperature, which is a float: the short way."""
+    """Softmax of narrow rows on one thread, at one temperature, which is a float: the short way.
+
+    Return whether ``out`` fits: if not, nothing is written.
+    """
+    if not _slice.fits(x, out):
+        return False
     rows, n = out.shape
     work = workspace(narrow_work_size(n, x), x)
     for row in range(0, rows, lane_count(x)):
         softmax_narrow_group(x, None, (temperature,), out, row, min(lane_count(x), rows - row), work)
+    return True
 
 
 @jit
@@ -620,13 +626,16 @@ def log_softmax_narrow_rows(x, mask, temperature, out, parts):
             log_softmax_narrow_group(x, mask, temperature, out, row, count, own)
 
 
-@kernel
+@plain_kernel(2, 2)
 def log_softmax_few_rows(x, temperature, out):
-    """Logarithm of the softmax of narrow rows on one thread, at one temperature."""
+    """Logarithm of the softmax of narrow rows, as `softmax_few_rows`."""
+    if not _slice.fits(x, out):
+        return False
     rows, n = out.shape
     work = workspace(narrow_work_size(n, x), x)
     for row in range(0, rows, lane_count(x)):
         log_softmax_narrow_group(x, None, (temperature,), out, row, min(lane_count(x), rows - row), work)
+    return True
 
 
 @jit
@@ -661,7 +670,7 @@ def value_narrow_rows(x, mask, temperature, out, parts, weighted):
             value_narrow_group(x, mask, temperature, out, row, count, weighted, own)
 
 
-@kernel
+@jit
 def value_few_rows(x, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of narrow rows on one thread, at one temperature."""
     rows, n = x.shape
@@ -671,11 +680,13 @@ def value_few_rows(x, temperature, out, weighted):
         value_narrow_group(x, None, (temperature,), out, row, count, weighted, work)
 
 
+@plain_kernel(2, 1)
 def logsumexp_few_rows(x, temperature, out):
     """Logsumexp of narrow rows on one thread, at one temperature."""
     value_few_rows(x, temperature, out, None)
 
 
+@plain_kernel(2, 1)
 def entropy_few_rows(x, temperature, out):
     """Entropy of the softmax of narrow rows on one thread, at one temperature."""
     value_few_rows(x, temperature, out, True)

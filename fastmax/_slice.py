@@ -10,7 +10,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from fastmax._jit import jit, kernel
+from fastmax._jit import jit, plain_kernel
 from fastmax._lanes import (
     fma,
     fold,
@@ -400,25 +400,65 @@ def logsumexp_of_faint(x, start, step, count, row_max, temperature):
     return spread(fma(root * rest, root * temperature, np.float64(row_max)), row_max)
 
 
-@kernel
+# -- for the public functions, and for gufuncs ---------------------------------------------------------
+
+
+@jit
+def fits(x, out):
+    """Whether ``out`` has the shape of x, and is x or apart from it: both contiguous, of one dtype."""
+    apart = abs(np.intp(x.ctypes.data) - np.intp(out.ctypes.data))
+    return x.shape == out.shape and (apart == 0 or apart >= x.size * x.itemsize)
+
+
+@jit
 def softmax(x, temperature, out):
     """Softmax of a 1-d array."""
     softmax_of(x, 0, len(x), rate_of(temperature, get(x, 0)), out, 0, out, 0, None)
 
 
-@kernel
+@jit
 def log_softmax(x, temperature, out):
     """Logarithm of the softmax of a 1-d array."""
     log_softmax_of(x, 0, len(x), rate_of(temperature, get(x, 0)), out, 0, None)
 
 
-@kernel
+@jit
 def logsumexp(x, temperature):
     """T log(sum(exp(x / T))) of a 1-d array."""
     return value_of(x, 0, len(x), rate_of(temperature, get(x, 0)), None, None)
 
 
-@kernel
+@jit
 def entropy(x, temperature):
     """Entropy of the softmax of a 1-d array."""
     return value_of(x, 0, len(x), rate_of(temperature, get(x, 0)), True, None)
+
+
+@plain_kernel(1, 1)
+def softmax_vector(x, temperature, out):
+    """Softmax of a contiguous vector. Return whether ``out`` fits: if not, nothing is written."""
+    if not fits(x, out):
+        return False
+    softmax(x, temperature, out)
+    return True
+
+
+@plain_kernel(1, 1)
+def log_softmax_vector(x, temperature, out):
+    """Logarithm of the softmax of a contiguous vector. Return as `softmax_vector` does."""
+    if not fits(x, out):
+        return False
+    log_softmax(x, temperature, out)
+    return True
+
+
+@plain_kernel(1)
+def logsumexp_vector(x, temperature):
+    """T log(sum(exp(x / T))) of a contiguous vector."""
+    return logsumexp(x, temperature)
+
+
+@plain_kernel(1)
+def entropy_vector(x, temperature):
+    """Entropy of the softmax of a contiguous vector."""
+    return entropy(x, temperature)

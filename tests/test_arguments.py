@@ -603,6 +603,43 @@ def test_out_that_overlaps_x(function, step):
     assert_same(buffer, before)
 
 
+@elementwise
+@pytest.mark.parametrize("size", [3, 2**17 + 1])
+@pytest.mark.parametrize("width", [1, 5, 40])
+@pytest.mark.parametrize("is_behind", [False, True])
+def test_out_that_overlaps_rows(function, size, width, is_behind):
+    rows = -(-size // width)
+    buffer = RNG.normal(size=(rows + 1) * width)
+    before = buffer.copy()
+    x, out = buffer[:-width], buffer[1 : 1 + rows * width]
+    if is_behind:
+        x, out = out, x
+    with pytest.raises(ValueError, match="overlaps x in part"):
+        function(x.reshape(rows, width), axis=1, out=out.reshape(rows, width))
+    assert_same(buffer, before)
+
+
+@elementwise
+@pytest.mark.parametrize("shape", [(5,), (6, 5), (6, 40), (2**17 + 1,), (2, 3, 4)], ids=str)
+def test_out_over_the_same_memory(function, shape):
+    x = RNG.normal(size=shape)
+    expected = function(x, axis=-1)
+    out = x[:]
+    assert function(x, axis=-1, out=out) is out
+    assert_same(x, expected)
+
+
+@elementwise
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (3, 4), (2, 80), (1, 6), (2, 2, 3)], ids=str)
+def test_out_of_nearly_the_same_shape(function, shape):
+    x = RNG.normal(size=shape)
+    for other in {shape[::-1], (x.size,), (x.size, 1), (*shape[:-1], shape[-1] + 1)} - {shape}:
+        out = np.zeros(other)
+        with pytest.raises(ValueError, match="out must have the shape"):
+            function(x, axis=-1, out=out)
+        assert not out.any()
+
+
 @reductions
 def test_out_of_a_reduction_inside_x(function):
     x = CUBE.copy()
