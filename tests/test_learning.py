@@ -453,6 +453,26 @@ def test_bits_of_a_sample_do_not_depend_on_its_batch(dtype, n):
             np.testing.assert_array_equal(alone[1], gradient[own])
 
 
+@both
+@pytest.mark.parametrize("axis", [0, 1])
+def test_bits_of_a_sample_do_not_depend_on_one_that_is_not_plain(dtype, axis):
+    x, labels = RNG.normal(size=(40, 7)).astype(dtype), RNG.integers(0, 7, 40)
+    temperatures = np.full(40, 0.7)
+    beside, colder = x.copy(), temperatures.copy()
+    beside[5, 2], beside[17], colder[33] = np.inf, -1e30, 1e-9
+    others = np.delete(np.arange(40), [5, 17, 33])
+    if axis == 0:
+        x, beside = x.T.copy(), beside.T.copy()
+
+    def evaluate(logits, temperature):
+        return fastmax.cross_entropy_and_grad(logits, labels, temperature, axis=axis, reduction="none")
+
+    plain = evaluate(x, 0.7)
+    for losses, gradient in (evaluate(x, temperatures), evaluate(beside, colder)):
+        np.testing.assert_array_equal(losses[others], plain[0][others])
+        np.testing.assert_array_equal(gradient.take(others, 1 - axis), plain[1].take(others, 1 - axis))
+
+
 def test_empty():
     assert fastmax.cross_entropy(np.ones((3, 0)), np.zeros(0, int), reduction="none").shape == (0,)
     assert fastmax.cross_entropy(np.ones((3, 0)), np.zeros(0, int), reduction="sum") == 0
