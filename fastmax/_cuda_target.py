@@ -929,6 +929,7 @@ def rebuilt(function, replaced, wrap) -> Any:
 
 PRIMITIVES = {
     "HAS_TABLE": False,
+    "LIMITS_APART": False,
     "as_float64": float,
     "constant": constant,
     "fma": fma,

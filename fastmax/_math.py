@@ -40,6 +40,7 @@ import numpy as np
 from fastmax._jit import jit
 from fastmax._lanes import (
     HAS_TABLE,
+    any_lanes,
     as_float64,
     constant,
     fma,
@@ -223,6 +224,10 @@ SIXTEENTH_LOWS = (
 # 2**(n + j / 16) rounded, and what that leaves out, relative to it.
 sixteenth_power = table_power(SIXTEENTH_HEADS, SIXTEENTH_LOWS)
 
+# Whether slices at T = 0 and T = inf are spared the exponential: else they take 1.25 times as long as others
+# on a CPU (8192 x 1000, float32). On a GPU some kernels would run out of registers.
+LIMITS_APART = True
+
 Rate = namedtuple("Rate", "temperature high low inverse depth limit")
 Rate.__doc__ = """What the scales of slices at one temperature share; see `rate_of`."""
 
@@ -365,14 +370,32 @@ def terms(x, scale, guard):
 @jit(forceinline=True)
 def guarded_terms(x, scale, guard):
     """`terms` of any slice."""
+    zero = spread(0.0, x)
+    if LIMITS_APART:
+        if not any_lanes(scale.high > spread(0.0, scale.high)):
+            return limit_terms(x, scale, guard), zero, zero
     exponent, fraction, product, distance = split_distance(x, scale, guard)
     if HAS_TABLE:
         exponent, fraction, product = or_plain(exponent, fraction, product, x, scale, guard.plain)
     power, excess = exponential(exponent, fraction)
-    zero = spread(0.0, x)
     dropped = distance < spread(guard.cutoff, x)
     power, excess = select(dropped, zero, power), select(dropped, zero, excess)
     return power, excess, select(dropped, zero, product)
+
+
+@jit(forceinline=True)
+def limit_terms(x, scale, guard):
+    """`terms` at c = 0: that of the maximum above the cutoff, 0 below, NaN for NaN."""
+    distance = guarded(x, guard) - spread(scale.row_max, x)
+    kept = fma(distance, spread(scale.high, x), top_term(x))
+    return select(distance < spread(guard.cutoff, x), spread(0.0, x), kept)
+
+
+@jit(inline="always")
+def guarded(x, guard):
+    """Entries as the guard scales them: finite but for those that are -inf or NaN."""
+    largest = constant(LARGEST, x)
+    return select(x > largest, largest, x * spread(guard.prescale, x))
 
 
 @jit(forceinline=True)
@@ -406,8 +429,7 @@ def split_product(x, scale):
 def split_distance(x, scale, guard):
     """Exponent, fraction and their sum (x - max) c of any slice, and x - max as its guard scales it."""
     if guard is not None:
-        largest = constant(LARGEST, x)
-        x = select(x > largest, largest, x * spread(guard.prescale, x))
+        x = guarded(x, guard)
     x = at_least(x, spread(scale.lowest, x))
     row_max = spread(scale.row_max, x)
     distance = x - row_max

@@ -392,6 +392,7 @@ class _Target:
 
     PRIMITIVES: ClassVar[dict[str, Any]] = {
         "HAS_TABLE": False,
+        "LIMITS_APART": False,
         "across": across,
         "anyone_in_block": anyone_in_block,
         "as_lanes": as_lanes,
