@@ -49,6 +49,7 @@ from fastmax._lanes import (
     get,
     lane_count,
     load,
+    load_as,
     pointer,
     prefetch,
     put,
@@ -358,21 +359,27 @@ def units_after(units, weight, moment):
 
 
 @jit
-def target_loss(log_sum, temperature, units, weight, moment, lost):
-    """Loss of a sample whose labels are probabilities, and the sum of these."""
+def target_weight(units, total):
+    """Sum of probabilities from that in units."""
+    unit = np.float64(units[0])
+    return total / unit if unit < 1.0 else total
+
+
+@jit
+def target_loss(log_sum, temperature, units, total, moment, lost):
+    """Loss of a sample whose labels are probabilities."""
     unit, prescale = np.float64(units[0]), np.float64(units[1])
     gap = 0.0
     if unit < 1.0:
         # The product of the units, or of one and T, may be beyond the range of exponents.
-        weight /= unit
         if 0.0 < temperature < math.inf:
             fraction, exponent = math.frexp(temperature)
             shift = 2 - math.frexp(unit)[1] - math.frexp(prescale)[1]
             gap = math.ldexp(moment / fraction, shift - exponent)
     elif moment != 0.0:
         gap = moment / temperature / prescale
-    loss = weight * log_sum + gap
-    return (loss + math.inf if lost > 0.0 else loss), weight
+    loss = target_weight(units, total) * log_sum + gap
+    return loss + math.inf if lost > 0.0 else loss
 
 
 @jit
@@ -533,7 +540,8 @@ def row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, temperat
             if following[0] == units[0]:
                 break
             units = following
-        loss, weight = target_loss(log_sum, temperature, units, total, moment, lost)
+        loss = target_loss(log_sum, temperature, units, total, moment, lost)
+        weight = target_weight(units, total)
     if out is not None:
         before, after, last = gradient_factors(temperature, samples, row_max)
         mass = mass_of(row_max, ties, rest, error, weight, before, after, last)
@@ -557,7 +565,7 @@ def row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, temperat
 # one write of memory. Columns too tall for that are read three times where they lie. Numbers for each sample,
 # their fields, stand before the tile: those of Scale and Guard, then these.
 
-_LABEL, _MAX, _WEIGHT, _TARGETS, _UNITS, _FLOOR, _FACTORS, _FIELDS = 11, 12, 13, 15, 20, 22, 23, 27
+_LABEL, _MAX, _TARGETS, _UNITS, _FLOOR, _FACTORS, _FIELDS = 11, 12, 13, 18, 20, 21, 25
 
 Samples = namedtuple("Samples", "outer n inner class_step sample_step")
 Samples.__doc__ = (
@@ -716,8 +724,7 @@ def vector_losses(
         store_first(pointer(losses), number, count, value)
         weight = spread(1.0, others)
     else:
-        target_losses(log_sum, temperature, losses, number, count, w)
-        weight = pair_at(w, _WEIGHT)
+        weight = target_losses(log_sum, temperature, losses, number, count, w)
     if out is not None:
         before, after, last = lane_factors(temperature, samples, number, w)
         mass = mass_of(row_max, ties, rest, error, weight, before, after, last)
@@ -766,20 +773,27 @@ def vector_targets(x, start, step, width, n, labels, temperature, number, row_ma
 
 @jit
 def target_losses(log_sum, temperature, losses, number, count, w):
-    """Losses of a vector of samples whose labels are probabilities; the sums of these go to a field."""
+    """Losses of a vector of samples whose labels are probabilities; return the sums of these."""
     lanes = lane_count(w)
+    for k in range(count):
+        total, _, units = target_sums(w, k)
+        losses[number + k] = target_weight(units, total)
+    weight = load_as(losses, number, count, 1.0, w)
     store_first(pointer(losses), number, count, log_sum)
     for k in range(count):
-        total = np.float64(get(w, _TARGETS * lanes + k))
-        total += np.float64(get(w, (_TARGETS + 1) * lanes + k))
-        moment = np.float64(get(w, (_TARGETS + 2) * lanes + k))
-        moment += np.float64(get(w, (_TARGETS + 3) * lanes + k))
-        units = get(w, _UNITS * lanes + k), get(w, (_UNITS + 1) * lanes + k)
-        lost = get(w, (_TARGETS + 4) * lanes + k)
-        own = temperature_at(temperature, number + k)
-        loss, weight = target_loss(losses[number + k], own, units, total, moment, lost)
-        losses[number + k] = loss
-        put_pair(w, _WEIGHT, k, weight)
+        total, moment, units = target_sums(w, k)
+        lost, own = get(w, (_TARGETS + 4) * lanes + k), temperature_at(temperature, number + k)
+        losses[number + k] = target_loss(losses[number + k], own, units, total, moment, lost)
+    return weight
+
+
+@jit
+def target_sums(w, k):
+    """Sums of probabilities and of their products with distances, and the units of both, of one lane."""
+    lanes = lane_count(w)
+    total = np.float64(get(w, _TARGETS * lanes + k)) + np.float64(get(w, (_TARGETS + 1) * lanes + k))
+    moment = np.float64(get(w, (_TARGETS + 2) * lanes + k)) + np.float64(get(w, (_TARGETS + 3) * lanes + k))
+    return total, moment, (get(w, _UNITS * lanes + k), get(w, (_UNITS + 1) * lanes + k))
 
 
 @jit

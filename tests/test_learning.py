@@ -453,6 +453,16 @@ def test_bits_of_a_sample_do_not_depend_on_its_batch(dtype, n):
             np.testing.assert_array_equal(alone[1], gradient[own])
 
 
+@pytest.mark.parametrize("n", [10, 300])
+def test_gradient_of_probabilities_whose_sum_overflows(n):
+    x, q = np.zeros((2, n), np.float32), np.zeros((2, n), np.float32)
+    q[0, :3] = 2e38
+    q[1, :3] = 0.25
+    _, gradient = fastmax.cross_entropy_and_grad(x, q, axis=1, reduction="none")
+    exact = q.sum(axis=1, dtype=np.float64)[:, None] / n - q
+    np.testing.assert_allclose(gradient, exact, rtol=4 * np.finfo(np.float32).eps)
+
+
 @both
 @pytest.mark.parametrize("axis", [0, 1])
 def test_bits_of_a_sample_do_not_depend_on_one_that_is_not_plain(dtype, axis):
