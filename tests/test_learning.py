@@ -460,7 +460,7 @@ def test_gradient_of_probabilities_whose_sum_overflows(n):
     q[1, :3] = 0.25
     _, gradient = fastmax.cross_entropy_and_grad(x, q, axis=1, reduction="none")
     exact = q.sum(axis=1, dtype=np.float64)[:, None] / n - q
-    np.testing.assert_allclose(gradient, exact, rtol=4 * np.finfo(np.float32).eps)
+    np.testing.assert_allclose(gradient, exact, rtol=4 * float(np.finfo(np.float32).eps))
 
 
 @both
