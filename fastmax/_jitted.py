@@ -56,7 +56,7 @@ def slice_at(typingctx, array, offset, n, stride):
 # -- arguments ------------------------------------------------------------------------------------
 
 
-@jit
+@jit(raises=True)
 def normalized(axis, ndim):
     """Axis as a non-negative number."""
     if not -ndim <= axis < ndim:
@@ -64,7 +64,7 @@ def normalized(axis, ndim):
     return axis + ndim if axis < 0 else axis
 
 
-@jit
+@jit(raises=True)
 def checked(temperature):
     """Temperature as a float64 in [0, inf]."""
     value = np.float64(temperature)
@@ -88,7 +88,7 @@ def _given_axes(axis, ndim):
     return lambda axis, ndim: np.array([axis]).astype(np.intp)
 
 
-@jit
+@jit(raises=True)
 def sorted_axes(axis, ndim, full):
     """Return the reduced axes in ascending order, and their places among the ``full`` axes of the result."""
     given = given_axes(axis, ndim)

@@ -56,6 +56,25 @@ class Leave(event.Listener):
 event.register("numba:compile", Leave())
 """
 
+# Prints what is turned into machine code.
+EMITTED = """
+import numpy as np
+from numba.core.codegen import JITCodeLibrary
+
+emitted, emit = [], JITCodeLibrary._finalize_specific
+
+def record(library):
+    emitted.append(library.name)
+    emit(library)
+
+JITCodeLibrary._finalize_specific = record
+import fastmax
+
+assert fastmax.__file__.startswith({package!r})
+fastmax.softmax(np.ones((1000, 100)), axis=1)
+print(*emitted)
+"""
+
 
 def copy(package, destination):
     ignored = shutil.ignore_patterns("*.pyc")
@@ -110,6 +129,13 @@ def test_kernels_from_the_cache_give_the_same_bits(package):
     assert run(EVERY_KIND, package) == compiled
     assert run(EVERY_KIND, package) == compiled
     assert kernels(package) == written
+
+
+def test_what_a_kernel_calls_is_no_machine_code_by_itself(package):
+    shutil.rmtree(package / "__pycache__", ignore_errors=True)
+    emitted = run(EMITTED, package).split()
+    assert emitted.count("kernel") == 1
+    assert set(emitted) <= {"kernel", "nrt"}  # and Numba's own management of memory
 
 
 def test_kernels_move_with_the_package(compiled, tmp_path):

@@ -65,21 +65,26 @@ def draw(k, dtype):
 # --- threads --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def digests():
-    """Digests of the results with 1, 2 and 4 threads, from a process that has 4."""
+def digests(**environment):
+    """Return digests of the results with 1, 2 and 4 threads, from a process that has 4."""
     root = str(Path(fastmax.__file__).parents[1])
-    environment = os.environ | {"NUMBA_NUM_THREADS": "4", "PYTHONPATH": root}
+    environment = os.environ | {"NUMBA_NUM_THREADS": "4", "PYTHONPATH": root} | environment
     script = str(Path(__file__).with_name("bits.py"))
     command = [sys.executable, script, "1", "2", "4"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return json.loads(run.stdout)
 
 
-def test_number_of_threads_changes_no_bit(digests):
-    one, two, four = digests
+def test_number_of_threads_changes_no_bit():
+    one, two, four = digests()
     assert len(one) >= 200
     assert [case for case in one if not one[case] == two[case] == four[case]] == []
+
+
+@pytest.mark.nightly
+def test_kernels_that_are_loaded_give_the_bits_of_those_just_compiled(tmp_path):
+    compiled = digests(NUMBA_CACHE_DIR=str(tmp_path))
+    assert digests(NUMBA_CACHE_DIR=str(tmp_path)) == compiled
 
 
 @every
@@ -124,6 +129,21 @@ def test_rows_of_each_length_have_the_bits_of_the_vector(name, dtype):
             np.testing.assert_array_equal(
                 bits(mixed[i]), bits(alone), f"row {i} of {n}, T = {temperatures[i]}"
             )
+
+
+@float_types
+@pytest.mark.parametrize("name", oracle.ELEMENTWISE)
+def test_rows_of_each_length_have_the_same_bits_in_place(name, dtype):
+    """A last vector that overlaps the one before is read before either is written."""
+    function = getattr(fastmax, name)
+    for n in (*range(1, 130), 255, 256, 257):
+        x = draw(41 * n, dtype).reshape(41, n)
+        for axis, entries in ((1, x), (0, x[0])):
+            for temperature in (0.7, 1e-320):
+                in_place = entries.copy()
+                function(in_place, temperature, axis=axis, out=in_place)
+                apart = function(entries, temperature, axis=axis)
+                np.testing.assert_array_equal(bits(in_place), bits(apart), f"{n} entries, T = {temperature}")
 
 
 @every
