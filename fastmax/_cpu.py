@@ -20,7 +20,9 @@ from numba import prange
 from fastmax import _process, _slice
 from fastmax._jit import jit, kernel, parallel_kernel, plain_kernel
 from fastmax._lanes import (
+    HAS_TABLE,
     LANE_BYTES,
+    REGISTERS,
     any_lanes,
     entries_of,
     get,
@@ -80,6 +82,8 @@ from fastmax._slice import (
     later,
     maxima_of,
     merge_split,
+    register_maxima,
+    register_sums,
     sums_of,
 )
 
@@ -89,9 +93,10 @@ PARALLEL_ROWS = 2**14
 PARALLEL_COLUMNS = 2**16
 PARALLEL_SLICE = 2**17
 
-# Vectors of a row below which it is narrow, unless it fills them (float32, 32 lanes: 33 entries take 40 ns
-# against 60, 97 as long, and 64 entries 45 against 40).
-NARROW = 3
+# Vectors of a row below which it is narrow, unless it fills them. With AVX-512 and 32 lanes 33 entries take
+# 40 ns against 60, 97 as long, and 64 entries 45 against 40; with AVX2 36 take 138 against 143, and 48 170
+# against 143.
+NARROW = 3.0 if HAS_TABLE else 1.25
 
 # Terms of rows that a thread takes at a time: they and the rows themselves fit the first cache.
 GROUP = 2**11
@@ -129,10 +134,9 @@ class Kernel:
 
 
 # -- rows -----------------------------------------------------------------------------------------
-# Rows of at most one chunk are taken in groups, at most one row for each lane. What each lane has summed up
-# is kept in vectors side by side, one for each row and quantity, and merged for all rows of a group at once:
-# about 12 instructions a row, not 64. Beside its entries a float32 row costs some 10 ns, and 20 more if it
-# does not fill its last vector.
+# Rows of at most one chunk are taken in groups, at most one row for each lane. What the lanes have summed up
+# is merged into those of one register, kept side by side for each row and quantity, and merged further for
+# all rows of a group at once, in a fifth of the instructions.
 
 # Vectors in the working memory beside those of the sums, with one row in each lane: maxima, 1 / sum as high
 # and low (or inverse and summand of a gap), the largest maximum of a plain row, and the fields of a scale,
@@ -160,7 +164,7 @@ def group_size(n, work):
 def row_work_size(n, like):
     """Entries of working memory for a group of rows: vectors, sums of each row, and terms."""
     lanes = lane_count(like)
-    return (_VECTORS + _SUMS * lanes) * lanes + max(padded_size(n, like), GROUP)
+    return (_VECTORS + _SUMS * lanes // REGISTERS) * lanes + max(padded_size(n, like), GROUP)
 
 
 @jit
@@ -174,7 +178,7 @@ def part_of(work, part, parts):
 def sums_at(work, quantity):
     """Where the sums of a quantity stand in working memory."""
     lanes = lane_count(work)
-    return (_VECTORS + quantity * lanes) * lanes
+    return (_VECTORS + quantity * lanes // REGISTERS) * lanes
 
 
 @jit
@@ -184,7 +188,7 @@ def group_maxima(x, n, step, first, count, work):
     at = sums_at(work, 0)
     for r in range(count):
         row = (first + r) * step
-        store(work, at + r * lanes, lane_maxima(x, row, row + n))
+        store(work, at + r * lanes // REGISTERS, register_maxima(lane_maxima(x, row, row + n)))
     maxima_of(work, at, count)
     store(work, _MAXIMA * lanes, load(work, at))
 
@@ -244,8 +248,9 @@ def group_sums(x, n, step, first, count, temperature, work, results):
             own = temperature_at(temperature, first + r)
             scale, guard = guarded_scale(get(work, _MAXIMA * lanes + r), own)
             sums = lane_sums(x, row, row + n, scale, guard, work, terms, soon)
-        store(work, total + r * lanes, sums[0])
-        store(work, error + r * lanes, sums[1])
+        sums = register_sums(sums[0], sums[1])
+        store(work, total + r * lanes // REGISTERS, sums[0])
+        store(work, error + r * lanes // REGISTERS, sums[1])
         terms += padded_size(n, work)
     sums_of(work, total, error, count)
 
@@ -264,13 +269,17 @@ def group_split_sums(x, n, step, first, count, temperature, weighted, work, resu
         else:
             scale, guard = guarded_scale(row_max, temperature_at(temperature, first + r))
             sums = lane_split_sums(x, row, row + n, row_max, scale, guard, weighted, soon)
-        at = sums_at(work, 0) + r * lanes
-        store(work, at, sums[0])
-        store(work, at + lanes * lanes, sums[1])
-        store(work, at + 2 * lanes * lanes, sums[2])
-        store(work, at + 3 * lanes * lanes, sums[3])
-        store(work, at + 4 * lanes * lanes, sums[4])
-        store(work, at + 5 * lanes * lanes, zero)
+        at = r * lanes // REGISTERS
+        ties, none = register_sums(sums[0], zero)
+        store(work, sums_at(work, 0) + at, ties)
+        store(work, sums_at(work, 5) + at, none)
+        rest, error = register_sums(sums[1], sums[2])
+        store(work, sums_at(work, 1) + at, rest)
+        store(work, sums_at(work, 2) + at, error)
+        if weighted is not None:
+            moment, moment_error = register_sums(sums[3], sums[4])
+            store(work, sums_at(work, 3) + at, moment)
+            store(work, sums_at(work, 4) + at, moment_error)
     sums_of(work, sums_at(work, 0), sums_at(work, 5), count)
     sums_of(work, sums_at(work, 1), sums_at(work, 2), count)
     if weighted is not None:
@@ -413,7 +422,7 @@ def value_groups(x, mask, temperature, out, first, stop, weighted, work):
         group_maxima(entries, n, step, start, count, w)
         row_max, rates = maxima_at(w, count), lane_rates(temperature, start, count, rate, w)
         put_row_scales(row_max, rates, w)
-        group_split_sums(entries, n, step, start, count, temperature, weighted, w, entries)
+        group_split_sums(entries, n, step, start, count, temperature, weighted, w, None)
         if are_plain(row_max, rates) and shows_all(row_max, rates.temperature, lane_sums_at(w), weighted):
             value = plain_value(row_max, rates.temperature, lane_sums_at(w), weighted)
             write(pointer(out), start, count, value)
@@ -430,8 +439,8 @@ def value_groups(x, mask, temperature, out, first, stop, weighted, work):
 # -- narrow rows ----------------------------------------------------------------------------------
 # As many rows as there are lanes are transposed, square by square, into a tile: a lane then has a whole row,
 # no vector is filled in part, and nothing is merged across lanes. Ten entries take 11 ns (float32), of which
-# the two transpositions are 5, and 33 as a row of `softmax_rows`. As there, entry i is summed in chain i mod
-# lanes, and chains are merged by halves.
+# the two transpositions are 5, and 33 as a row of `softmax_rows`. Entries are summed in chains, which are the
+# lanes there, and chains are merged by halves.
 
 # Vectors of working memory beside the tile: fields of the rows, and five sums of each chain.
 _CHAIN_SUMS = 5
@@ -454,26 +463,39 @@ def chain_sums_at(n, work):
 def pack_rows(x, row, step, n, count, work, at):
     """Write rows to a tile, one in each lane; lanes without one get the last, to be as plain as the others.
 
-    The last columns of the last squares, which no row has, are written too.
+    The last square overlaps the one before, for whole squares are read and written without a mask. Where a
+    row is shorter than a square, columns that it does not have are written too.
     """
     size, lanes = square_size(work), lane_count(work)
-    lower = row + min(size, count - 1) * step
-    for first in range(0, n, size):
-        to, columns = at + first * lanes, min(size, n - first)
-        read_square(x, row + first, step, min(size, count), columns, work, to)
-        read_square(x, lower + first, step, max(count - size, 1), columns, work, to + size)
+    for start in range(0, n, size):
+        first, columns = max(min(start, n - size), 0), min(size, n)
+        for i in range(0, lanes, size):
+            to = at + first * lanes + i
+            entry = row + min(i, count - 1) * step + first
+            read_square(x, entry, step, min(size, max(count - i, 1)), columns, work, to)
 
 
 @jit
 def unpack_rows(work, at, out, row, n, count, x, absent):
     """Write a tile to rows; entries that the mask of x leaves out become ``absent``."""
     size, lanes = square_size(work), lane_count(work)
-    for first in range(0, n, size):
-        tile = at + first * lanes
-        write_square(work, tile, out, row + first, n, min(size, count), min(size, n - first), x, absent)
-        if count > size:
-            lower = row + size * n + first
-            write_square(work, tile + size, out, lower, n, count - size, min(size, n - first), x, absent)
+    for start in range(0, n, size):
+        first, columns = max(min(start, n - size), 0), min(size, n)
+        for i in range(0, count, size):
+            tile, entry = at + first * lanes + i, row + i * n + first
+            write_square(work, tile, out, entry, n, min(size, count - i), columns, x, absent)
+
+
+@jit
+def chain_length(chain, n, lanes):
+    """Number of entries that `lane_sums` of n sums in a lane."""
+    return max(1, n // lanes + (chain + n % lanes >= lanes))
+
+
+@jit
+def entry_of_chain(k, chain, n, lanes):
+    """The k-th of them: a last vector that would not be full begins ``lanes`` before the end."""
+    return chain + min(k * lanes, max(n - lanes, 0))
 
 
 @jit
@@ -484,9 +506,10 @@ def narrow_sums(work, at, n, scale, guard):
     errors = totals + chains * lanes
     for chain in range(chains):
         total, error = top_term(work), spread(0.0, work)
-        for i in range(chain, n, lanes):
-            power, excess, _ = terms(load(work, at + i * lanes), scale, guard)
-            store(work, at + i * lanes, term_of(power, excess))
+        for k in range(chain_length(chain, n, lanes)):
+            i = at + entry_of_chain(k, chain, n, lanes) * lanes
+            power, excess, _ = terms(load(work, i), scale, guard)
+            store(work, i, term_of(power, excess))
             total, error = add_smaller(total, error, power, excess)
         store(work, totals + chain * lanes, total - top_term(work))
         store(work, errors + chain * lanes, error)
@@ -572,8 +595,9 @@ def narrow_split_sums(work, at, n, row_max, scale, guard, weighted):
     count = zero
     for chain in range(chains):
         sums = zero, zero, zero, zero, zero
-        for i in range(chain, n, lanes):
-            sums = add_split(sums, load(work, at + i * lanes), row_max, scale, guard, weighted)
+        for k in range(chain_length(chain, n, lanes)):
+            i = at + entry_of_chain(k, chain, n, lanes) * lanes
+            sums = add_split(sums, load(work, i), row_max, scale, guard, weighted)
         to = ties + chain * lanes
         count = count + sums[0]
         store(work, to + size, sums[1])
@@ -773,7 +797,7 @@ def value_wide_row(x, mask, temperature, out, i, weighted):
     row, step = i * row_step(x, n), row_step(x, n)
     entries = entries_of(x, mask)
     rate = rate_of(temperature_at(temperature, i), get(entries, 0))
-    soon = Soon(entries, row + step, entries, row + step, lane_count(entries))
+    soon = Soon(entries, row + step, None, 0, lane_count(entries))
     value = _slice.value_of(entries, row, row + n, rate, weighted, soon)
     put(pointer(out), i, value)
 
@@ -1330,7 +1354,7 @@ def value_tile(x, mask, temperature, out, i, first, width, parts, weighted, work
     for j in range(0, count, lanes):
         at, number = tile + j * n, i * inner + first + j
         row_max = lane_maxima(w, at, at + n * lanes)
-        soon = Soon(entries, base + parts * width + j, entries, base + parts * width + j, inner)
+        soon = Soon(entries, base + parts * width + j, None, 0, inner)
         rates = lane_rates(temperature, number, count - j, rate, w)
         plain = split_tile_sums(w, at, n, row_max, temperature, number, rates, weighted, j, width, soon)
         row_max, sums = read_split(w, j, width)
@@ -1347,7 +1371,6 @@ def value_tile(x, mask, temperature, out, i, first, width, parts, weighted, work
 
 # -- long columns: chunks of rows, of which each thread takes some -----------------------------------
 # Numbers for each column are arrays (outer, chunks, inner), or (outer, inner) when the chunks are merged.
-# What a strip's passes do is inlined by Numba: LLVM would optimise it once more by itself (0.4 s of 7).
 
 
 @jit
@@ -1429,7 +1452,7 @@ def tall_softmax(x, mask, temperature, out):
                 merge_strips(totals, errors, i, chunks, inner, high, low)
 
 
-@jit(inline="always")
+@jit
 def strip_sums(x, mask, temperature, maxima, task, width, work, totals, errors):
     """Sums of the terms of each column over the rows of a strip."""
     zero = spread(0.0, x)
@@ -1479,7 +1502,7 @@ def tall_write(x, mask, temperature, maxima, high, low, out):
         write_strip(x, mask, temperature, maxima, high, low, np.intp(task), width, work, out)
 
 
-@jit(inline="always")
+@jit
 def write_strip(x, mask, temperature, maxima, high, low, task, width, work, out):
     """Write the terms of a strip times the reciprocals of its columns."""
     zero = spread(0.0, x)
@@ -1531,7 +1554,7 @@ def tall_split_sums(x, mask, temperature, weighted):
     return maxima, sums
 
 
-@jit(inline="always")
+@jit
 def strip_split_sums(x, mask, temperature, maxima, task, width, weighted, work, partial):
     """`lane_split_sums` of each column over the rows of a strip."""
     zero = spread(0.0, x)
@@ -1619,7 +1642,7 @@ def tall_write_log(x, mask, temperature, maxima, sums, out):
         write_log_strip(x, mask, temperature, maxima, sums, np.intp(task), width, work, out)
 
 
-@jit(inline="always")
+@jit
 def write_log_strip(x, mask, temperature, maxima, sums, task, width, work, out):
     """Write the logarithms of a strip."""
     zero = spread(0.0, x)

@@ -386,7 +386,7 @@ def sums_of_rows(x, mask, temperature, weighted):
         start, stop = row * pitch, row * pitch + n
         maxima[row] = _slice.maximum(entries, start, stop)
         rate = rate_of(_cpu.temperature_at(temperature, row), maxima[row])
-        soon = _slice.Soon(entries, start + pitch, entries, start + pitch, lane_count(entries))
+        soon = _slice.Soon(entries, start + pitch, None, 0, lane_count(entries))
         own = _slice.split_sums(entries, start, stop, maxima[row], rate, weighted, soon)
         for quantity in range(5):
             sums[row, quantity] = own[quantity]

@@ -4,9 +4,10 @@ Arithmetic on lanes is written as arithmetic on a float is, and one source serve
 is read many lanes at a time, a strided one entry by entry as plain floats. What runs is what is written: no
 loop waits for the auto-vectoriser, no sum for leave to change its order.
 
-A value fills two registers of AVX-512 or AVX2, four of NEON: LLVM interleaves their instructions, which the
+A value fills two registers of AVX-512, four of AVX2 or NEON: LLVM interleaves their instructions, which the
 scheduler of a processor, looking some 100 instructions ahead, cannot do with the long chain that makes one
-term (a float32 term costs 0.24 ns from two registers and 0.41 ns from one, on Zen 4 with AVX-512).
+term. On Zen 4 with AVX-512 a float32 term costs 0.24 ns from two registers and 0.41 ns from one; on Zen 1,
+whose 16 registers hold but a part of it, 1.3 ns from four, 1.5 from two and 2 from one.
 
 The lane type of an array is fixed by its type: C-contiguous arrays, and pointers into them, give lanes,
 arrays of layout ``A`` give floats. Pointers are what loops over short rows use: an array that is passed or
@@ -32,17 +33,22 @@ from fastmax._jit import jit
 intrinsic: Any = numba_intrinsic
 
 
-def _has_avx512():
-    """Whether the processor that Numba compiles for has AVX-512."""
+def _register_bytes():
+    """Size of a SIMD register of the processor that Numba compiles for: of AVX-512, AVX2, NEON or SSE."""
     if config.CPU_NAME or config.CPU_FEATURES:  # pyright: ignore[reportAttributeAccessIssue]
-        return "+avx512f" in (config.CPU_FEATURES or "")  # pyright: ignore[reportAttributeAccessIssue]
-    return get_host_cpu_features().get("avx512f", False)
+        chosen: Any = config.CPU_FEATURES or ""  # pyright: ignore[reportAttributeAccessIssue]
+        has = {feature: f"+{feature}" in chosen for feature in ("avx512f", "avx2")}
+    else:
+        has = get_host_cpu_features()
+    return 64 if has.get("avx512f") else 32 if has.get("avx2") else 16
 
 
-LANE_BYTES = 128 if _has_avx512() else 64
+REGISTER_BYTES = _register_bytes()
+REGISTERS = 2 if REGISTER_BYTES == 64 else 4
+LANE_BYTES = REGISTERS * REGISTER_BYTES
 
 # Whether registers can hold a table, from which an instruction picks entries: see `table_power`.
-HAS_TABLE = LANE_BYTES == 128
+HAS_TABLE = REGISTER_BYTES == 64
 
 _COUNT = {types.float32: LANE_BYTES // 4, types.float64: LANE_BYTES // 8}
 _SCALAR = {
@@ -579,11 +585,16 @@ def put(typingctx, array, index, value):
 
 @intrinsic
 def prefetch(typingctx, array, index):
-    """Ask for the lanes from entry ``index`` on to be in the second cache; they may be beyond the array."""
+    """Ask for the lanes from entry ``index`` on to be in the second cache; they may be beyond the array.
+
+    Nothing is asked for where the array is None.
+    """
 
     def codegen(context, builder, sig, args):
         array_type: Any = sig.args[0]
         array, index = args
+        if isinstance(array_type, types.NoneType):
+            return context.get_dummy_value()
         if _is_pair(array_type):
             array_type, array = array_type[0], builder.extract_value(array, 0)
         byte = ir.IntType(8).as_pointer()
@@ -624,6 +635,19 @@ def load_first(typingctx, array, index, count, filler):
         return builder.select(first, value, filler)
 
     return lanes(array, types.intp, types.intp, lanes), codegen
+
+
+@intrinsic
+def drop_first(typingctx, value, count, filler):
+    """``value``, but ``filler`` in the first ``count`` lanes."""
+
+    def codegen(context, builder, sig, args):
+        value, count, filler = args
+        if not isinstance(sig.return_type, Lanes):
+            return value
+        return builder.select(_first_lanes(builder, count, value.type), filler, value)
+
+    return value(value, types.intp, value), codegen
 
 
 @intrinsic
@@ -707,7 +731,7 @@ def store_first(typingctx, array, index, count, value):
     return types.none(array, types.intp, types.intp, value), codegen
 
 
-@jit(inline="always")
+@jit
 def read(x, i, count, filler):
     """Lanes from an index on, of which the first ``count`` are read; the others hold ``filler``."""
     if count >= lane_count(x):
@@ -715,24 +739,13 @@ def read(x, i, count, filler):
     return load_first(x, i, count, filler)
 
 
-@jit(inline="always")
+@jit
 def write(x, i, count, value):
     """Write the lanes from an index on, or only the first ``count``."""
     if count >= lane_count(x):
         store(x, i, value)
     else:
         store_first(x, i, count, value)
-
-
-@jit(inline="always")
-def write_past_caches(x, i, count, value, far):
-    """`write`, past the caches if the result is far larger than they are."""
-    if count < lane_count(x):
-        store_first(x, i, count, value)
-    elif far:
-        stream(x, i, value)
-    else:
-        store(x, i, value)
 
 
 @intrinsic
@@ -758,13 +771,18 @@ def present(typingctx, array, index, count, value, absent):
     return value(array, types.intp, types.intp, value, value), codegen
 
 
-# A square has as many rows as columns, half as many as there are lanes: its rows fill the registers once.
+# A square has as many rows as columns: as many as there are lanes in a register.
+
+
+def _square(lanes):
+    """LLVM type of a row of a square."""
+    return ir.VectorType(_SCALAR[lanes.dtype], 8 * REGISTER_BYTES // lanes.dtype.bitwidth)
 
 
 @intrinsic
 def square_size(typingctx, like):
     """Number of rows and columns of a square."""
-    size = _lanes_of(like).count // 2
+    size = _square(_lanes_of(like)).count
     return types.intp(like), lambda context, builder, sig, args: ir.Constant(_SIZE, size)
 
 
@@ -772,21 +790,32 @@ def square_size(typingctx, like):
 def read_square(typingctx, x, start, step, rows, columns, work, to):
     """Copy a square, transposed: so many columns of so many rows of x, which begin ``step`` entries apart.
 
-    Column j becomes the half of a vector that begins at ``to`` + j * lanes in working memory. All of a square
+    Column j becomes the part of a vector that begins at ``to`` + j * lanes in working memory. All of a square
     is written there; what x has none of is a copy of the last row, or 0.
     """
     lanes = _lanes_of(work)
-    llvm_type = ir.VectorType(_SCALAR[lanes.dtype], lanes.count // 2)
+    llvm_type = _square(lanes)
 
     def codegen(context, builder, sig, args):
         x, start, step, rows, columns, work, to = args
-        first = _first_lanes(builder, columns, llvm_type)
-        last = builder.sub(rows, _SIZE(1))
-        square = []
-        for i in range(llvm_type.count):
+        size, last = llvm_type.count, builder.sub(rows, _SIZE(1))
+        indices = []
+        for i in range(size):
             row = builder.select(builder.icmp_signed("<", last, _SIZE(i)), last, _SIZE(i))
-            index = builder.add(start, builder.mul(row, step))
-            square.append(_read(context, builder, sig.args[0], x, index, llvm_type, first))
+            indices.append(builder.add(start, builder.mul(row, step)))
+        squares = []
+        with builder.if_else(builder.icmp_signed("<", columns, _SIZE(size))) as branches:
+            for branch, masked in zip(branches, (True, False), strict=True):
+                with branch:
+                    first = _first_lanes(builder, columns, llvm_type) if masked else None
+                    rows = [_read(context, builder, sig.args[0], x, i, llvm_type, first) for i in indices]
+                    squares.append((rows, builder.block))
+        square = []
+        for i in range(size):
+            row = builder.phi(llvm_type)
+            for rows, block in squares:
+                row.add_incoming(rows[i], block)
+            square.append(row)
         for j, column in enumerate(_transposed(builder, square)):
             _write(context, builder, sig.args[5], work, builder.add(to, _SIZE(j * lanes.count)), column)
         return context.get_dummy_value()
@@ -801,22 +830,28 @@ def write_square(typingctx, work, at, out, start, step, rows, columns, x, absent
     Entries that the mask of x leaves out become ``absent``.
     """
     lanes = _lanes_of(work)
-    llvm_type = ir.VectorType(_SCALAR[lanes.dtype], lanes.count // 2)
+    llvm_type = _square(lanes)
 
     def codegen(context, builder, sig, args):
         work, at, out, start, step, rows, columns, x, absent = args
-        square = []
-        for j in range(llvm_type.count):
+        size, square = llvm_type.count, []
+        for j in range(size):
             index = builder.add(at, _SIZE(j * lanes.count))
             square.append(_read(context, builder, sig.args[0], work, index, llvm_type))
-        for i, row in enumerate(_transposed(builder, square)):
-            inside = builder.icmp_signed("<", _SIZE(i), rows)
-            first = _first_lanes(builder, builder.select(inside, columns, _SIZE(0)), llvm_type)
-            index = builder.add(start, builder.mul(_SIZE(i), step))
-            if _is_pair(sig.args[7]):
-                mask = _mask(context, builder, sig.args[7], x, index, llvm_type.count, first)
-                row = builder.select(mask, row, _splat(builder, absent, llvm_type))
-            _write(context, builder, sig.args[2], out, index, row, first)
+        square = _transposed(builder, square)
+        smaller = builder.select(builder.icmp_signed("<", rows, columns), rows, columns)
+        with builder.if_else(builder.icmp_signed("<", smaller, _SIZE(size))) as branches:
+            for branch, masked in zip(branches, (True, False), strict=True):
+                with branch:
+                    for i, row in enumerate(square):
+                        inside = builder.icmp_signed("<", _SIZE(i), rows)
+                        count = builder.select(inside, columns, _SIZE(0))
+                        first = _first_lanes(builder, count, llvm_type) if masked else None
+                        index = builder.add(start, builder.mul(_SIZE(i), step))
+                        if _is_pair(sig.args[7]):
+                            mask = _mask(context, builder, sig.args[7], x, index, size, first)
+                            row = builder.select(mask, row, _splat(builder, absent, llvm_type))
+                        _write(context, builder, sig.args[2], out, index, row, first)
         return context.get_dummy_value()
 
     own = lanes.dtype
@@ -947,7 +982,7 @@ _load_wide = _wide(masked=False)
 _load_first_wide = _wide(masked=True)
 
 
-@jit(inline="always")
+@jit
 def read_wide(x, i, count, filler):
     """As `read`, in lanes of float64 whatever the dtype of x."""
     if count >= lane_count(filler):

@@ -143,17 +143,6 @@ def _labels_at(x, at, step):
     return lambda x, at, step: Labels(x, at, step)
 
 
-def soon_of(x, at, out, to, step) -> Any:
-    """`Soon`, of x alone if out is None; only for jitted code."""
-
-
-@overload(soon_of)
-def _soon_of(x, at, out, to, step):
-    if isinstance(out, types.NoneType):
-        return lambda x, at, out, to, step: Soon(x, at, x, at, step)
-    return lambda x, at, out, to, step: Soon(x, at, out, to, step)
-
-
 # -- passes ---------------------------------------------------------------------------------------
 # A pass reads ``width`` lanes at the indices start, start + step, ... below stop: the lanes of a row, of
 # columns in a tile, or of columns where they lie.
@@ -513,7 +502,7 @@ def row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, temperat
     n = x.shape[1]
     entries, start, stop, lanes = pointer(x), i * n, i * n + n, lane_count(x)
     results, labels = pointer_to(out), labels_at(pointer_to(probs), start, lanes)
-    soon = soon_of(entries, stop, results, start, lanes)
+    soon = Soon(entries, stop, results, start, lanes)
     sums = sum_rests(entries, start, stop, lanes, lanes, row_max, scale, guard, stored, 0, soon)
     ties, _ = sum_lanes(sums[0], spread(0.0, x))
     rest, error = sum_lanes(sums[1], sums[2])
@@ -647,7 +636,7 @@ def tile_losses(x, classes, probs, shape, temperature, samples, losses, out, i, 
         number, present = i * shape.inner + first + j, min(lanes, count - j)
         store(w, _MAX * lanes, lane_maxima(w, at, at + n * lanes))
         labels = labels_at(unless_none(probs, w), at + width * n, lanes)
-        soon = soon_of(entries, following, pointer_to(out), place, step)
+        soon = Soon(entries, following, pointer_to(out), place, step)
         kept = unless_none(out, w)
         vector_losses(
             w, at, lanes, lanes, n, classes, labels, temperature, samples, losses, number, present,

@@ -1,31 +1,27 @@
 """The mathematics: terms 2**((x - max) c), their sums, and what each function makes of them.
 
 With c = log2(e) / T, exp((x - max) / T) = 2**((x - max) c). Others round x - max, and a term of probability
-p is then off by about log2(1 / p) ulp. Here every step keeps what it rounds away. With c = high + low:
+p is then off by about log2(1 / p) ulp. Here every step keeps what it rounds away. With c = high + low, the
+maximum is multiplied beforehand, max c = origin + rest, where the origin has so few digits that its sum with
+any n is exact:
 
-    d + d' = x - max                     exactly (two-sum)
-    p + p' = d high                      exactly (fma)
-    n = round(p),   f = (p - n) + (p' + d low + d' high) in [-1/2, 1/2]
+    n = round(x high - origin)
+    f = fma(x, high, -(n + origin)) + (x low - rest) in [-1/2, 1/2], or hardly beyond
     term = 2**f * 2**(n + BIAS)
 
-A processor with AVX-512 keeps a table of 2**(j / 16) in registers, f is in [-1/32, 1/32], and the polynomial
-for 2**f is half as long. There the maximum is multiplied beforehand, max c = origin + rest, where the origin
-has so few digits that its sum with any n + j / 16 is exact:
-
-    n + j / 16 = round(x high - origin)
-    f = fma(x, high, -(n + j / 16 + origin)) + (x low - rest)
-
-These are 17 instructions (float32) or 20 (float64) for 24 or 29, and what they round is smaller: a term is
-within 0.59 ulp, for 0.87.
+These are 18 instructions for float32 and 23 for float64 (to subtract the maximum exactly takes 7 more), and
+a term is within 1.0 ulp. A processor with AVX-512 keeps a table of 2**(j / 16) in registers, n is a multiple
+of 1/16, f is in [-1/32, 1/32], and the polynomial for 2**f is half as long: 17 and 20 instructions, 0.59 ulp.
 
 The term of the maximum is exactly 2**BIAS, so a single entry has the probability 1 and ties share evenly.
 BIAS keeps the terms of the smallest results normal: only the last multiplication can round to a subnormal.
 
 Entries so far below the maximum that no result can show their terms are raised to where this is just so.
 All this holds for plain slices: T such that c is far from overflow, and |max c| at most 2**15 or 2**40. Any
-other slice has a guard: x is scaled by powers of two on the way, and dropped below a cutoff. There the limits
-are ordinary values: c = 0 with a cutoff at x - max = 0 is T = 0, c = 0 with a cutoff below every x is
-T = inf, and where nothing passes the cutoff the sum is 0 and the results 0 / 0. NaN passes everything, for
+other slice has a guard: x is scaled by powers of two on the way, and dropped below a cutoff, and the maximum
+is subtracted, d + d' = x - max exactly (two-sum), f = (d high - n) + (its lost part + d low + d' high). There
+the limits are ordinary values: c = 0 with a cutoff at x - max = 0 is T = 0, c = 0 with a cutoff below every x
+is T = inf, and where nothing passes the cutoff the sum is 0 and the results 0 / 0. NaN passes everything, for
 comparisons with it are false.
 
 Every function takes floats or lanes of float32 or float64, and every pair of constants is (float32's,
@@ -97,19 +93,19 @@ LARGEST = (3.4028234663852886e38, 1.7976931348623157e308)
 LARGEST_EXPONENT = (250.0, 1074.0)
 LARGEST_GAP_EXPONENT = (375.0, 1080.0)
 
-# 2**f for |f| <= 1/2 + 2**-12, by scripts/fit_exp2.py.
-# float32: relative error 2**-28.32; worst measured errors (every f)
-# 0.8627 ulp and 1.2200 * 2**-24 relative, no decrease between neighbours.
+# 2**f for |f| <= 1/2 + 2**-8 or 2**-12, by scripts/fit_exp2.py.
+# float32: relative error 2**-28.23; worst measured errors (every f)
+# 0.8780 ulp and 1.2451 * 2**-24 relative, no decrease between neighbours.
 # float64: relative error 2**-57.76; worst measured errors (1e+07 random f)
 # 0.8533 ulp and 1.2069 * 2**-53 relative, no decrease between neighbours.
 EXP2_SLOPE = (float.fromhex("0x1.62e43p-1"), float.fromhex("0x1.62e42fefa39efp-1"))
 EXP2_CURVATURE = (
     (
         float.fromhex("0x1.ebfbdcp-3"),
-        float.fromhex("0x1.c6af7ap-5"),
-        float.fromhex("0x1.3b2dd4p-7"),
-        float.fromhex("0x1.5f0954p-10"),
-        float.fromhex("0x1.41782ap-13"),
+        float.fromhex("0x1.c6af74p-5"),
+        float.fromhex("0x1.3b2ddap-7"),
+        float.fromhex("0x1.5f0df2p-10"),
+        float.fromhex("0x1.4177fep-13"),
     ),
     (
         float.fromhex("0x1.ebfbdff82c59dp-3"),
@@ -285,13 +281,11 @@ def is_plain(row_max, rate):
 def plain_scale(row_max, rate):
     """Scale of a plain slice."""
     high, low = spread(rate.high, row_max), spread(rate.low, row_max)
-    origin = rest = row_max  # of no use without a table
-    if HAS_TABLE:
-        product = row_max * high
-        beyond = constant(BEYOND_DEPTH, row_max)
-        beyond = select(product < spread(0.0, row_max), -beyond, beyond)
-        origin = (product + beyond) - beyond
-        rest = fma(row_max, low, fma(row_max, high, -origin))
+    product = row_max * high
+    beyond = constant(BEYOND_DEPTH, row_max)
+    beyond = select(product < spread(0.0, row_max), -beyond, beyond)
+    origin = (product + beyond) - beyond
+    rest = fma(row_max, low, fma(row_max, high, -origin))
     return Scale(row_max, high, low, row_max - spread(rate.depth, row_max), origin, rest)
 
 
@@ -359,11 +353,8 @@ def terms(x, scale, guard):
     """2**((x - max) c + BIAS) as power * (1 + excess), and (x - max) c; the guard of plain slices is None."""
     if guard is not None:
         return guarded_terms(x, scale, guard)
-    if HAS_TABLE:
-        exponent, fraction, product = split_product(x, scale)
-    else:
-        exponent, fraction, product, _ = split_distance(x, scale, None)
-    power, excess = exponential(exponent, fraction)
+    exponent, fraction, small, product = split_product(x, scale)
+    power, excess = exponential(exponent, fraction, small)
     return power, excess, product
 
 
@@ -374,10 +365,10 @@ def guarded_terms(x, scale, guard):
     if LIMITS_APART:
         if not any_lanes(scale.high > spread(0.0, scale.high)):
             return limit_terms(x, scale, guard), zero, zero
-    exponent, fraction, product, distance = split_distance(x, scale, guard)
-    if HAS_TABLE:
-        exponent, fraction, product = or_plain(exponent, fraction, product, x, scale, guard.plain)
-    power, excess = exponential(exponent, fraction)
+    exponent, fraction, small, product, distance = split_distance(x, scale, guard)
+    split = or_plain(exponent, fraction, small, product, x, scale, guard.plain)
+    power, excess = exponential(split[0], split[1], split[2])
+    product = split[3]
     dropped = distance < spread(guard.cutoff, x)
     power, excess = select(dropped, zero, power), select(dropped, zero, excess)
     return power, excess, select(dropped, zero, product)
@@ -399,67 +390,68 @@ def guarded(x, guard):
 
 
 @jit(forceinline=True)
-def or_plain(exponent, fraction, product, x, scale, plain):
+def or_plain(exponent, fraction, small, product, x, scale, plain):
     """The same for lanes that are not plain, and what `split_product` gives for those that are."""
     if plain is None:
-        return exponent, fraction, product
+        return exponent, fraction, small, product
     is_plain = plain > spread(0.0, plain)
-    own_exponent, own_fraction, own_product = split_product(x, scale)
+    own_exponent, own_fraction, own_small, own_product = split_product(x, scale)
     return (
         select(is_plain, own_exponent, exponent),
         select(is_plain, own_fraction, fraction),
+        select(is_plain, own_small, small),
         select(is_plain, own_product, product),
     )
 
 
 @jit(inline="always")
 def split_product(x, scale):
-    """Exponent, fraction and their sum (x - max) c of a plain slice, for the table."""
+    """Exponent, fraction in two parts, and the sum of all, (x - max) c, of a plain slice."""
     x = at_least(x, spread(scale.lowest, x))
     high, origin = spread(scale.high, x), spread(scale.origin, x)
-    zero = constant(TABLE_ZERO, x)
+    zero = constant(TABLE_ZERO if HAS_TABLE else EXPONENT_ZERO, x)
     exponent = fma(x, high, -origin) + zero
     whole = exponent - zero
     small = fma(x, spread(scale.low, x), -spread(scale.rest, x))
-    fraction = fma(x, high, -(whole + origin)) + small
-    return exponent, fraction, whole + fraction
+    fraction = fma(x, high, -(whole + origin))
+    return exponent, fraction, small, whole + (fraction + small)
 
 
 @jit(forceinline=True)
 def split_distance(x, scale, guard):
-    """Exponent, fraction and their sum (x - max) c of any slice, and x - max as its guard scales it."""
-    if guard is not None:
-        x = guarded(x, guard)
-    x = at_least(x, spread(scale.lowest, x))
+    """`split_product` of any slice, and x - max as its guard scales it."""
+    x = at_least(guarded(x, guard), spread(scale.lowest, x))
     row_max = spread(scale.row_max, x)
     distance = x - row_max
     virtual = x - distance
     distance_lost = (x - (distance + virtual)) + (virtual - row_max)
-    if guard is not None:
-        distance = (distance * spread(guard.factor, x)) * spread(guard.factor2, x)
-        distance_lost = (distance_lost * spread(guard.factor, x)) * spread(guard.factor2, x)
+    distance = (distance * spread(guard.factor, x)) * spread(guard.factor2, x)
+    distance_lost = (distance_lost * spread(guard.factor, x)) * spread(guard.factor2, x)
     high = spread(scale.high, x)
     zero = constant(TABLE_ZERO if HAS_TABLE else EXPONENT_ZERO, x)
     product = distance * high
     exponent = product + zero
     small = fma(distance, spread(scale.low, x), fma(distance, high, -product))
+    small = fma(distance_lost, high, small)
     whole = exponent - zero
-    fraction = (product - whole) + fma(distance_lost, high, small)
-    return exponent, fraction, whole + fraction, distance
+    fraction = product - whole
+    return exponent, fraction, small, whole + (fraction + small), distance
 
 
 @jit(inline="always")
-def exponential(exponent, fraction):
-    """2**exponent (1 + excess), where the fraction is that part of an exponent which it does not show."""
+def exponential(exponent, fraction, small):
+    """2**exponent (1 + excess), where fraction + small is that part of an exponent which it does not show."""
+    f = fraction + small
     if HAS_TABLE:
         # 2**f - 1 = c1 f + f**2 r(f): adding the larger part last keeps it increasing in f.
         power, low = sixteenth_power(exponent)
-        curvature = fma(fraction * fraction, polynomial(fraction, SIXTEENTH_CURVATURE), low)
-        excess = fma(fraction, constant(SIXTEENTH_SLOPE, exponent), curvature)
+        curvature = fma(f * f, polynomial(f, SIXTEENTH_CURVATURE), low)
+        excess = fma(f, constant(SIXTEENTH_SLOPE, exponent), curvature)
     else:
-        power = power_of_two(exponent)
-        curvature = (fraction * fraction) * polynomial(fraction, EXP2_CURVATURE)
-        excess = fma(fraction, constant(EXP2_SLOPE, exponent), curvature)
+        # What rounds f near 1/2 would cost 0.2 ulp, so the small part goes its own way.
+        power, slope = power_of_two(exponent), constant(EXP2_SLOPE, exponent)
+        curvature = (f * f) * polynomial(f, EXP2_CURVATURE)
+        excess = fma(fraction, slope, fma(small, slope, curvature))
     return power, excess
 
 

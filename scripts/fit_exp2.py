@@ -51,7 +51,7 @@ class Form(NamedTuple):
 
 
 FORMS = (
-    Form(np.float32, 24, 6, 0.5 + 2.0**-12, False),
+    Form(np.float32, 24, 6, 0.5 + 2.0**-8, False),
     Form(np.float64, 53, 11, 0.5 + 2.0**-12, False),
     Form(np.float32, 24, 3, 0.5 / ENTRIES + 2.0**-8, True),
     Form(np.float64, 53, 6, 0.5 / ENTRIES + 2.0**-12, True),
@@ -319,7 +319,8 @@ def main():
         comments, polynomials = zip(*(report(form, args.samples, rng, table) for form in FORMS), strict=True)
         entries = [table_entries(form) for form in FORMS[2:]]
     print("\nfastmax/_math.py:\n")
-    print(f"# 2**f for |f| <= 1/2 + 2**-12, by scripts/fit_exp2.py.\n{comments[0]}{comments[1]}", end="")
+    print("# 2**f for |f| <= 1/2 + 2**-8 or 2**-12, by scripts/fit_exp2.py.")
+    print(comments[0] + comments[1], end="")
     print_polynomials("EXP2", polynomials[:2])
     print("\n# The same for |f| <= 1/32 + 2**-8 or 2**-12, and 2**(j / 16) as heads * (1 + lows).")
     print(comments[2] + comments[3], end="")

@@ -3,6 +3,7 @@
 import os
 import sys
 
+import mpmath
 import numpy as np
 import oracle
 import pytest
@@ -48,6 +49,30 @@ def test_equal_terms_that_share_the_mass():
     exact /= exact.sum()
     error = np.abs(fastmax.softmax(x) - exact) / np.spacing(exact.astype(np.float32))
     assert error.max() <= 2.0
+
+
+@pytest.mark.parametrize(
+    ("x", "temperature"),
+    [
+        (np.array([62.85108947753906, 61.60132598876953, 25.34601402282715], np.float32), 1.4428899364052266),
+        (
+            np.array([-0.01002720557153225, -0.18854375183582306, -7.2728705406188965], np.float32),
+            0.2034576071457893,
+        ),
+        (
+            np.array([194394749.7157669, 194394744.7530068, 194394424.20507106], np.float64),
+            5.9837489699887225,
+        ),
+    ],
+)
+def test_terms_half_way_between_powers_of_two(x, temperature):
+    """They were off by 2.1 to 2.2 ulp where the fraction of the exponent was rounded once more."""
+    with mpmath.workprec(300):
+        terms = [mpmath.exp((mpmath.mpf(float(v)) - float(x.max())) / temperature) for v in x]
+        for probability, term in zip(fastmax.softmax(x, temperature), terms, strict=True):
+            exact = term / mpmath.fsum(terms)
+            spacing = float(np.spacing(x.dtype.type(float(exact))))
+            assert abs(float(probability) - exact) <= 2 * spacing
 
 
 def test_underflow_in_float16_is_silent():
