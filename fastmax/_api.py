@@ -1,5 +1,6 @@
 """Public functions: arguments are checked here, and the kernels that suit them chosen."""
 
+import contextlib
 import functools
 import math
 import operator
@@ -112,14 +113,15 @@ def softmax(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, out=None)
 
     Notes
     -----
-    The error stays below 2 ulp in float32 and float64 (at most 1.6 was seen), for every length,
-    temperature and offset of `x`; float16 and bfloat16 are computed in float32 and rounded once. A slice
-    has the same bits whatever the number of threads and whatever stands beside it.
+    The error stays below 2 ulp in float32 and float64, for every length, temperature and offset of `x` (at
+    most 1.8 was seen; without AVX-512, a search for the worst of three entries found 2.01); float16 and
+    bfloat16 are computed in float32 and rounded once. A slice has the same bits whatever the number of
+    threads and whatever stands beside it.
 
     An entry -inf has the mass 0 at every temperature. Entries +inf share the mass evenly. A slice that has a
     NaN in it, or that is -inf throughout, is NaN. Entries where `where` is False are 0.
 
-    The difference to the maximum, its product with log2(e) / T and the sum are held as pairs of numbers, by
+    The products of x and of its maximum with log2(e) / T, and the sum, are held as pairs of numbers, by
     the error-free transformations of [1]_; the exponential is a minimax polynomial for 2**f.
 
     References
@@ -237,9 +239,7 @@ def logsumexp(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, keepdim
     >>> logsumexp([[1, 2], [3, 4]], [0.0, 1.0], axis=1)
     array([2.        , 4.31326169])
     """
-    if where is None and out is None and not keepdims and _is_plain(x, temperature, axis):
-        return _reduce_plain(_LOGSUMEXP, x, temperature, axis)
-    return _evaluate(_LOGSUMEXP, x, temperature, axis, where, out, keepdims)
+    return _reduced(_LOGSUMEXP, x, temperature, axis, where, out, keepdims)
 
 
 def entropy(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, keepdims=False, out=None):
@@ -286,12 +286,18 @@ def entropy(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, keepdims=
     >>> entropy([1, 3, 3], [0.0, 1.0, float("inf")])
     array([0.69314718, 0.88538155, 1.09861229])
     """
-    if where is None and out is None and not keepdims and _is_plain(x, temperature, axis):
-        return _reduce_plain(_ENTROPY, x, temperature, axis)
-    return _evaluate(_ENTROPY, x, temperature, axis, where, out, keepdims)
+    return _reduced(_ENTROPY, x, temperature, axis, where, out, keepdims)
 
 
-# -- the short way: plain arrays, one float temperature, one axis -------------------------------------
+# -- the short way: plain arrays, one temperature, one axis --------------------------------------------
+
+
+def _as_float(temperature):
+    """Return a number as a float, anything else as it is."""
+    if type(temperature) in (int, np.float64, np.float32):
+        with contextlib.suppress(OverflowError):
+            return float(temperature)
+    return temperature
 
 
 def _is_plain(x, temperature, axis):
@@ -314,6 +320,8 @@ def _transformed(operation, x, temperature, axis, where, out) -> Any:
     Three entries take 0.85 us. They took 1.4 us with `_is_plain` called, Numba looking up types, and shape
     and place of ``out`` compared here and not in the kernels.
     """
+    if type(temperature) is not float:
+        temperature = _as_float(temperature)
     if where is None and type(x) is _ARRAY and type(temperature) is float and type(axis) is int:
         dtype, ndim, size = x.dtype, x.ndim, x.size
         if (
@@ -344,17 +352,38 @@ def _transformed(operation, x, temperature, axis, where, out) -> Any:
     return _evaluate(operation, x, temperature, axis, where, out)
 
 
-def _reduce_plain(operation, x, temperature, axis) -> Any:
+def _reduced(operation, x, temperature, axis, where, out, keepdims) -> Any:
+    """One value per slice, by the short way if that is open: 18 us for 4 x 64 with ``out``, else 131."""
+    temperature = _as_float(temperature)
+    if where is None and _is_plain(x, temperature, axis):
+        shape = x.shape[:axis] + ((1,) if keepdims else ()) + x.shape[axis:][1:]
+        if out is None or (
+            type(out) is _ARRAY
+            and out.dtype is x.dtype
+            and out.shape == shape
+            and out.flags.carray
+            and not np.may_share_memory(out, x)
+        ):
+            return _reduce_plain(operation, x, temperature, axis, shape, out)
+    return _evaluate(operation, x, temperature, axis, where, out, keepdims)
+
+
+def _reduce_plain(operation, x, temperature, axis, shape, out=None) -> Any:
+    """Values of the shape of the result, in ``out`` if there is one."""
     if x.ndim == 1 and x.size <= _SMALL:
-        return x.dtype.type(operation.vector[x.dtype](x, temperature))
+        value = x.dtype.type(operation.vector[x.dtype](x, temperature))
+        if out is None:
+            return np.full(shape, value) if shape else value
+        out[...] = value
+        return out
+    values = np.empty(shape, x.dtype) if out is None else out
     if x.ndim == 2 and axis % 2 and x.size <= _FEW[0] and x.shape[1] <= _FEW[1]:
-        values = np.empty(len(x), x.dtype)
-        operation.few_rows[x.dtype](x, temperature, values)
-        return values
-    shape = _around(x.shape, axis)
-    values = np.empty(shape[::2], x.dtype)
-    operation.schedule(x.reshape(shape), None, _as_array_of_one(temperature), values)
-    return values.reshape(x.shape[:axis] + x.shape[axis:][1:])[()]
+        operation.few_rows[x.dtype](x, temperature, values.reshape(-1))
+    else:
+        around = _around(x.shape, axis)
+        one = _as_array_of_one(temperature)
+        operation.schedule(x.reshape(around), None, one, values.reshape(around[::2]))
+    return values[()] if out is None else out
 
 
 @functools.lru_cache(maxsize=64)
@@ -397,7 +426,8 @@ def _run_plain(operation, x, temperature, axis, where, out) -> Any:
     if where is None and temperature.ndim == 0:
         if operation.elementwise:
             return _transformed(operation, x, float(temperature), axis, None, out)
-        return _reduce_plain(operation, x, float(temperature), axis)
+        shape = x.shape[:axis] + x.shape[axis:][1:]
+        return _reduce_plain(operation, x, float(temperature), axis, shape)
     shape = _around(x.shape, axis)
     mask = None if where is None else where.view(np.uint8).reshape(shape)
     if operation.elementwise:

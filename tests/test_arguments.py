@@ -522,6 +522,39 @@ def test_out_with_keepdims(function):
         function(CUBE, axis=1, keepdims=True, out=np.zeros((3, 5)))
 
 
+@reductions
+@pytest.mark.parametrize("shape", [(5,), (4, 6), (300, 100), (3, 4, 5)])
+@pytest.mark.parametrize("keepdims", [False, True, np.True_, 2])
+def test_out_of_reductions_of_plain_arrays(function, shape, keepdims):
+    """Vectors, few rows, rows and columns, each by the axes of either sign."""
+    x = RNG.normal(size=shape)
+    for axis in range(-x.ndim, x.ndim):
+        expected = function(x.tolist(), 0.5, axis=axis)
+        kept = np.expand_dims(expected, axis) if keepdims else expected
+        out = np.full(np.shape(kept), 7.0)
+        assert function(x, 0.5, axis=axis, keepdims=keepdims, out=out) is out
+        assert_same(out, kept)
+        assert_same(function(x, 0.5, axis=axis, keepdims=keepdims), kept)
+        assert type(function(x, 0.5, axis=axis)) is type(expected)
+
+
+@reductions
+def test_out_of_reductions_may_not_be_a_part_of_x(function):
+    x = RNG.normal(size=(4, 6))
+    with pytest.raises(ValueError, match="out"):
+        function(x, axis=1, out=x[:, 0])
+    with pytest.raises(ValueError, match="out"):
+        function(x, axis=0, out=x[0])
+
+
+@every
+def test_a_temperature_beyond_the_floats_is_named(function):
+    with pytest.raises(ValueError, match="temperature"):
+        function(CUBE, 10**400)
+    with pytest.raises(ValueError, match="-1"):
+        function(CUBE, -1)
+
+
 @elementwise
 @pytest.mark.parametrize("axis", [0, 1, 2, (0, 2), None])
 @pytest.mark.parametrize("dtype", FLOATS)
