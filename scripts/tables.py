@@ -9,11 +9,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
+
 import fastmax
+
+SIMD = {"avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE"}
 
 
 def processor() -> str:
-    """Return the name of the CPU."""
+    """Return the name of the CPU, its kind, and its widest SIMD instructions."""
+    features = get_host_cpu_features()
+    widest = next((title for name, title in SIMD.items() if features.get(name)), "SIMD of 128 bits")
+    return f"{processor_name()} ({get_host_cpu_name()}, {widest})"
+
+
+def processor_name() -> str:
+    """Return the name of the CPU that the system gives."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
