@@ -51,7 +51,6 @@ from fastmax._lanes import (
     load,
     load_as,
     pointer,
-    prefetch,
     put,
     read,
     read_wide,
@@ -85,7 +84,7 @@ from fastmax._math import (
     times_pair,
     top_term,
 )
-from fastmax._slice import CHUNK, Soon, lane_maxima, later
+from fastmax._slice import CHUNK, Soon, fetch, lane_maxima, later
 
 # Rows up to so many entries are taken many at a time, transposed, one in each lane.
 SHORT = 96
@@ -172,10 +171,7 @@ def lane_rests(x, start, stop, step, width, row_max, scale, guard, stored, at, s
     top = spread(row_max, x)
     i = start
     while i < stop:
-        if soon is not None:
-            ahead = (i - start) // step * soon.step
-            prefetch(soon.x, soon.at + ahead)
-            prefetch(soon.out, soon.to + ahead)
+        fetch(soon, (i - start) // step)
         entries = read(x, i, min(stop - i, width), spread(-math.inf, x))
         power, excess, _ = terms(entries, scale, guard)
         if stored is not None:

@@ -366,9 +366,8 @@ def guarded_terms(x, scale, guard):
         if not any_lanes(scale.high > spread(0.0, scale.high)):
             return limit_terms(x, scale, guard), zero, zero
     exponent, fraction, small, product, distance = split_distance(x, scale, guard)
-    split = or_plain(exponent, fraction, small, product, x, scale, guard.plain)
-    power, excess = exponential(split[0], split[1], split[2])
-    product = split[3]
+    exponent, fraction, small, product = or_plain(exponent, fraction, small, product, x, scale, guard.plain)
+    power, excess = exponential(exponent, fraction, small)
     dropped = distance < spread(guard.cutoff, x)
     power, excess = select(dropped, zero, power), select(dropped, zero, excess)
     return power, excess, select(dropped, zero, product)

@@ -194,7 +194,7 @@ def scale_stored(stored, at, x, start, stop, high, low, out, shift):
 
 
 @jit(inline="always")
-def before_far(x, start, stop, out, shift, far):
+def before_far(start, stop, out, shift, far):
     """Number of entries before the first whose result can be streamed."""
     return min(to_stream(out, start + shift), stop - start) if far else 0
 
@@ -215,7 +215,7 @@ def write_terms(x, start, stop, scale, guard, high, low, out, shift, far):
     high, low, zero = spread(high, x), spread(low, x), spread(0.0, x)
     # Read before ``out`` is written, which may be x.
     last, first = last_lanes(x, start, stop), max(start, stop - lanes)
-    i = start + before_far(x, start, stop, out, shift, far)
+    i = start + before_far(start, stop, out, shift, far)
     if i > start:
         value = scaled_terms(load_first(x, start, i - start, zero), scale, guard, high, low)
         store_first(out, start + shift, i - start, present(x, start, i - start, value, zero))
@@ -243,7 +243,7 @@ def write_log_terms(x, start, stop, gap, guard, out, shift, far):
     lanes, lowest = lane_count(x), spread(-math.inf, x)
     # Read before ``out`` is written, which may be x.
     last, first = last_lanes(x, start, stop), max(start, stop - lanes)
-    i = start + before_far(x, start, stop, out, shift, far)
+    i = start + before_far(start, stop, out, shift, far)
     if i > start:
         value = log_terms(load_first(x, start, i - start, lowest), gap, guard)
         store_first(out, start + shift, i - start, present(x, start, i - start, value, lowest))

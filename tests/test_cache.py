@@ -132,7 +132,6 @@ def test_kernels_from_the_cache_give_the_same_bits(package):
 
 
 def test_what_a_kernel_calls_is_no_machine_code_by_itself(package):
-    shutil.rmtree(package / "__pycache__", ignore_errors=True)
     emitted = run(EMITTED, package).split()
     assert emitted.count("kernel") == 1
     assert set(emitted) <= {"kernel", "nrt"}  # and Numba's own management of memory
