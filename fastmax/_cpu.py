@@ -20,8 +20,8 @@ from numba import prange
 from fastmax import _process, _slice
 from fastmax._jit import jit, kernel, parallel_kernel, plain_kernel
 from fastmax._lanes import (
-    HAS_TABLE,
     LANE_BYTES,
+    REGISTER_BYTES,
     REGISTERS,
     any_lanes,
     entries_of,
@@ -96,7 +96,7 @@ PARALLEL_SLICE = 2**17
 # Vectors of a row below which it is narrow, unless it fills them. With AVX-512 and 32 lanes 33 entries take
 # 40 ns against 60, 97 as long, and 64 entries 45 against 40; with AVX2 36 take 138 against 143, and 48 170
 # against 143.
-NARROW = 3.0 if HAS_TABLE else 1.25
+NARROW = 3.0 if REGISTER_BYTES == 64 else 1.25
 
 # Terms of rows that a thread takes at a time: they and the rows themselves fit the first cache.
 GROUP = 2**11

@@ -19,7 +19,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from fastmax._math import LAW_WORDS
+from fastmax._math import LAW_WORDS, WITHOUT_TABLES
 
 # Imported by name, for numba-cuda is found by a hook, of which a type checker knows nothing.
 cuda: Any = importlib.import_module("numba.cuda")
@@ -240,6 +240,16 @@ def fma(typingctx, a, b, c):
         return _rounded(builder, "fma", *args)
 
     return a(a, a, a), codegen
+
+
+@intrinsic
+def table_of(typingctx, x):
+    """None: here no table is nearer than memory."""
+
+    def codegen(context, builder, sig, args):
+        return context.get_dummy_value()
+
+    return types.none(x), codegen
 
 
 @intrinsic
@@ -928,7 +938,7 @@ def rebuilt(function, replaced, wrap) -> Any:
 
 
 PRIMITIVES = {
-    "HAS_TABLE": False,
+    **WITHOUT_TABLES,
     "LIMITS_APART": False,
     "as_float64": float,
     "constant": constant,
@@ -940,6 +950,7 @@ PRIMITIVES = {
     "power_of_two": power_of_two,
     "select": select,
     "spread": spread,
+    "table_of": table_of,
     "upper_half": upper_half,
 }
 

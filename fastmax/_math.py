@@ -6,12 +6,14 @@ maximum is multiplied beforehand, max c = origin + rest, where the origin has so
 any n is exact:
 
     n = round(x high - origin)
-    f = fma(x, high, -(n + origin)) + (x low - rest) in [-1/2, 1/2], or hardly beyond
+    f = (x high - (n + origin)) + (x low - rest)
     term = 2**f * 2**(n + BIAS)
 
-These are 18 instructions for float32 and 23 for float64 (to subtract the maximum exactly takes 7 more), and
-a term is within 1.0 ulp. A processor with AVX-512 keeps a table of 2**(j / 16) in registers, n is a multiple
-of 1/16, f is in [-1/32, 1/32], and the polynomial for 2**f is half as long: 17 and 20 instructions, 0.59 ulp.
+n is an integer and 3/4 <= 2**f <= 3/2, up to rounding. x high is a rounded product and what this leaves out,
+so the difference is exact. These are 21 instructions for float32 and 26 for float64, and a term is within 0.9
+ulp. Where registers hold a table of 2**(j / m), n is a multiple of 1/m and |f| at most 1/(2m). The difference
+is then an fma, for what this rounds is small, and the polynomial for 2**f is shorter: with AVX2 18
+instructions for float32 (m = 4, 0.62 ulp), with AVX-512 17 and 20 (m = 16, 0.59 ulp).
 
 The term of the maximum is exactly 2**BIAS, so a single entry has the probability 1 and ties share evenly.
 BIAS keeps the terms of the smallest results normal: only the last multiplication can round to a subnormal.
@@ -35,19 +37,20 @@ import numpy as np
 
 from fastmax._jit import jit
 from fastmax._lanes import (
-    HAS_TABLE,
+    TABLE_ENTRIES,
     any_lanes,
     as_float64,
     constant,
     fma,
     log1p,
     lower_half,
+    make_table_power,
     polynomial,
     power_of_two,
     select,
     split_power,
     spread,
-    table_power,
+    table_of,
     upper_half,
 )
 
@@ -67,13 +70,7 @@ BIAS = (56.0, 512.0)
 DEPTH = (180.0, 1110.0)
 TOP_TERM = (2.0 ** BIAS[0], 2.0 ** BIAS[1])
 
-# An integer added to EXPONENT_ZERO stands, with BIAS and the format's own bias (127, 1023) added, in the low
-# bits of the sum; a shift makes it an exponent field.
-EXPONENT_ZERO = (1.5 * 2.0**23 + 127.0 + BIAS[0], 1.5 * 2.0**52 + 1023.0 + BIAS[1])
-
-# The same for sixteenths of an integer; and numbers above DEPTH, so that |max c| of a plain slice plus such a
-# number has an ulp that divides 1/16.
-TABLE_ZERO = (1.5 * 2.0**19 + 127.0 + BIAS[0], 1.5 * 2.0**48 + 1023.0 + BIAS[1])
+# Numbers above DEPTH, so that |max c| of a plain slice plus such a number has an ulp that divides 1/16.
 BEYOND_DEPTH = (256.0, 2048.0)
 
 # Half an ulp of 1, in the direction of 0.
@@ -93,54 +90,67 @@ LARGEST = (3.4028234663852886e38, 1.7976931348623157e308)
 LARGEST_EXPONENT = (250.0, 1074.0)
 LARGEST_GAP_EXPONENT = (375.0, 1080.0)
 
-# 2**f for |f| <= 1/2 + 2**-8 or 2**-12, by scripts/fit_exp2.py.
-# float32: relative error 2**-28.23; worst measured errors (every f)
-# 0.8780 ulp and 1.2451 * 2**-24 relative, no decrease between neighbours.
-# float64: relative error 2**-57.76; worst measured errors (1e+07 random f)
-# 0.8533 ulp and 1.2069 * 2**-53 relative, no decrease between neighbours.
-EXP2_SLOPE = (float.fromhex("0x1.62e43p-1"), float.fromhex("0x1.62e42fefa39efp-1"))
-EXP2_CURVATURE = (
-    (
-        float.fromhex("0x1.ebfbdcp-3"),
-        float.fromhex("0x1.c6af74p-5"),
-        float.fromhex("0x1.3b2ddap-7"),
-        float.fromhex("0x1.5f0df2p-10"),
-        float.fromhex("0x1.4177fep-13"),
-    ),
-    (
-        float.fromhex("0x1.ebfbdff82c59dp-3"),
-        float.fromhex("0x1.c6b08d704a0e1p-5"),
-        float.fromhex("0x1.3b2ab6fba104ep-7"),
-        float.fromhex("0x1.5d87fe78b16aap-10"),
-        float.fromhex("0x1.4309130c40fc3p-13"),
-        float.fromhex("0x1.ffcbfc0250e3dp-17"),
-        float.fromhex("0x1.62bfcd58e6feap-20"),
-        float.fromhex("0x1.b525fc8253ef3p-24"),
-        float.fromhex("0x1.e6126c6ff1474p-28"),
-        float.fromhex("0x1.e8258d76c3b9dp-32"),
-    ),
+# Coefficients of f, f**2, ... in 2**f, for float32 and for float64 and by the number of entries of a table,
+# as scripts/fit_exp2.py derives and measures them.
+# float32 without a table: relative error 2**-28.35; worst measured errors
+# 0.8693 ulp and 1.1567 * 2**-24 relative (1e+07 random f).
+# float32 with 4 entries: relative error 2**-28.26; worst measured errors
+# 0.6144 ulp and 1.0867 * 2**-24 relative (1e+07 random f).
+# float32 with 16 entries: relative error 2**-28.55; worst measured errors
+# 0.5576 ulp and 1.0443 * 2**-24 relative (1e+07 random f).
+# float64 without a table: relative error 2**-57.89; worst measured errors
+# 0.8475 ulp and 1.1300 * 2**-53 relative (1e+07 random f).
+# float64 with 16 entries: relative error 2**-56.90; worst measured errors
+# 0.5880 ulp and 1.0754 * 2**-53 relative (1e+07 random f).
+EXP2 = (
+    {
+        1: (
+            float.fromhex("0x1.62e43p-1"),
+            float.fromhex("0x1.ebfbeep-3"),
+            float.fromhex("0x1.c6afdap-5"),
+            float.fromhex("0x1.3b196ep-7"),
+            float.fromhex("0x1.5ead5cp-10"),
+            float.fromhex("0x1.551dc6p-13"),
+        ),
+        4: (
+            float.fromhex("0x1.62e42cp-1"),
+            float.fromhex("0x1.ebfbdep-3"),
+            float.fromhex("0x1.c6eb02p-5"),
+            float.fromhex("0x1.3b468ep-7"),
+        ),
+        16: (
+            float.fromhex("0x1.62e43p-1"),
+            float.fromhex("0x1.ec0108p-3"),
+            float.fromhex("0x1.c6adccp-5"),
+        ),
+    },
+    {
+        1: (
+            float.fromhex("0x1.62e42fefa39efp-1"),
+            float.fromhex("0x1.ebfbdff82c58bp-3"),
+            float.fromhex("0x1.c6b08d704a36fp-5"),
+            float.fromhex("0x1.3b2ab6fba5b93p-7"),
+            float.fromhex("0x1.5d87fe77ec096p-10"),
+            float.fromhex("0x1.430912f680e7ep-13"),
+            float.fromhex("0x1.ffcc011b587eap-17"),
+            float.fromhex("0x1.62c018a651d77p-20"),
+            float.fromhex("0x1.b517cb8a18387p-24"),
+            float.fromhex("0x1.e5633dfc968fdp-28"),
+            float.fromhex("0x1.0261d03c14bc7p-31"),
+        ),
+        16: (
+            float.fromhex("0x1.62e42fefa39fep-1"),
+            float.fromhex("0x1.ebfbdff82c5acp-3"),
+            float.fromhex("0x1.c6b08d6e7b879p-5"),
+            float.fromhex("0x1.3b2ab6faba76cp-7"),
+            float.fromhex("0x1.5d89c548028d3p-10"),
+            float.fromhex("0x1.430a255d22f3bp-13"),
+        ),
+    },
 )
 
-# The same for |f| <= 1/32 + 2**-8 or 2**-12, and 2**(j / 16) as heads * (1 + lows).
-# float32: relative error 2**-28.55; worst measured errors (1e+07 random f)
-# 0.5576 ulp and 1.0443 * 2**-24 relative, no decrease between neighbours.
-# float64: relative error 2**-56.90; worst measured errors (1e+07 random f)
-# 0.5879 ulp and 1.0738 * 2**-53 relative, no decrease between neighbours.
-SIXTEENTH_SLOPE = (float.fromhex("0x1.62e43p-1"), float.fromhex("0x1.62e42fefa39fep-1"))
-SIXTEENTH_CURVATURE = (
-    (
-        float.fromhex("0x1.ec0108p-3"),
-        float.fromhex("0x1.c6adccp-5"),
-    ),
-    (
-        float.fromhex("0x1.ebfbdff82c5acp-3"),
-        float.fromhex("0x1.c6b08d6e7b879p-5"),
-        float.fromhex("0x1.3b2ab6faba76cp-7"),
-        float.fromhex("0x1.5d89c548028d3p-10"),
-        float.fromhex("0x1.430a255d22f3bp-13"),
-    ),
-)
-SIXTEENTH_HEADS = (
+# 2**(j / 16) as heads * (1 + lows), for float32 and for float64.
+HEADS = (
     (
         float.fromhex("0x1p+0"),
         float.fromhex("0x1.0b5586p+0"),
@@ -178,7 +188,7 @@ SIXTEENTH_HEADS = (
         float.fromhex("0x1.ea4afa2a490dap+0"),
     ),
 )
-SIXTEENTH_LOWS = (
+LOWS = (
     (
         0.0,
         float.fromhex("0x1.8d96d4p-25"),
@@ -217,8 +227,35 @@ SIXTEENTH_LOWS = (
     ),
 )
 
-# 2**(n + j / 16) rounded, and what that leaves out, relative to it.
-sixteenth_power = table_power(SIXTEENTH_HEADS, SIXTEENTH_LOWS)
+Form = namedtuple("Form", "zero slope curvature heads lows")
+Form.__doc__ = """How 2**x is computed, as pairs of (float32's, float64's).
+
+A multiple of 1/m added to ``zero`` stands, with BIAS and the format's own bias (127, 1023) added, in the low
+bits of the sum.
+"""
+
+
+def form_of(entries):
+    """Form of tables of that many (float32, float64) entries."""
+    return Form(
+        zero=(1.5 * 2.0**23 / entries[0] + 127.0 + BIAS[0], 1.5 * 2.0**52 / entries[1] + 1023.0 + BIAS[1]),
+        slope=tuple(EXP2[i][m][0] for i, m in enumerate(entries)),
+        curvature=tuple(EXP2[i][m][1:] for i, m in enumerate(entries)),
+        heads=tuple(HEADS[i][:: len(HEADS[i]) // m] for i, m in enumerate(entries)),
+        lows=tuple(LOWS[i][:: len(LOWS[i]) // m] for i, m in enumerate(entries)),
+    )
+
+
+ZERO, SLOPE, CURVATURE, *TABLES = form_of(TABLE_ENTRIES)
+# 2**(n + j / m) rounded, and what that leaves out, relative to it.
+table_power = make_table_power(*TABLES)
+
+# What these are on a GPU.
+WITHOUT_TABLES = dict(zip(("ZERO", "SLOPE", "CURVATURE"), form_of((1, 1)), strict=False))
+
+# Without a table n changes where 2**f is 3/4 or 3/2: with |f| <= 1/2 errors would be largest below log2(3/4),
+# where what rounds 2**f - 1 doubles while 2**f is small.
+SEAM = math.log2(1.5) - 0.5
 
 # Whether slices at T = 0 and T = inf are spared the exponential: else they take 1.25 times as long as others
 # on a CPU (8192 x 1000, float32). On a GPU some kernels would run out of registers.
@@ -354,7 +391,7 @@ def terms(x, scale, guard):
     if guard is not None:
         return guarded_terms(x, scale, guard)
     exponent, fraction, small, product = split_product(x, scale)
-    power, excess = exponential(exponent, fraction, small)
+    power, excess = exponential(exponent, fraction, small, table_of(x))
     return power, excess, product
 
 
@@ -367,7 +404,7 @@ def guarded_terms(x, scale, guard):
             return limit_terms(x, scale, guard), zero, zero
     exponent, fraction, small, product, distance = split_distance(x, scale, guard)
     exponent, fraction, small, product = or_plain(exponent, fraction, small, product, x, scale, guard.plain)
-    power, excess = exponential(exponent, fraction, small)
+    power, excess = exponential(exponent, fraction, small, table_of(x))
     dropped = distance < spread(guard.cutoff, x)
     power, excess = select(dropped, zero, power), select(dropped, zero, excess)
     return power, excess, select(dropped, zero, product)
@@ -408,12 +445,24 @@ def split_product(x, scale):
     """Exponent, fraction in two parts, and the sum of all, (x - max) c, of a plain slice."""
     x = at_least(x, spread(scale.lowest, x))
     high, origin = spread(scale.high, x), spread(scale.origin, x)
-    zero = constant(TABLE_ZERO if HAS_TABLE else EXPONENT_ZERO, x)
-    exponent = fma(x, high, -origin) + zero
-    whole = exponent - zero
     small = fma(x, spread(scale.low, x), -spread(scale.rest, x))
-    fraction = fma(x, high, -(whole + origin))
+    exponent, whole, fraction, small = split(x, high, origin, small, table_of(x))
     return exponent, fraction, small, whole + (fraction + small)
+
+
+@jit(forceinline=True)
+def split(x, high, origin, small, table):
+    """Exponent, its value, and the fraction of x high - origin; what is left is added to the small part."""
+    zero = constant(ZERO, x)
+    if table is not None:
+        exponent = fma(x, high, -origin) + zero
+        whole = exponent - zero
+        return exponent, whole, fma(x, high, -(whole + origin)), small
+    # What rounds a fraction near 1/2 would cost 0.2 to 0.4 ulp, and this one is exact.
+    rounded = x * high
+    exponent = (rounded - (origin + spread(SEAM, x))) + zero
+    whole = exponent - zero
+    return exponent, whole, rounded - (whole + origin), small + fma(x, high, -rounded)
 
 
 @jit(forceinline=True)
@@ -427,31 +476,22 @@ def split_distance(x, scale, guard):
     distance = (distance * spread(guard.factor, x)) * spread(guard.factor2, x)
     distance_lost = (distance_lost * spread(guard.factor, x)) * spread(guard.factor2, x)
     high = spread(scale.high, x)
-    zero = constant(TABLE_ZERO if HAS_TABLE else EXPONENT_ZERO, x)
-    product = distance * high
-    exponent = product + zero
-    small = fma(distance, spread(scale.low, x), fma(distance, high, -product))
-    small = fma(distance_lost, high, small)
-    whole = exponent - zero
-    fraction = product - whole
+    small = fma(distance, spread(scale.low, x), distance_lost * high)
+    exponent, whole, fraction, small = split(distance, high, spread(0.0, x), small, table_of(x))
     return exponent, fraction, small, whole + (fraction + small), distance
 
 
-@jit(inline="always")
-def exponential(exponent, fraction, small):
+@jit(forceinline=True)
+def exponential(exponent, fraction, small, table):
     """2**exponent (1 + excess), where fraction + small is that part of an exponent which it does not show."""
     f = fraction + small
-    if HAS_TABLE:
-        # 2**f - 1 = c1 f + f**2 r(f): adding the larger part last keeps it increasing in f.
-        power, low = sixteenth_power(exponent)
-        curvature = fma(f * f, polynomial(f, SIXTEENTH_CURVATURE), low)
-        excess = fma(f, constant(SIXTEENTH_SLOPE, exponent), curvature)
-    else:
-        # What rounds f near 1/2 would cost 0.2 ulp, so the small part goes its own way.
-        power, slope = power_of_two(exponent), constant(EXP2_SLOPE, exponent)
-        curvature = (f * f) * polynomial(f, EXP2_CURVATURE)
-        excess = fma(fraction, slope, fma(small, slope, curvature))
-    return power, excess
+    slope, curvature = constant(SLOPE, exponent), polynomial(f, CURVATURE)
+    # 2**f - 1 = c1 f + f**2 r(f): adding the larger part last keeps it increasing in f.
+    if table is not None:
+        power, low = table_power(exponent)
+        return power, fma(f, slope, fma(f * f, curvature, low))
+    # What rounds f would cost as much as what rounds the fraction, so the small part goes its own way.
+    return power_of_two(exponent), fma(fraction, slope, fma(small, slope, (f * f) * curvature))
 
 
 @jit(inline="always")

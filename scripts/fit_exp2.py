@@ -1,20 +1,22 @@
 """Derive the polynomials for 2**f that the kernels use, in float32 and float64, and measure them.
 
-The kernels reduce an exponential to 2**n * 2**f with an integer n and |f| <= 1/2, up to rounding, or, where
-a processor can hold a table in registers, to 2**n * 2**(j/16) * 2**f with 0 <= j < 16 and |f| <= 1/32.
+The kernels reduce an exponential to 2**n * 2**(j/m) * 2**f with 0 <= j < m and |f| <= 1/(2m), up to rounding,
+where m is the number of powers in a table that registers hold: 16, 4, or 1, which is none. Without a table
+it is 3/4 <= 2**f <= 3/2, as with |f| <= 1/2 errors are largest below log2(3/4): there what rounds 2**f - 1
+doubles while 2**f is small.
 This script fits 2**f by 1 + c1*f + ... + cd*f**d in two steps:
 
 1. Remez exchange with mpmath gives the real coefficients of least maximal relative error.
 2. The coefficients are rounded to the working type one at a time, c1 first. After each rounding
    those that remain are fitted again around it and absorb most of its error.
 
-Then the evaluation of the kernels, `value` or `table_value`, is measured: in float32 without a table at
-every f, else at random f, with every entry of the table. It does not decrease: for f >= 0 each step keeps
-the order of the one before, and between neighbours of f < 0, an ulp apart, rounding changes
-f**2 * (c2 + ...) by less than 0.4 ulp of f while 2**f - 1 increases by more than 0.48; adding c1*f and then
-1 keeps that order. The script counts the decreases all the same, and fails if it finds one.
+Then the evaluation of the kernels, `value`, is measured at random f, with every entry of the table. It does
+not decrease: for f >= 0 each step keeps the order of the one before, and between neighbours of f < 0, an ulp
+apart, rounding changes f**2 * (c2 + ...) by less than 0.4 ulp of f while 2**f - 1 increases by more than
+0.48; adding c1*f and then 1 keeps that order. The script counts the decreases all the same, and fails if it
+finds one.
 
-At the seam, where n changes, f and f - 1 both stand for 2**(1/2) or nearly, and rounding can make the
+At a seam, where j changes, f and f - 1/m both stand for the same power or nearly, and rounding can make the
 value at f the larger one by an ulp; the script says how often.
 
 It prints the constants for fastmax/_math.py and writes no file.
@@ -31,40 +33,50 @@ from mpmath import mp, mpf
 
 from fastmax._lanes import fma
 
-ENTRIES = 16  # of the table
+SLOTS = 16  # all tables are made of the powers 2**(j/16)
 DIGITS = 60  # decimal digits of the Remez exchange
 GRID_POINTS = 400  # of the Remez exchange
 TABLE_BITS = 13  # the reference looks up 2**a for a in multiples of 2**-13
-TINY = 2.0**-26  # for |f| below it, 2**f rounds to 1 in float32
 CHUNK = 1 << 18  # values of f measured at a time
-SEAM = 1000  # neighbours of 1/2 on either side where the seam is measured
+SEAM = np.log2(1.5)  # largest f without a table, up to rounding
+NEIGHBOURS = 1000  # of a seam on either side, where it is measured
 
 
 class Form(NamedTuple):
-    """A working type, its precision in bits, a degree, the largest f, and whether there is a table."""
+    """A working type, its precision in bits, the entries of its table, a degree, and the range of f."""
 
     dtype: type
     precision: int
+    entries: int
     degree: int
-    high: float  # f can lie a little outside [-1/2, 1/2] or [-1/32, 1/32]
-    tabulated: bool
+    low: float
+    high: float
+
+
+def form(dtype, precision, entries, degree, margin):
+    """Form of which f can lie outside its range by a margin, for rounding."""
+    middle = SEAM - 0.5 if entries == 1 else 0.0
+    radius = 0.5 / entries + margin
+    return Form(dtype, precision, entries, degree, middle - radius, middle + radius)
 
 
 FORMS = (
-    Form(np.float32, 24, 6, 0.5 + 2.0**-8, False),
-    Form(np.float64, 53, 11, 0.5 + 2.0**-12, False),
-    Form(np.float32, 24, 3, 0.5 / ENTRIES + 2.0**-8, True),
-    Form(np.float64, 53, 6, 0.5 / ENTRIES + 2.0**-12, True),
+    form(np.float32, 24, 1, 6, 2.0**-8),
+    form(np.float32, 24, 4, 4, 2.0**-8),
+    form(np.float32, 24, 16, 3, 2.0**-8),
+    form(np.float64, 53, 1, 11, 2.0**-12),
+    form(np.float64, 53, 16, 6, 2.0**-12),
 )
 
 
 # --------------------------------------------------------------------------------- minimax fit
 
 
-def chebyshev_grid(high):
-    """Return Chebyshev points of [-high, high], ascending; their even number leaves out f = 0."""
+def chebyshev_grid(low, high):
+    """Return Chebyshev points of [low, high], ascending; f = 0 is none of them."""
+    middle, radius = (mpf(high) + low) / 2, (mpf(high) - low) / 2
     angles = [mpmath.pi * (i + mpf(0.5)) / GRID_POINTS for i in range(GRID_POINTS)]
-    return [-high * mpmath.cos(angle) for angle in angles]
+    return [middle - radius * mpmath.cos(angle) for angle in angles]
 
 
 def relative_errors(coefficients, grid):
@@ -135,8 +147,8 @@ def nearest(number, form):
 
 
 def table_entries(form):
-    """Return 2**(j/16) as heads * (1 + lows)."""
-    exact = [mpf(2) ** (mpf(j) / ENTRIES) for j in range(ENTRIES)]
+    """Return 2**(j/m) as heads * (1 + lows)."""
+    exact = [mpf(2) ** (mpf(j) / form.entries) for j in range(form.entries)]
     heads = [nearest(v, form) for v in exact]
     return heads, [nearest(v / h - 1, form) for v, h in zip(exact, heads, strict=True)]
 
@@ -158,7 +170,7 @@ def exp2(f, j, table):
     f = a + b with a in the table and |b| <= 2**-14, so 2**f = 2**a + 2**a * (2**b - 1).
     """
     step = np.rint(f * 2.0**TABLE_BITS)
-    row = int(step) + (1 + j / ENTRIES) * 2**TABLE_BITS
+    row = int(step) + (1 + j / SLOTS) * 2**TABLE_BITS
     head, tail = table[0][int(row)], table[1][int(row)]
     return head, tail + head * np.expm1((f - step * 2.0**-TABLE_BITS) * np.log(2.0))
 
@@ -166,24 +178,15 @@ def exp2(f, j, table):
 def check_exp2(table, count, rng):
     """Return the largest relative error of `exp2` at random f, from mpmath."""
     points = zip(
-        rng.uniform(-0.5, 0.5, count).tolist(), rng.integers(ENTRIES, size=count).tolist(), strict=True
+        rng.uniform(SEAM - 1.0, SEAM, count).tolist(), rng.integers(SLOTS, size=count).tolist(), strict=True
     )
     return float(
-        max(abs(sum(map(mpf, exp2(f, j, table))) / mpf(2) ** (mpf(j) / ENTRIES + f) - 1) for f, j in points)
+        max(abs(sum(map(mpf, exp2(f, j, table))) / mpf(2) ** (mpf(j) / SLOTS + f) - 1) for f, j in points)
     )
 
 
 @numba.njit
-def value(f, coefficients):
-    """Return the polynomial at f as the kernels evaluate it (they scale it by a power of two)."""
-    tail = coefficients[-1]
-    for j in range(len(coefficients) - 2, 1, -1):
-        tail = fma(tail, f, coefficients[j])
-    return coefficients[0] + fma(f, coefficients[1], (f * f) * tail)
-
-
-@numba.njit
-def table_value(f, coefficients, head, low):
+def value(f, coefficients, head, low):
     """Return head * (1 + low) times the polynomial at f, as the kernels evaluate it."""
     tail = coefficients[-1]
     for j in range(len(coefficients) - 2, 1, -1):
@@ -193,17 +196,17 @@ def table_value(f, coefficients, head, low):
 
 @numba.njit
 def measure(points, coefficients, heads, lows, precision, table):
-    """Measure the polynomial at ascending f, with each entry of the table, if there are any.
+    """Measure the polynomial at ascending f, with each entry of the table.
 
     Returns how often the value decreases from one f to the next, and the largest errors, each with
     its f: in ulp, and relative in units of 2**-precision.
     """
     decreases, ulp, relative = 0, (0.0, 0.0), (0.0, 0.0)
-    for j in range(max(1, len(heads))):
+    for j in range(len(heads)):
         previous = 0.0
         for f in points:
-            this = table_value(f, coefficients, heads[j], lows[j]) if len(heads) else value(f, coefficients)
-            head, tail = exp2(np.float64(f), j, table)
+            this = value(f, coefficients, heads[j], lows[j])
+            head, tail = exp2(np.float64(f), j * (SLOTS // len(heads)), table)
             error = abs((this - head) - tail) * 2.0**precision
             in_ulp = error if head < 1.0 else 0.5 * error
             if in_ulp > ulp[0]:
@@ -215,27 +218,28 @@ def measure(points, coefficients, heads, lows, precision, table):
     return decreases, ulp, relative
 
 
-def every_float32(high):
-    """Yield all float32 of [-high, high] but the tiny ones; arrays ascend and share their end points."""
-    first, last = np.array([TINY, high], np.float32).view(np.int32).tolist()
-    for start in range(first, last, CHUNK):
-        f = np.arange(start, min(start + CHUNK, last) + 1, dtype=np.int32).view(np.float32)
-        yield f
-        yield -f[::-1]
-
-
 def random_points(form, count, rng):
     """Yield arrays of random numbers of the working type, each followed by the next larger one, ascending."""
     for start in range(0, count, CHUNK):
-        f = np.unique(rng.uniform(-form.high, form.high, min(CHUNK, count - start)).astype(form.dtype))
+        f = np.unique(rng.uniform(form.low, form.high, min(CHUNK, count - start)).astype(form.dtype))
         yield np.column_stack([f, np.nextafter(f, form.dtype(np.inf))]).ravel()
 
 
-def count_seam(form, coefficients):
-    """Return at how many f around 1/2 the value is more than twice that at f - 1."""
-    f = 0.5 + np.arange(-SEAM, SEAM + 1) * 2.0**-form.precision
-    pairs = zip(f.astype(form.dtype), (f - 1.0).astype(form.dtype), strict=True)
-    return sum(value(high, coefficients) > 2.0 * value(low, coefficients) for high, low in pairs)
+def count_seams(form, coefficients, heads, lows):
+    """Return at how many f around all seams the value is larger than that at f - 1/m with the next entry."""
+    middle = (form.low + form.high) / 2
+    f = (
+        middle
+        + 0.5 / form.entries
+        + np.arange(-NEIGHBOURS, NEIGHBOURS + 1) * 2.0**-form.precision / form.entries
+    )
+    pairs = list(zip(f.astype(form.dtype), (f - 1.0 / form.entries).astype(form.dtype), strict=True))
+    heads, lows = np.append(heads, heads[:1] * 2), np.append(lows, lows[:1])
+    return sum(
+        value(high, coefficients, heads[j], lows[j]) > value(low, coefficients, heads[j + 1], lows[j + 1])
+        for j in range(form.entries)
+        for high, low in pairs
+    )
 
 
 # -------------------------------------------------------------------------------------- report
@@ -256,50 +260,50 @@ def source(number):
 
 def report(form, samples, rng, table):
     """Fit and measure one form; print the numbers, return a comment and the coefficients."""
-    grid = chebyshev_grid(form.high)
+    grid = chebyshev_grid(form.low, form.high)
     exact, rounded = fit(form, grid)
     bits, bits_exact = log2_error(rounded, grid), log2_error(exact, grid)
     coefficients = np.array(rounded, form.dtype)
-    heads, lows = np.array(table_entries(form) if form.tabulated else ([], []), form.dtype)
-    if form.dtype is np.float32 and not form.tabulated:
-        arrays, points = every_float32(form.high), "every f"
-    else:
-        arrays, points = random_points(form, samples, rng), f"{samples:.0e} random f"
+    heads, lows = np.array(table_entries(form), form.dtype)
     decreases, ulp, relative = 0, (0.0, 0.0), (0.0, 0.0)
-    for f in arrays:
+    for f in random_points(form, samples, rng):
         found = measure(f, coefficients, heads, lows, form.precision, table)
         decreases, ulp, relative = decreases + found[0], max(ulp, found[1]), max(relative, found[2])
-    name, unit = form.dtype.__name__, f"2**-{form.precision}"
-    beside = f" with a table of {ENTRIES}" if form.tabulated else ""
-    print(f"{name}{beside}: degree {form.degree}, |f| <= {form.high}")
+    beside = f"with {form.entries} entries" if form.entries > 1 else "without a table"
+    name, unit = f"{form.dtype.__name__} {beside}", f"2**-{form.precision}"
+    print(f"{name}: degree {form.degree}, {form.low:.4f} <= f <= {form.high:.4f}")
     print(f"  relative error 2**{bits_exact:.2f}, with rounded coefficients 2**{bits:.2f}")
-    print(f"  {points}: {decreases} decreases between neighbours; worst errors")
+    print(f"  {samples:.0e} random f: {decreases} decreases between neighbours; worst errors")
     print(f"    {ulp[0]:.4f} ulp at f = {ulp[1].hex()}")
     print(f"    {relative[0]:.4f} * {unit} relative at f = {relative[1].hex()}")
-    if not form.tabulated:
-        larger = count_seam(form, coefficients)
-        print(f"  value at f above twice that at f - 1: {larger} of {2 * SEAM + 1} f around 1/2")
+    larger, seams = count_seams(form, coefficients, heads, lows), form.entries * (2 * NEIGHBOURS + 1)
+    print(f"  value at the end of the range above that at the start of the next: {larger} of {seams}")
     if decreases:
-        raise SystemExit(f"{name}{beside}: the value decreases")
+        raise SystemExit(f"{name}: the value decreases")
     comment = (
-        f"# {name}: relative error 2**{bits:.2f}; worst measured errors ({points})\n"
-        f"# {ulp[0]:.4f} ulp and {relative[0]:.4f} * {unit} relative, no decrease between neighbours.\n"
+        f"# {name}: relative error 2**{bits:.2f}; worst measured errors\n"
+        f"# {ulp[0]:.4f} ulp and {relative[0]:.4f} * {unit} relative ({samples:.0e} random f).\n"
     )
     return comment, rounded
 
 
-def print_constants(name, pair):
-    """Print the numbers of float32 and of float64 as they stand in the source."""
-    print(f"{name} = (")
-    for numbers in pair:
-        print("    (", *(f"        {source(number)}," for number in numbers), "    ),", sep="\n")
+def print_numbers(name, numbers, indent="    "):
+    """Print the end of a tuple of numbers as it stands in the source."""
+    print(
+        f"{indent}{name}(", *(f"{indent}    {source(number)}," for number in numbers), f"{indent}),", sep="\n"
+    )
+
+
+def print_polynomials(results):
+    """Print all polynomials, by type and by the number of entries."""
+    print("EXP2 = (")
+    for dtype in (np.float32, np.float64):
+        print("    {")
+        for form, (_, coefficients) in results:
+            if form.dtype is dtype:
+                print_numbers(f"{form.entries}: ", coefficients[1:], indent="        ")
+        print("    },")
     print(")")
-
-
-def print_polynomials(name, pair):
-    """Print the coefficients of a polynomial of float32 and one of float64."""
-    print(f"{name}_SLOPE = ({source(pair[0][1])}, {source(pair[1][1])})")
-    print_constants(f"{name}_CURVATURE", [coefficients[2:] for coefficients in pair])
 
 
 def main():
@@ -316,17 +320,16 @@ def main():
         table = exp2_table()
         deviation = check_exp2(table, args.checks, rng)
         print(f"reference: relative error {deviation:.1e} ({args.checks} random f, from mpmath)")
-        comments, polynomials = zip(*(report(form, args.samples, rng, table) for form in FORMS), strict=True)
-        entries = [table_entries(form) for form in FORMS[2:]]
+        results = [(form, report(form, args.samples, rng, table)) for form in FORMS]
+        tables = [table_entries(form) for form in FORMS if form.entries == SLOTS]
     print("\nfastmax/_math.py:\n")
-    print("# 2**f for |f| <= 1/2 + 2**-8 or 2**-12, by scripts/fit_exp2.py.")
-    print(comments[0] + comments[1], end="")
-    print_polynomials("EXP2", polynomials[:2])
-    print("\n# The same for |f| <= 1/32 + 2**-8 or 2**-12, and 2**(j / 16) as heads * (1 + lows).")
-    print(comments[2] + comments[3], end="")
-    print_polynomials("SIXTEENTH", polynomials[2:])
-    print_constants("SIXTEENTH_HEADS", [heads for heads, _ in entries])
-    print_constants("SIXTEENTH_LOWS", [lows for _, lows in entries])
+    print(*(comment for _, (comment, _) in results), sep="", end="")
+    print_polynomials(results)
+    for name, numbers in zip(("HEADS", "LOWS"), zip(*tables, strict=True), strict=True):
+        print(f"{name} = (")
+        for own in numbers:
+            print_numbers("", own)
+        print(")")
 
 
 if __name__ == "__main__":

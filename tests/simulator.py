@@ -20,6 +20,7 @@ import numba
 import numpy as np
 
 from fastmax import _cuda_plan, _cuda_target, _lanes
+from fastmax._math import WITHOUT_TABLES
 
 DTYPES = {
     "float16": np.dtype(np.float16),
@@ -391,7 +392,7 @@ class _Target:
     """What `_cuda_plan.names` asks of a target."""
 
     PRIMITIVES: ClassVar[dict[str, Any]] = {
-        "HAS_TABLE": False,
+        **WITHOUT_TABLES,
         "LIMITS_APART": False,
         "across": across,
         "anyone_in_block": anyone_in_block,
@@ -422,6 +423,7 @@ class _Target:
         "shuffle_from": shuffle_from,
         "spread": spread,
         "store_one": store_one,
+        "table_of": lambda x: None,
         "thread": thread,
         "upper_half": _half(1),
     }

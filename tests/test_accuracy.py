@@ -165,6 +165,46 @@ def test_every_gap_between_two_entries(dtype):
         assert [fault for fault in found if fault] == []
 
 
+def triples(count, dtype, rng):
+    """Draw slices of a maximum and two entries at gaps that are hard for an exponential, and T."""
+    temperature = np.exp2(rng.uniform(-4, 4, count))
+    offset = np.exp2(rng.uniform(-6, 18 if dtype == np.float32 else 42, count)) * rng.integers(-1, 2, count)
+    octaves = rng.choice([0.0, 0.415, 0.5, 0.585, 1.0], (count, 2)) + rng.normal(scale=0.05, size=(count, 2))
+    octaves = np.abs(octaves + rng.integers(0, 12, (count, 2)) * rng.integers(0, 2, (count, 1)))
+    gaps = np.column_stack([np.zeros(count), octaves * math.log(2)])
+    return ((offset[:, None] - gaps) * temperature[:, None]).astype(dtype), temperature
+
+
+def rough_errors(x, temperature):
+    """Largest error in ulp of each row, from float64 or long doubles, which may be no better than float64."""
+    wider = np.float64 if x.dtype == np.float32 else np.longdouble
+    gaps = (x.astype(wider) - x.max(axis=1, keepdims=True)) / temperature[:, None]
+    terms = np.exp(gaps)
+    exact = terms / terms.sum(axis=1, keepdims=True)
+    return (np.abs(fastmax.softmax(x, temperature, axis=1) - exact) / np.spacing(exact.astype(x.dtype))).max(
+        1
+    )
+
+
+@float_types
+def test_search_for_the_worst_of_three_entries(dtype):
+    """The worst slices found so far are changed a little, over and over; mpmath judges the last ones."""
+    rng = np.random.default_rng(7)
+    x, temperature = triples(20_000, dtype, rng)
+    for _ in range(60):
+        worst = np.argsort(rough_errors(x, temperature))[-1000:]
+        x, temperature = x[worst], temperature[worst]
+        chosen = rng.integers(len(x), size=10_000)
+        near, near_temperature = x[chosen], temperature[chosen]
+        near += np.spacing(near) * rng.integers(-64, 65, near.shape) * rng.integers(0, 2, near.shape)
+        near_temperature *= 1 + rng.normal(size=10_000) * 10.0 ** rng.uniform(-20, -3, 10_000)
+        others, other_temperatures = triples(5_000, dtype, rng)
+        x = np.concatenate([x, near.astype(dtype), others])
+        temperature = np.concatenate([temperature, near_temperature, other_temperatures])
+    worst = np.argsort(rough_errors(x, temperature))[-50:]
+    assert [found for i in worst for found in faults(x[i], temperature[i], ["vector"])] == []
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("k", [1, 2, 17, 1000])
 def test_16_bits_are_rounded_once(dtype, k):
