@@ -178,8 +178,7 @@ def lane_rests(x, start, stop, step, width, row_max, scale, guard, stored, at, s
             store(stored, at, term_of(power, excess))
             at += lanes
         ties = ties + select(entries == top, one, zero)
-        power, excess = select(entries == top, zero, power), select(entries == top, zero, excess)
-        rest, error = add(rest, error, power, excess)
+        rest, error = add(rest, error, select(entries == top, zero, power), excess)
         i += step
     return ties, rest, error
 

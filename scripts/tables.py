@@ -17,18 +17,14 @@ SIMD = {"avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE"}
 
 
 def processor() -> str:
-    """Return the name of the CPU, its kind, and its widest SIMD instructions."""
-    features = get_host_cpu_features()
-    widest = next((title for name, title in SIMD.items() if features.get(name)), "SIMD of 128 bits")
-    return f"{processor_name()} ({get_host_cpu_name()}, {widest})"
-
-
-def processor_name() -> str:
-    """Return the name of the CPU that the system gives."""
+    """Return the name of the CPU that the system gives, its kind, and its widest SIMD instructions."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    name = names[0] if names else platform.processor() or platform.machine()
+    features = get_host_cpu_features()
+    widest = next((title for feature, title in SIMD.items() if features.get(feature)), "SIMD of 128 bits")
+    return f"{name} ({get_host_cpu_name()}, {widest})"
 
 
 def header(packages: Sequence[str]) -> list[str]:
