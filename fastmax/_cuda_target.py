@@ -244,7 +244,7 @@ def fma(typingctx, a, b, c):
 
 @intrinsic
 def table_of(typingctx, x):
-    """None: here no table is nearer than memory."""
+    """None: there are no tables here."""
 
     def codegen(context, builder, sig, args):
         return context.get_dummy_value()

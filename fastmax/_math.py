@@ -9,11 +9,11 @@ any n is exact:
     f = (x high - (n + origin)) + (x low - rest)
     term = 2**f * 2**(n + BIAS)
 
-n is an integer and 3/4 <= 2**f <= 3/2, up to rounding. x high is a rounded product and what this leaves out,
-so the difference is exact. These are 21 instructions for float32 and 26 for float64, and a term is within 0.9
-ulp. Where registers hold a table of 2**(j / m), n is a multiple of 1/m and |f| at most 1/(2m). The difference
-is then an fma, for what this rounds is small, and the polynomial for 2**f is shorter: with AVX2 18
-instructions for float32 (m = 4, 0.62 ulp), with AVX-512 17 and 20 (m = 16, 0.59 ulp).
+n is an integer and 3/4 <= 2**f <= 3/2, up to rounding. What rounds the difference is added to the rest of f.
+These are 22 instructions for float32 and 27 for float64, and a term is within 0.9 ulp. Where registers hold a
+table of 2**(j / m), n is a multiple of 1/m and |f| at most 1/(2m). The difference is then an fma, for what
+this rounds is small, and the polynomial for 2**f is shorter: with AVX2 18 instructions for float32 (m = 4,
+0.68 ulp), with AVX-512 17 and 20 (m = 16, 0.6 ulp).
 
 The term of the maximum is exactly 2**BIAS, so a single entry has the probability 1 and ties share evenly.
 BIAS keeps the terms of the smallest results normal: only the last multiplication can round to a subnormal.
@@ -21,7 +21,7 @@ BIAS keeps the terms of the smallest results normal: only the last multiplicatio
 Entries so far below the maximum that no result can show their terms are raised to where this is just so.
 All this holds for plain slices: T such that c is far from overflow, and |max c| at most 2**15 or 2**40. Any
 other slice has a guard: x is scaled by powers of two on the way, and dropped below a cutoff, and the maximum
-is subtracted, d + d' = x - max exactly (two-sum), f = (d high - n) + (its lost part + d low + d' high). There
+is subtracted, d + d' = x - max exactly (two-sum), f = (d high - n) + (d low + d' high). There
 the limits are ordinary values: c = 0 with a cutoff at x - max = 0 is T = 0, c = 0 with a cutoff below every x
 is T = inf, and where nothing passes the cutoff the sum is 0 and the results 0 / 0. NaN passes everything, for
 comparisons with it are false.
@@ -76,7 +76,7 @@ BEYOND_DEPTH = (256.0, 2048.0)
 # Half an ulp of 1, in the direction of 0.
 HALF_ULP = (2.0**-24, 2.0**-53)
 
-# Largest |max c| of a plain slice: what `terms` splits from x c is then below 2**-8 or 2**-12.
+# Largest |max c| of a plain slice: what `terms` splits from x c is then hardly above 2**-8 or 2**-12.
 LARGEST_PRODUCT = (2.0**15, 2.0**40)
 
 # Range of c in which high and low are far from the ends of the exponent range.
@@ -246,12 +246,13 @@ def form_of(entries):
     )
 
 
-ZERO, SLOPE, CURVATURE, *TABLES = form_of(TABLE_ENTRIES)
+FORM, GPU_FORM = form_of(TABLE_ENTRIES), form_of((1, 1))
+ZERO, SLOPE, CURVATURE = FORM.zero, FORM.slope, FORM.curvature
 # 2**(n + j / m) rounded, and what that leaves out, relative to it.
-table_power = make_table_power(*TABLES)
+table_power = make_table_power(FORM.heads, FORM.lows)
 
-# What these are on a GPU.
-WITHOUT_TABLES = dict(zip(("ZERO", "SLOPE", "CURVATURE"), form_of((1, 1)), strict=False))
+# What a GPU has in their place.
+WITHOUT_TABLES = {"ZERO": GPU_FORM.zero, "SLOPE": GPU_FORM.slope, "CURVATURE": GPU_FORM.curvature}
 
 # Without a table n changes where 2**f is 3/4 or 3/2: with |f| <= 1/2 errors would be largest below log2(3/4),
 # where what rounds 2**f - 1 doubles while 2**f is small.
@@ -286,7 +287,7 @@ def multiplier(temperature, like):
     numerator = spread(LOG2_E_HIGH, temperature)
     high = numerator / temperature
     low = (fma(-high, temperature, numerator) + spread(LOG2_E_LOW, temperature)) / temperature
-    # Rounded down: with no low below 0, no part of x c decreases in x.
+    # Rounded down: with no low below 0, neither x high nor x low decreases in x.
     rounded = spread(high - high * as_float64(constant(HALF_ULP, like)), like)
     return rounded, spread((high - as_float64(rounded)) + low, like)
 
@@ -452,17 +453,20 @@ def split_product(x, scale):
 
 @jit(forceinline=True)
 def split(x, high, origin, small, table):
-    """Exponent, its value, and the fraction of x high - origin; what is left is added to the small part."""
+    """Exponent, its value, and the fraction of x high - origin; what is rounded goes to the small part."""
     zero = constant(ZERO, x)
     if table is not None:
         exponent = fma(x, high, -origin) + zero
         whole = exponent - zero
         return exponent, whole, fma(x, high, -(whole + origin)), small
-    # What rounds a fraction near 1/2 would cost 0.2 to 0.4 ulp, and this one is exact.
+    # What rounds a fraction near 1/2 would cost 0.2 to 0.4 ulp. Near + fraction is exact, so the small part
+    # takes all of it.
     rounded = x * high
     exponent = (rounded - (origin + spread(SEAM, x))) + zero
     whole = exponent - zero
-    return exponent, whole, rounded - (whole + origin), small + fma(x, high, -rounded)
+    near = whole + origin
+    fraction = rounded - near
+    return exponent, whole, fraction, small + fma(x, high, -(fraction + near))
 
 
 @jit(forceinline=True)

@@ -4,17 +4,18 @@ The kernels reduce an exponential to 2**n * 2**(j/m) * 2**f with 0 <= j < m and 
 where m is the number of powers in a table that registers hold: 16, 4, or 1, which is none. Without a table
 it is 3/4 <= 2**f <= 3/2, as with |f| <= 1/2 errors are largest below log2(3/4): there what rounds 2**f - 1
 doubles while 2**f is small.
+
 This script fits 2**f by 1 + c1*f + ... + cd*f**d in two steps:
 
 1. Remez exchange with mpmath gives the real coefficients of least maximal relative error.
 2. The coefficients are rounded to the working type one at a time, c1 first. After each rounding
    those that remain are fitted again around it and absorb most of its error.
 
-Then the evaluation of the kernels, `value`, is measured at random f, with every entry of the table. It does
-not decrease: for f >= 0 each step keeps the order of the one before, and between neighbours of f < 0, an ulp
-apart, rounding changes f**2 * (c2 + ...) by less than 0.4 ulp of f while 2**f - 1 increases by more than
-0.48; adding c1*f and then 1 keeps that order. The script counts the decreases all the same, and fails if it
-finds one.
+Then the evaluation of the kernels, `value`, is measured at random f, with every entry of the table (without
+one the kernels keep a small part of f apart, which is 0 here). It does not decrease in f: for f >= 0 each
+step keeps the order of the one before, and between neighbours of f < 0, an ulp apart, rounding changes
+f**2 * (c2 + ...) by less than 0.4 ulp of f while 2**f - 1 increases by more than 0.48; adding c1*f and then 1
+keeps that order. The script counts the decreases all the same, and fails if it finds one.
 
 At a seam, where j changes, f and f - 1/m both stand for the same power or nearly, and rounding can make the
 value at f the larger one by an ulp; the script says how often.

@@ -37,30 +37,34 @@ def in_python(function, dtype, entries):
     return _cuda_target.rebuilt(function, primitives, lambda copy: copy)
 
 
+def draws(dtype, rng):
+    """Yield temperatures, maxima, and entries: anywhere, and where the fraction of an exponent is large."""
+    for i in range(1000):
+        temperature = float(2 ** rng.uniform(-3, 3))
+        row_max = dtype(rng.normal() * 10 ** rng.uniform(-3, 3) * (i % 2))
+        octaves = rng.uniform(0.4, 0.6) if i % 4 == 0 else abs(rng.normal()) * 10 ** rng.uniform(-3, 1.5)
+        yield temperature, row_max, dtype(row_max - octaves * math.log(2) * temperature)
+
+
 @pytest.mark.parametrize("guarded", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "entries", "limit"),
     [
-        (np.float32, 1, 0.92),
-        (np.float32, 4, 0.64),
-        (np.float32, 16, 0.60),
-        (np.float64, 1, 0.90),
-        (np.float64, 16, 0.60),
+        (np.float32, 1, 0.9),
+        (np.float32, 4, 0.7),
+        (np.float32, 16, 0.62),
+        (np.float64, 1, 0.9),
+        (np.float64, 16, 0.62),
     ],
 )
 def test_terms_are_within_an_ulp(dtype, entries, limit, guarded):
-    """The limits are the errors that scripts/fit_exp2.py finds, and what reducing the argument adds."""
     rate_of, plain_scale, guarded_scale, terms = (
         in_python(getattr(_math, name), dtype, entries)
         for name in ("rate_of", "plain_scale", "guarded_scale", "terms")
     )
     top = 2.0 ** _math.BIAS[FORMATS[dtype][0]]
-    rng = np.random.default_rng(0)
     errors = []
-    for _ in range(500):
-        temperature = float(2 ** rng.uniform(-3, 3))
-        row_max = dtype(rng.normal() * 10 ** rng.uniform(-3, 3))
-        x = dtype(row_max - abs(rng.normal() * 10 ** rng.uniform(-3, 1.5)) * temperature)
+    for temperature, row_max, x in draws(dtype, np.random.default_rng(0)):
         if guarded:
             scale, guard = guarded_scale(row_max, temperature)
         else:
