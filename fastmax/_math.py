@@ -21,10 +21,10 @@ BIAS keeps the terms of the smallest results normal: only the last multiplicatio
 Entries so far below the maximum that no result can show their terms are raised to where this is just so.
 All this holds for plain slices: T such that c is far from overflow, and |max c| at most 2**15 or 2**40. Any
 other slice has a guard: x is scaled by powers of two on the way, and dropped below a cutoff, and the maximum
-is subtracted, d + d' = x - max exactly (two-sum), f = (d high - n) + (d low + d' high). There
-the limits are ordinary values: c = 0 with a cutoff at x - max = 0 is T = 0, c = 0 with a cutoff below every x
-is T = inf, and where nothing passes the cutoff the sum is 0 and the results 0 / 0. NaN passes everything, for
-comparisons with it are false.
+is subtracted, d + d' = x - max exactly (two-sum), f = (d high - n) + (d low + d' high). There the limits are
+ordinary values: c = 0 with a cutoff at x - max = 0 is T = 0, c = 0 with a cutoff below every x is T = inf,
+and where nothing passes the cutoff the sum is 0 and the results 0 / 0. NaN passes everything, for comparisons
+with it are false.
 
 Every function takes floats or lanes of float32 or float64, and every pair of constants is (float32's,
 float64's).
