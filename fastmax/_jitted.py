@@ -11,18 +11,16 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic as numba_intrinsic
 from numba.extending import overload
 from numba.np.arrayobj import make_array, populate_array
 from numba.np.unsafe import ndarray
 from numpy.exceptions import AxisError
 
 from fastmax import _slice
-from fastmax._jit import jit
+from fastmax._jit import intrinsic, jit
 from fastmax._lanes import as_contiguous
 
-# What these make, or are, is called with other arguments than their source says.
-intrinsic: Any = numba_intrinsic
+# What it makes is called with other arguments than its source says.
 to_fixed_tuple: Any = ndarray.to_fixed_tuple
 
 

@@ -16,7 +16,7 @@ sliced is counted by reference, with an atomic instruction.
 
 import math
 import operator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from llvmlite import ir
@@ -24,13 +24,9 @@ from llvmlite.binding import get_host_cpu_features
 from numba.core import config, types
 from numba.core.cgutils import get_or_insert_function
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic as numba_intrinsic
 from numba.extending import lower_builtin, models, overload, register_model
 
-from fastmax._jit import jit
-
-# What it makes is called with other arguments than the function that it decorates.
-intrinsic: Any = numba_intrinsic
+from fastmax._jit import intrinsic, jit
 
 
 def _register_bytes():
@@ -155,6 +151,8 @@ def _pointer(context, builder, array_type, array, index, llvm_type):
 def _define_operator(function, emit, result):
     @infer_global(function)  # pyright: ignore[reportOptionalCall]
     class _Template(AbstractTemplate):
+        metadata: ClassVar = {"target": "cpu"}  # to be tried before all of Numba's own
+
         def generic(self, args, kws):
             if not kws and isinstance(args[0], Lanes) and all(arg == args[0] for arg in args):
                 return signature(result(args[0]), *args)
