@@ -304,7 +304,7 @@ def _keep_faint_terms(states, x, mask, reduced):
         if mask is not None:
             present &= mask[own]
         if (below := entries[present]).size and below.max() > -math.inf:
-            alone = _states(below, temperature[index], None, 1, "softmax").reshape(_FIELDS)
+            alone = _states(below, temperature[index], None, 1, "log_softmax").reshape(_FIELDS)
             total = alone[1] * 2.0 ** BIAS[1]
             states[index][2:5] = (
                 alone[0],

@@ -218,7 +218,7 @@ class _Linked(JITCodeLibrary):
 
     Numba does that for each function by itself, too, and three times more for the body of a loop over
     threads: a first call then takes 1.3 (rows) to 1.6 times (tall columns) as long. It also links all that a
-    function calls, and what that calls, into each function; here that is done for the last one alone.
+    function calls, and what that calls, into each function; here only into those that a kernel itself calls.
     """
 
     @property
@@ -317,7 +317,8 @@ class _Callee(CPUDispatcher):
     """A function that kernels call; it is not compiled anew for each integer that is written in a call."""
 
     def get_call_template(self, args, kws):
-        args = [numba.types.intp if isinstance(arg, numba.types.IntegerLiteral) else arg for arg in args]
+        integers = numba.types.IntegerLiteral
+        args = [numba.types.unliteral(arg) if isinstance(arg, integers) else arg for arg in args]
         return super().get_call_template(args, kws)
 
 

@@ -12,7 +12,10 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from numba import float32, intp
 from numba.core import config
+from numba.core.compiler import Compiler
+from numba.core.registry import CPUDispatcher
 
 import fastmax
 from fastmax import _jit
@@ -276,3 +279,40 @@ def test_gufunc_beside_a_kernel_that_another_process_compiled(package, tmp_path)
         (theirs,) = other.rglob(path.name)
         shutil.copy(theirs, path)
     assert run(strided, package) == printed
+
+
+# --- what kernels call ----------------------------------------------------------------------------
+
+
+@_jit.jit
+def shifted(x, by):
+    return x + by
+
+
+@_jit.jit
+def left(x):
+    return shifted(x, 1)
+
+
+@_jit.jit
+def right(x):
+    return shifted(x, 2)
+
+
+def product(x):
+    return left(x) * right(x) * shifted(x, 3)
+
+
+@pytest.mark.parametrize("compiler", [_jit._KernelCompiler, Compiler])
+def test_code_that_is_called_along_several_ways_is_linked_once(compiler):
+    """By kernels, and by functions that Numba compiles as it does."""
+    function = _jit._njit(product, CPUDispatcher, compiler)
+    assert function(2.0) == 60.0
+    assert function(2) == 60
+
+
+def test_callees_are_not_compiled_for_each_integer_in_a_call():
+    function = _jit._njit(product, CPUDispatcher, _jit._KernelCompiler)
+    assert function(np.float32(2.0)) == 60.0
+    assert (float32, intp) in shifted.signatures
+    assert not any("Literal" in str(types) for types in shifted.signatures)
