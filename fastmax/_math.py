@@ -540,6 +540,13 @@ def merge(total, error, total2, error2):
 
 
 @jit(inline="always")
+def settled(total, error):
+    """The same sum with as much as possible in the total, which is the larger part."""
+    result = total + error
+    return result, (total - result) + error
+
+
+@jit(inline="always")
 def halve(total, error):
     """Merge the pairs of the upper half of the lanes into those of the lower half."""
     return merge(lower_half(total), lower_half(error), upper_half(total), upper_half(error))
@@ -566,8 +573,12 @@ def larger(x, y):
 
 @jit(inline="always")
 def reciprocal(total, error):
-    """1 / (total + error) as a pair high + low."""
+    """1 / (total + error) as a pair high + low.
+
+    Where many terms are below half an ulp of the largest, the error has all of them.
+    """
     one = spread(1.0, total)
+    total, error = settled(total, error)
     high = one / total
     return high, high * (fma(-high, total, one) - high * error)
 

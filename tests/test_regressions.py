@@ -112,3 +112,28 @@ def test_a_forked_child_of_a_parent_with_threads_computes():
     if child == 0:
         os._exit(0 if np.array_equal(fastmax.softmax(x), expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("n", [20_000, 2**20])
+@pytest.mark.parametrize("layout", ["row", "columns", "strided", "masked", "vector"])
+@pytest.mark.parametrize("gap", [16.7, 19.0])
+def test_many_terms_below_half_an_ulp_of_the_largest_count(layout, n, gap):
+    """Their sum is lost to no rounding: the results of these were up to 60,000 ulp too small."""
+    x = np.full(n, -gap, np.float32)
+    x[n // 3] = 0.0
+    match layout:
+        case "row":
+            result = fastmax.softmax(np.stack([x, x]), axis=1)[1]
+        case "columns":
+            result = fastmax.softmax(np.stack([x] * 3, axis=1), axis=0)[:, 1]
+        case "strided":
+            result = fastmax.softmax(np.repeat(x, 2)[::2])
+        case "masked":
+            result = fastmax.softmax(np.append(x, 5.0).astype(np.float32), where=np.arange(n + 1) < n)[:n]
+        case _:
+            result = fastmax.softmax(x)
+    small = np.exp(np.float64(x[0]))
+    expected = np.array([small, 1.0]) / (1.0 + (n - 1) * small)
+    found = np.array([result[0], result[n // 3]])
+    assert np.all(np.abs(found - expected) <= 1.0 * np.spacing(expected.astype(np.float32)))
+    assert np.all(result[np.arange(n) != n // 3] == result[0])
