@@ -2,14 +2,15 @@
 
 All schedules are one: a *group* of threads takes a slice, and each of them holds `PIECES` pieces of it in
 registers, a piece being the lanes of one 128-bit access. Entries are read once and written once. What differs
-is the group: a thread, some lanes of a warp, a block, the blocks of a cluster, or a column of a block, and
-how it finds the maximum and the sum. A slice that is too long for a group is split: one kernel leaves the
-maximum and the sum of each part in memory, others merge them and write, and so entries are read twice, the
-second time from the L2 cache. The kernels for any strides take what has no such form.
+is the group: a thread, some lanes of a warp, a block, or a column of a block, and how it finds the maximum
+and the sum. Longer slices lie in shared memory, that of a block or of a team of blocks. A slice that is too
+long for a team is split: one kernel leaves the maximum and the sum of each part in memory, others merge them and
+write, and so entries are read twice, the second time from the L2 cache. The kernels for any strides take what
+has no such form.
 
 The functions here are plain Python over the primitives of `_cuda_target`. The names in capitals, and those in
 the tables at the end, get their values when a kernel is built (see `_cuda_plan.names`); so do `load`,
-`store`, `stage`, `unstage` and `slots`.
+`store`, `peek`, `keep` and `slots`.
 """
 
 from fastmax._cuda_target import (
@@ -18,38 +19,63 @@ from fastmax._cuda_target import (
     as_lanes,
     barrier,
     block,
+    blocks_of_grid,
     byte,
-    cluster_arrive,
-    cluster_rank,
-    cluster_wait,
+    copies_before_done,
+    copies_done,
+    copies_end,
+    copy_in,
+    copy_out,
+    everywhere,
+    exp2,
+    first_inverse,
+    from_there,
+    further,
     get,
+    hear,
+    keep,
     load,
     load_one,
+    load_part,
     number,
     offset,
     part,
+    peek,
     put,
-    put_remote,
     scanned,
     select,
     shuffle,
     shuffle_from,
+    singles,
     slots,
+    small,
     spread,
-    stage,
     store,
+    store_lanes,
     store_one,
+    store_part,
+    tell,
     thread,
-    unstage,
+    tile_for,
+    together,
 )
 from fastmax._math import (
+    BIAS,
+    DEPTH,
+    EXP2_OF_HALVES,
     LAW_WORDS,
     Guard,
     Rate,
+    Scale,
     add,
     add_smaller,
+    at_least,
     bounded_gap,
     bounded_scale,
+    constant,
+    fma,
+    guarded,
+    guarded_terms,
     is_plain,
     larger,
     law_of,
@@ -62,6 +88,8 @@ from fastmax._math import (
     own_misses_faint_terms,
     plain_gap,
     plain_scale,
+    polynomial,
+    power_of_two,
     reciprocal,
     rescaled,
     rescaled_moment,
@@ -74,15 +102,21 @@ from fastmax._math import (
 
 # Set when a kernel is built; these values are for the reader.
 PIECES = (0,)  # one entry for each piece of a thread
+EACH = 1  # short rows of a thread
+CHUNKS = (0,)  # one entry for each piece of 128 bits that a thread copies of a block's short rows
 LANES = 4  # in a piece
+WIDE = 4  # entries of 128 bits
+PARTS = 4  # accesses of 128 bits to a line
 ACCESS = 4  # entries read at a time
 THREADS = 128  # in a block
 GROUP = 32  # threads of a block that share a slice
-BLOCKS = 1  # blocks of a cluster that share a slice
 SLICES = 4  # in a block
-MEMBERS = GROUP * BLOCKS
-CAPACITY = LANES * MEMBERS  # entries that a group holds
+CAPACITY = LANES * GROUP  # entries that a group holds
 FIELDS = 3  # numbers that a part of a slice leaves in memory
+AREAS, ROOM = 4, 3  # exchanges of which the blocks of a team keep the states, and words for each state
+AHEAD = False  # whether a block has a second tile, for the next slice
+KEPT = True  # whether terms take the place of entries in a tile
+SHIFTED = False  # whether a row is read from the multiple of 128 bits before it on
 MASKED = False
 ABSENT = 0.0  # what an entry, or a slice, comes out as where the mask is False
 
@@ -173,15 +207,10 @@ def columns_place():
     return block() * SLICES + thread() % SLICES, thread() // SLICES
 
 
-def cluster_place():
-    """The threads of all blocks of a cluster share a slice."""
-    return block() // BLOCKS, cluster_rank() * THREADS + thread()
-
-
 place = rows_place
 
 
-def alone(combine, state, empty):
+def alone(combine, state, empty, board):
     """A thread has its slice for itself."""
     return state
 
@@ -198,12 +227,12 @@ def in_lanes(combine, state, width):
     return shuffle_from(state, mask, first)
 
 
-def in_warp(combine, state, empty):
+def in_warp(combine, state, empty, board):
     """A group is 8, 16 or 32 lanes of a warp."""
     return in_lanes(combine, state, GROUP)
 
 
-def in_block(combine, state, empty):
+def in_block(combine, state, empty, board):
     """Each warp leaves its state in shared memory, and each combines all of them: one barrier."""
     state = in_lanes(combine, state, 32)
     lane = thread() % 32
@@ -217,21 +246,7 @@ def in_block(combine, state, empty):
     return in_lanes(combine, state, 32)
 
 
-def in_cluster(combine, state, empty):
-    """Each block leaves its state in the shared memory of every block of the cluster."""
-    state = in_block(combine, state, empty)
-    room = slots(state)
-    if thread() < BLOCKS:
-        put_remote(room, thread(), cluster_rank(), state)
-    cluster_arrive()
-    cluster_wait()
-    result = get(room, 0)
-    for i in range(1, BLOCKS):
-        result = combine(result, get(room, i))
-    return result
-
-
-def in_column(combine, state, empty):
+def in_column(combine, state, empty, board):
     """The threads of a column leave their states in shared memory, and each combines those of its column."""
     room = slots(state)
     put(room, thread(), state)
@@ -242,7 +257,60 @@ def in_column(combine, state, empty):
     return result
 
 
-exchange = in_warp
+among = in_block
+
+
+def in_team(area, combine, state, empty, board):
+    """The blocks of a team leave their states in memory, and each combines all of them.
+
+    No area is written again before all have read it, as exchanges by way of different ones lie between.
+    """
+    told, number, first_area, team, rank, blocks = board
+    state = among(combine, state, empty, None)
+    member = thread() // SLICES
+    first = (team * AREAS + first_area + area) * blocks * SLICES + thread() % SLICES
+    if member == 0:
+        tell(told, (first + rank * SLICES) * ROOM, number, state)
+    result = empty
+    if SLICES == 1:
+        # One warp hears for all: if each did, they would stand in each other's way.
+        room = slots(state)
+        if thread() < 32:
+            for i in range(thread(), blocks, 32):
+                result = combine(result, hear(told, (first + i) * ROOM, number, empty))
+            result = in_lanes(combine, result, 32)
+            if thread() == 0:
+                put(room, 0, result)
+        barrier()
+        return get(room, 0)
+    for i in range(member, blocks, GROUP):
+        result = combine(result, hear(told, (first + i * SLICES) * ROOM, number, empty))
+    barrier()
+    return among(combine, result, empty, None)
+
+
+def other_board(board):
+    """Two more areas for the rare exchanges after the usual ones."""
+    told, number, _, team, rank, blocks = board
+    return told, number, 2, team, rank, blocks
+
+
+def same_board(board):
+    return board
+
+
+second_board = same_board
+
+
+def top_in_team(combine, state, empty, board):
+    return in_team(0, combine, state, empty, board)
+
+
+def sums_in_team(combine, state, empty, board):
+    return in_team(1, combine, state, empty, board)
+
+
+exchange = exchange_top = in_warp  # the second one for maxima
 
 
 def my_own(flag):
@@ -256,22 +324,6 @@ def any_here(flag):
 
 
 anyone = my_own
-
-
-def no_cluster():
-    return
-
-
-def arrive():
-    """Blocks may write to each other once all of them have arrived."""
-    cluster_arrive()
-
-
-def wait():
-    cluster_wait()
-
-
-arrive_first, wait_first = no_cluster, no_cluster
 
 
 # -- what each function sums --------------------------------------------------------------------------
@@ -301,6 +353,10 @@ def softmax_add(state, x):
 
 def softmax_close(sums, spoil):
     return sums[0] - top_term(sums[0]) + spread(spoil, sums[0]), sums[1]
+
+
+def pair_close(sums, spoil):
+    return sums[0] + spread(spoil, sums[0]), sums[1]
 
 
 def softmax_merge(a, b):
@@ -379,6 +435,112 @@ zero_sums, add_piece, close_sums = softmax_zero, softmax_add, softmax_close
 merge_sums, empty_sums, rescale_sums = softmax_merge, softmax_empty, softmax_rescaled
 
 
+# -- the same for results of 16 bits ---------------------------------------------------------------------
+# These show nothing of what float32 rounds away: x - max is exact to 2**-24 of itself, its product with c is
+# at most 160 in a term that shows, and so a term is within 2**-16. That is 4 instructions for `terms` and
+# `add_smaller`, where float32 takes 28; two bytes in and two out leave room for 39 per entry on an H100.
+
+LEAST_PRODUCT = (-2.0 * DEPTH[0], -2.0 * DEPTH[1])
+
+
+def coarse_terms(x, scale, guard):
+    """`terms` by the function unit for 2**x: the power alone, and no excess."""
+    zero = spread(0.0, x)
+    distance = x - spread(scale.row_max, x)
+    if guard is not None:
+        distance = guarded(x, guard) - spread(scale.row_max, x)
+        distance = (distance * spread(guard.factor, x)) * spread(guard.factor2, x)
+    high = spread(scale.high, x)
+    power = exp2(fma(distance, high, constant(BIAS, x)))
+    product = at_least(distance * high, constant(LEAST_PRODUCT, x))  # finite, as 0 times this is 0
+    if guard is None:
+        return power, zero, product
+    dropped = distance < spread(guard.cutoff, x)
+    return select(dropped, zero, power), zero, select(dropped, zero, product)
+
+
+def coarse_term_of(power, excess):
+    return power
+
+
+def coarse_add(total, error, power, excess):
+    return total + power, error
+
+
+def coarse_merge(total, error, total2, error2):
+    return total + total2, error
+
+
+def coarse_zero(like):
+    return (spread(0.0, like),)
+
+
+def coarse_softmax_add(state, x):
+    sums, row_max, scale, guard = state
+    power, _, _ = terms(x, scale, guard)
+    return ((sums[0] + power,), row_max, scale, guard), power
+
+
+def coarse_close(sums, spoil):
+    return (sums[0] + spread(spoil, sums[0]),)
+
+
+def coarse_softmax_merge(a, b):
+    return (a[0] + b[0],)
+
+
+def coarse_rescaled(part_max, sums, scale, guard, row_max):
+    power, _, _ = terms(part_max, scale, guard)
+    return (power * (sums[0] / top_term(part_max)),)
+
+
+def coarse_softmax_piece(state, term):
+    return state, term * spread(state, term)
+
+
+def coarse_softmax_results(row, row_max, sums, law):
+    _, row = scanned(coarse_softmax_piece, first_inverse(sums[0]), row)
+    return row
+
+
+# -- softmax of float32, where a kernel has the whole slice at once -----------------------------------------
+# The terms of a slice may share any factor, so they are 2**(x c - origin), with the integer nearest to max c
+# as origin. Then n = round(x c - origin) is one fma, nothing of the maximum is left over, and a term is 13
+# instructions where `terms` takes 22. Rounded to a float32, it is within 1.1 ulp, a probability within 2.2.
+
+BRIEF = (1.0, *EXP2_OF_HALVES)
+MAGIC = 1.5 * 2.0**23  # above which float32s are integers
+BRIEF_ZERO = MAGIC + 127.0 + BIAS[0]
+
+
+def brief_scale(row_max, rate):
+    """Scale of a plain slice; rest is what n plus the exponent's own zero is from the exponent."""
+    high, low = spread(rate.high, row_max), spread(rate.low, row_max)
+    magic = spread(MAGIC, row_max)
+    origin = (row_max * high + magic) - magic
+    lowest = row_max - spread(rate.depth, row_max)
+    return Scale(row_max, high, low, lowest, origin, spread(BRIEF_ZERO, row_max) - origin)
+
+
+def brief_terms(x, scale, guard):
+    """`terms` as one float32: the power, and no excess."""
+    if guard is not None:
+        power, excess, product = guarded_terms(x, scale, guard)
+        return fma(excess, power, power), spread(0.0, x), product
+    x = at_least(x, spread(scale.lowest, x))
+    high, rest = spread(scale.high, x), spread(scale.rest, x)
+    exponent = fma(x, high, rest)
+    near = exponent - rest
+    f = fma(x, spread(scale.low, x), fma(x, high, -near))
+    return polynomial(f, (BRIEF, BRIEF)) * power_of_two(exponent), spread(0.0, x), f
+
+
+def brief_add_smaller(total, error, power, excess):
+    """A term has at most the exponent of the total, which is enough."""
+    result = total + power
+    return result, error + ((total - result) + power)
+
+
 # -- what each function makes of them -------------------------------------------------------------------
 
 
@@ -434,41 +596,44 @@ def log_softmax_results(row, row_max, sums, law):
 results_of, entries_again = softmax_results, softmax_entries
 
 
-def entropy_of(source, n, member, row_max, sums, law):
+def entropy_of(source, walk, board, row_max, sums, law):
     return own_entropy_value(row_max, sums)
 
 
-def logsumexp_of(source, n, member, row_max, sums, law):
+def logsumexp_of(source, walk, board, row_max, sums, law):
     high, low, unit = scaled_from(law)
     value = own_logsumexp_value(row_max, high, low, unit, sums)
     faint = own_misses_faint_terms(row_max, high * unit, sums)
     if anyone(faint):
-        other = faint_value(source, n, member, row_max, high * unit, law)
+        other = faint_value(source, walk, board, row_max, high * unit, law)
         value = select(faint, other, value)
     return value
 
 
-def faint_value(source, n, member, row_max, temperature, law):
+def faint_value(source, walk, board, row_max, temperature, law):
     """Max + T rest, where the terms of the rest are too small beside that of a single maximum.
 
-    As `_slice.logsumexp_of_faint`, from entries that are read twice more.
+    As `_slice.logsumexp_of_faint`, from entries that are read twice more. ``walk`` = (first, stop, step) of
+    those of this thread.
     """
+    start, stop, step = walk
+    board = second_board(board)
     lowest, zero, half = spread(-INFINITY, row_max), spread(0.0, row_max), spread(0.5, row_max)
     second = lowest
-    for i in range(member, n, MEMBERS):
+    for i in range(start, stop, step):
         entry = entry_of(source, i)
         if entry < row_max:
             second = larger(entry, second)
-    (second,) = exchange(largest, (second,), (lowest,))
+    (second,) = exchange_top(largest, (second,), (lowest,), board)
     high, low, guard, _ = guard_from(law)
     scale, own = bounded_scale(second, high, low, guard)
     sums = zero, zero
-    for i in range(member, n, MEMBERS):
+    for i in range(start, stop, step):
         entry = entry_of(source, i)
         if entry < row_max:
             power, excess, _ = terms(entry, scale, own)
             sums = add(sums[0], sums[1], power, excess)
-    total, error = exchange(softmax_merge, sums, (zero, zero))
+    total, error = exchange(softmax_merge, sums, (zero, zero), board)
     # The term of the second at the temperature 2 T is that of its half at T.
     scale, own = bounded_scale(row_max * half, high, low, guard)
     power, excess, _ = terms(second * half, scale, own)
@@ -484,6 +649,10 @@ def packed_entry(source, i):
     return load_one(x, base + i * stride)
 
 
+def tile_entry(tile, i):
+    return load_one(tile, i)
+
+
 entry_of = packed_entry
 
 
@@ -492,23 +661,44 @@ entry_of = packed_entry
 
 def load_piece(state, piece):
     x, base, stride, first, stop = state
-    value = load(x, base, stride, first, ACCESS * MEMBERS, stop)
-    return (x, base, stride, first + LANES * MEMBERS, stop), value
+    value = load(x, base, stride, first, ACCESS * GROUP, stop)
+    return (x, base, stride, first + LANES * GROUP, stop), value
 
 
 def store_piece(state, value):
     out, base, stride, first, stop = state
-    store(out, base, stride, first, ACCESS * MEMBERS, stop, value)
-    return (out, base, stride, first + LANES * MEMBERS, stop), 0
+    store(out, base, stride, first, ACCESS * GROUP, stop, value)
+    return (out, base, stride, first + LANES * GROUP, stop), 0
 
 
-def load_row(x, base, stride, member, stop):
-    _, row = scanned(load_piece, (x, base, stride, ACCESS * member, stop), PIECES)
+def load_edge(state, value):
+    """A piece of which only a part is of the row."""
+    x, base, first, stop = state
+    return (x, base, first + LANES * GROUP, stop), load_part(x, base, first, stop, value)
+
+
+def store_edge(state, value):
+    out, base, first, stop = state
+    store_part(out, base, first, stop, value)
+    return (out, base, first + LANES * GROUP, stop), 0
+
+
+def load_row(x, base, stride, shift, member, stop):
+    _, row = scanned(load_piece, (x, base, stride, ACCESS * member - shift, stop), PIECES)
+    if SHIFTED:
+        _, row = scanned(load_edge, (x, base, LANES * member - shift, stop), row)
     return row
 
 
-def store_row(out, base, stride, member, stop, row):
-    scanned(store_piece, (out, base, stride, ACCESS * member, stop), row)
+def store_row(out, base, stride, shift, member, stop, row):
+    scanned(store_piece, (out, base, stride, ACCESS * member - shift, stop), row)
+    if SHIFTED:
+        scanned(store_edge, (out, base, LANES * member - shift, stop), row)
+
+
+def shift_of(base, skew):
+    """How far a row begins behind a multiple of 128 bits."""
+    return (base + skew) % LANES if SHIFTED else 0
 
 
 def sum_row(row, row_max, scale, guard, spoil):
@@ -520,8 +710,7 @@ def reduce_row(row, law):
     """Maximum and sums of a slice, and what `add_piece` made of its entries."""
     (top,), _ = scanned(max_piece, (spread(-INFINITY, row[0]),), row)
     (top,) = across(largest, (top,))
-    wait_first()
-    (row_max,) = exchange(largest, (top,), (spread(-INFINITY, top),))
+    (row_max,) = exchange_top(largest, (top,), (spread(-INFINITY, top),), None)
     rate = rate_from(law)
     if is_plain(row_max, rate):
         sums, row = sum_row(row, row_max, plain_scale(row_max, rate), None, spread(0.0, row_max))
@@ -529,7 +718,7 @@ def reduce_row(row, law):
         high, low, guard, spoil = guard_from(law)
         scale, guard = bounded_scale(row_max, high, low, guard)
         sums, row = sum_row(row, row_max, scale, guard, spoil)
-    sums = exchange(merge_sums, across(merge_sums, sums), empty_sums(row_max))
+    sums = exchange(merge_sums, across(merge_sums, sums), empty_sums(row_max), None)
     return row_max, sums, row
 
 
@@ -545,103 +734,492 @@ def columns_base(index, n, inner, pitch):
 base_of = rows_base
 
 
-def transform(x, out, laws, law, count, n, inner, x_pitch, out_pitch):
+def transform(x, out, laws, law, count, n, inner, skew, x_pitch, out_pitch):
     """Softmax or log_softmax: each entry is read once and written once."""
-    arrive_first()
     index, member = place()
     last = min(index, count - 1)  # threads without a slice do what others do, and write nothing
     base, stride = base_of(last, n, inner, x_pitch)
+    shift = shift_of(base, skew)
     law = law_at(laws, law, last)
-    row_max, sums, row = reduce_row(load_row(x, base, stride, member, n), law)
+    row_max, sums, row = reduce_row(load_row(x, base, stride, shift, member, n), law)
     row = results_of(row, row_max, sums, law)
     base, stride = base_of(last, n, inner, out_pitch)
-    store_row(out, base, stride, member, n if index < count else 0, row)
+    if index < count:
+        store_row(out, base, stride, shift, member, n, row)
 
 
-def reduce(x, out, laws, law, count, n, inner, x_pitch, out_pitch):
+def reduce(x, out, laws, law, count, n, inner, skew, x_pitch, out_pitch):
     """Logsumexp or entropy: each entry is read once, one value per slice written."""
-    arrive_first()
     index, member = place()
     last = min(index, count - 1)
     base, stride = base_of(last, n, inner, x_pitch)
     law = law_at(laws, law, last)
-    row_max, sums, _ = reduce_row(load_row(x, base, stride, member, n), law)
-    value = value_of((x, base, stride), n, member, row_max, sums, law)
+    row_max, sums, _ = reduce_row(load_row(x, base, stride, shift_of(base, skew), member, n), law)
+    value = value_of((x, base, stride), (member, n, GROUP), None, row_max, sums, law)
     if index < count and member == 0:
         store_one(out, index, value)
 
 
 # -- short rows: a thread has a row, and a block brings its rows in and out through shared memory ----------
-# The block reads THREADS n neighbouring entries, neighbouring threads neighbouring entries, and each thread
-# finds its own in shared memory. Rows of an odd number of words begin in 32 banks as they are; for the others
-# a word in 33 is left free, so that rows of 8, 16 or 32 do not meet in one. With loads of 128 bits, the
-# writes to shared memory would meet there instead.
+# The block copies its rows as they lie, from a multiple of 128 bits on, and each thread finds its own there,
+# entry by entry (PIECES are n, and LANES 1). These rows are not multiples of 128 bits, so at most two meet in
+# a bank. A thread has EACH rows, one after the other, so that enough bytes are on their way.
 
 
-def pad_shift(n):
-    """After how many entries a word is left free, as a power of two; 2**31 is none."""
-    return 31 if n % 2 == 1 else 5
-
-
-def stage_piece(state, piece):
-    x, room, base, first, stop, shift = state
-    value = load(x, base, 1, first, THREADS, stop)
-    stage(room, first, THREADS, stop, shift, value)
-    return (x, room, base, first + LANES * THREADS, stop, shift), 0
-
-
-def unstage_piece(state, piece):
-    room, first, stop, shift = state
-    return (room, first + LANES, stop, shift), unstage(room, first, 1, stop, shift)
-
-
-def restage_piece(state, value):
-    room, first, stop, shift = state
-    stage(room, first, 1, stop, shift, value)
-    return (room, first + LANES, stop, shift), 0
-
-
-def drain_piece(state, piece):
-    out, room, base, first, stop, shift = state
-    store(out, base, 1, first, THREADS, stop, unstage(room, first, THREADS, stop, shift))
-    return (out, room, base, first + LANES * THREADS, stop, shift), 0
-
-
-def bring_rows(x, count, n):
-    """Bring the rows of the block into shared memory; return it and the row of this thread."""
-    first = block() * THREADS
-    stop = min(THREADS, count - first) * n
-    room = slots(load_one(x, 0))
-    scanned(stage_piece, (x, room, first * n, thread(), stop, pad_shift(n)), PIECES)
+def bring_rows(x, count, n, skew):
+    """Bring the rows of the block into shared memory; return the tile, its first row, and where they end."""
+    first = block() * (THREADS * EACH)
+    stop = skew + min(THREADS * EACH, count - first) * n
+    tile = tile_for(x)
+    scanned(bring_chunk, (tile, x, first * n - skew, WIDE * thread(), stop), CHUNKS)
+    copies_done()
     barrier()
-    start = min(thread() * n, stop - n)
-    _, row = scanned(unstage_piece, (room, start, start + n, pad_shift(n)), PIECES)
-    return room, row, stop
+    return tile, first, stop
 
 
-def transform_short(x, out, laws, law, count, n, inner, x_pitch, out_pitch):
+def bring_chunk(state, chunk):
+    tile, x, base, at, stop = state
+    copy_in(tile, at, x, base + at, stop - at)
+    return (tile, x, base, at + WIDE * THREADS, stop), 0
+
+
+def drain_chunk(state, chunk):
+    tile, out, base, at, skew, stop = state
+    copy_out(tile, at, out, base, skew, stop)
+    return (tile, out, base, at + WIDE * THREADS, skew, stop), 0
+
+
+def load_own(state, piece):
+    tile, at = state
+    return (tile, at + 1), load_one(tile, at)
+
+
+def store_own(state, value):
+    tile, at = state
+    store_one(tile, at, value)
+    return (tile, at + 1), 0
+
+
+def transform_short(x, out, laws, law, count, n, inner, skew, x_pitch, out_pitch):
     """`transform` of rows of at most 32 words."""
-    room, row, stop = bring_rows(x, count, n)
-    index = block() * THREADS + thread()
-    law = law_at(laws, law, min(index, count - 1))
-    row_max, sums, row = reduce_row(row, law)
-    row = results_of(row, row_max, sums, law)
+    n = len(PIECES)
+    tile, first, stop = bring_rows(x, count, n, skew)
+    for i in range(thread(), min(THREADS * EACH, count - first), THREADS):
+        start = skew + i * n
+        _, row = scanned(load_own, (tile, start), PIECES)
+        own = law_at(laws, law, first + i)
+        row_max, sums, row = reduce_row(row, own)
+        scanned(store_own, (tile, start), results_of(row, row_max, sums, own))
     barrier()
-    scanned(restage_piece, (room, thread() * n, min(thread() * n + n, stop), pad_shift(n)), row)
-    barrier()
-    scanned(drain_piece, (out, room, block() * THREADS * n, thread(), stop, pad_shift(n)), PIECES)
+    base = first * n - skew
+    if ACCESS == WIDE:
+        scanned(drain_chunk, (tile, out, base, WIDE * thread(), skew, stop), CHUNKS)
+    else:
+        for i in range(skew + thread(), stop, THREADS):
+            store_one(out, base + i, load_one(tile, i))
 
 
-def reduce_short(x, out, laws, law, count, n, inner, x_pitch, out_pitch):
+def reduce_short(x, out, laws, law, count, n, inner, skew, x_pitch, out_pitch):
     """`reduce` of rows of at most 32 words."""
-    _, row, _ = bring_rows(x, count, n)
-    index = block() * THREADS + thread()
-    last = min(index, count - 1)
-    law = law_at(laws, law, last)
-    row_max, sums, _ = reduce_row(row, law)
-    value = value_of((x, last * n, 1), n, 0, row_max, sums, law)
-    if index < count:
-        store_one(out, index, value)
+    n = len(PIECES)
+    tile, first, _ = bring_rows(x, count, n, skew)
+    for i in range(thread(), min(THREADS * EACH, count - first), THREADS):
+        _, row = scanned(load_own, (tile, skew + i * n), PIECES)
+        index = first + i
+        own = law_at(laws, law, index)
+        row_max, sums, _ = reduce_row(row, own)
+        store_one(out, index, value_of((x, index * n, 1), (0, n, 1), None, row_max, sums, own))
+
+
+# -- long slices: a block, or a team of blocks, keeps a row or some neighbouring columns in shared memory ----
+# Registers of a multiprocessor hold the rows of one or two blocks only, and while these compute nothing is
+# loaded or stored. Shared memory holds three tiles of 64 kB, and registers only what is being computed.
+# A row is taken from the multiple of 128 bits before it on (``shift`` entries), so all rows are read and
+# written so; what a tile holds before and behind the row is -inf. A column takes a word in each line of 64
+# bytes of its tile. Teams take one slice, or one group of columns, after the other.
+
+
+def places_of(base, skew, n, share, rank):
+    """How far apart places of a block's tile and of the row are, and where its share and its tile end."""
+    shift = (base + skew) % LANES
+    before = shift - rank * share
+    stop = max(0, min(n + before, share))
+    return before, stop, (stop + LANES - 1) // LANES * LANES
+
+
+def begin_row(tile, x, base, places):
+    """Begin to bring a block's share of a row."""
+    before, stop, _ = places
+    at, last = small(LANES * thread()), small(stop // LANES * LANES)
+    while at < last:
+        copy_in(tile, at, x, base - before + at, LANES)
+        at = further(at, LANES * THREADS)
+    if thread() == stop // LANES % THREADS:
+        whole = stop // LANES * LANES
+        copy_in(tile, whole, x, base - before + whole, stop - whole)
+
+
+def finish_row(tile, places):
+    """Let what the tile holds before and behind the row be -inf; a thread does so where it has copied."""
+    before, stop, size = places
+    lowest = spread(-INFINITY, load_one(tile, 0))
+    if thread() == 0:
+        for i in range(before):
+            store_one(tile, i, lowest)
+    if thread() == stop // LANES % THREADS:
+        for i in range(stop, size):
+            store_one(tile, i, lowest)
+
+
+def bring_columns(tile, x, base, inner, width, rows):
+    """Bring so many rows of a group of columns, of which ``width`` are there; return the size of the tile."""
+    lines = SLICES // LANES
+    for i in range(thread(), rows * lines, THREADS):
+        at = i % lines * LANES
+        if at < width:
+            copy_in(tile, i * LANES, x, base + i // lines * inner + at, LANES)
+    lowest = spread(-INFINITY, load_one(x, base))
+    size = -(-rows * SLICES // (LANES * THREADS)) * (LANES * THREADS)
+    for i in range(rows * SLICES + thread(), size, THREADS):
+        store_one(tile, i, lowest)
+    copies_done()
+    barrier()
+    return size
+
+
+def reduce_tile(tile, size, board, law):
+    """Maximum and sums of slices whose entries are in a tile, where terms take their place if KEPT."""
+    like = spread(-INFINITY, peek(tile, 0))
+    top = like
+    last = small(size)
+    at = small(first_in_tile())
+    while at < last:
+        top = larger(peek(tile, at), top)
+        at = further(at, LANES * THREADS)
+    (top,) = across_tile(largest, (top,))
+    (row_max,) = exchange_top(largest, (top,), (spread(-INFINITY, top),), board)
+    rate = rate_from(law)
+    if everywhere(is_plain(row_max, rate)):
+        state = (zero_sums(like), row_max, plain_scale(row_max, rate), None)
+        at = small(first_in_tile())
+        while at < last:
+            state, term = add_piece(state, peek(tile, at))
+            if KEPT:
+                keep(tile, at, term)
+            at = further(at, LANES * THREADS)
+        sums = close_sums(state[0], spread(0.0, row_max))
+    else:
+        high, low, guard, spoil = guard_from(law)
+        scale, guard = bounded_scale(row_max, high, low, guard)
+        guarded_state = (zero_sums(like), row_max, scale, guard)
+        at = small(first_in_tile())
+        while at < last:
+            guarded_state, term = add_piece(guarded_state, peek(tile, at))
+            if KEPT:
+                keep(tile, at, term)
+            at = further(at, LANES * THREADS)
+        sums = close_sums(guarded_state[0], spoil)
+    return row_max, exchange(merge_sums, across_tile(merge_sums, sums), empty_sums(row_max), board)
+
+
+def lanes_apart(combine, state):
+    """Where lanes are slices."""
+    return state
+
+
+across_tile = across
+
+
+def first_in_row():
+    return LANES * thread()
+
+
+def first_in_columns():
+    return thread()
+
+
+first_in_tile = first_in_row
+
+
+def write_row(step, state, target):
+    """Write what a step makes of the entries of a tile to a row, from ``base`` on."""
+    tile, out, base, before, stop, _ = target
+    start, end = stop, stop
+    if ACCESS == LANES:
+        start = min(stop, max(0, (before + LANES - 1) // LANES * LANES))
+        end = max(start, stop // LANES * LANES)
+        at, last = small(start + LANES * thread()), small(end)
+        while at < last:
+            _, value = step(state, peek(tile, at))
+            store_lanes(out, base - before + at, value)
+            at = further(at, LANES * THREADS)
+    # Entries of others, as all terms have been kept since the last exchange.
+    for i in range(max(before, 0) + thread(), start, THREADS):
+        _, single = step(state, load_one(tile, i))
+        store_one(out, base - before + i, single)
+    for i in range(end + thread(), stop, THREADS):
+        _, single = step(state, load_one(tile, i))
+        store_one(out, base - before + i, single)
+
+
+def write_columns(step, state, target):
+    """Write what a step makes of the entries of a tile to columns; this thread's begins at ``base``."""
+    tile, out, base, inner, width, size = target
+    rows = THREADS // SLICES
+    for i in range(thread(), size, LANES * THREADS):
+        _, value = step(state, peek(tile, i))
+        if thread() % SLICES < width:
+            store(out, base, inner, i // SLICES, rows, size // SLICES, value)
+
+
+def write_kept(write, target, row_max, sums, law):
+    """Softmax, from terms in the tile."""
+    write(softmax_piece, reciprocal(sums[0], sums[1]), target)
+
+
+def write_again(write, target, row_max, sums, law):
+    """Softmax of 16 bits, from entries in the tile."""
+    factor = first_inverse(sums[0])
+    rate = rate_from(law)
+    if everywhere(is_plain(row_max, rate)):
+        write(share_piece, (plain_scale(row_max, rate), None, factor), target)
+    else:
+        high, low, guard, _ = guard_from(law)
+        scale, guard = bounded_scale(row_max, high, low, guard)
+        write(share_piece, (scale, guard, factor), target)
+
+
+def share_piece(state, x):
+    scale, guard, factor = state
+    power, _, _ = terms(x, scale, guard)
+    return state, power * spread(factor, power)
+
+
+def write_logs(write, target, row_max, sums, law):
+    log_sum = own_log_of_sum(row_max, sums)
+    rate = rate_from(law)
+    if is_plain(row_max, rate):
+        write(log_piece, (plain_gap(row_max, rate, log_sum), None), target)
+    else:
+        inverse, prescale, factor, cutoff = gap_from(law)
+        write(log_piece, bounded_gap(row_max, inverse, prescale, factor, cutoff, log_sum), target)
+
+
+write_results = write_kept
+
+
+def board_of(told, number, blocks):
+    """What `exchange` needs to know."""
+    return told, number, 0, block() // blocks, block() % blocks, blocks
+
+
+def arrived(tile, x, index, teams, count, x_pitch, skew, n, share, blocks):
+    """Tile with the block's share of a row, and its places, while that of the team's next row is under way.
+
+    A thread reads only what it has itself brought, until the next barrier.
+    """
+    rank, parity = block() % blocks, index // teams % 2
+    places = places_of(index * x_pitch, skew, n, share, rank)
+    following = index + teams
+    if not AHEAD:
+        begin_row(tile, x, index * x_pitch, places)
+        copies_done()
+        finish_row(tile, places)
+        return tile, places
+    if index < teams:
+        begin_row(tile, x, index * x_pitch, places)
+        copies_end()
+    if following < count:
+        base = following * x_pitch
+        begin_row(from_there(tile, (1 - parity) * share), x, base, places_of(base, skew, n, share, rank))
+    copies_end()
+    copies_before_done()
+    own = from_there(tile, parity * share)
+    finish_row(own, places)
+    return own, places
+
+
+def transform_rows(x, out, told, laws, law, count, n, share, blocks, skew, x_pitch, out_pitch):
+    """`transform` of long rows: each entry is read once and written once."""
+    room = tile_for(x)
+    teams = blocks_of_grid() // blocks
+    for index in range(block() // blocks, count, teams):
+        board = board_of(told, index // teams + 1, blocks)
+        tile, places = arrived(room, x, index, teams, count, x_pitch, skew, n, share, blocks)
+        before, stop, size = places
+        own = law_at(laws, law, index)
+        row_max, sums = reduce_tile(tile, size, board, own)
+        write_results(write_row, (tile, out, index * out_pitch, before, stop, size), row_max, sums, own)
+        barrier()
+
+
+def reduce_rows(x, out, told, laws, law, count, n, share, blocks, skew, x_pitch, out_pitch):
+    """`reduce` of long rows."""
+    room = tile_for(x)
+    teams = blocks_of_grid() // blocks
+    for index in range(block() // blocks, count, teams):
+        board = board_of(told, index // teams + 1, blocks)
+        tile, places = arrived(room, x, index, teams, count, x_pitch, skew, n, share, blocks)
+        size = places[2]
+        own = law_at(laws, law, index)
+        row_max, sums = reduce_tile(tile, size, board, own)
+        value = value_of(tile, (thread(), size, THREADS), board, row_max, sums, own)
+        if thread() == 0 and block() % blocks == 0:
+            store_one(out, index, value)
+        barrier()
+
+
+def columns_at(index, n, share, blocks, inner):
+    """Which slices a group of columns has, and which rows of them a block."""
+    groups = -(-inner // SLICES)
+    first = index % groups * SLICES
+    start = block() % blocks * share
+    return index // groups, first, min(SLICES, inner - first), start, max(0, min(share, n - start))
+
+
+def transform_columns(x, out, told, laws, law, count, n, share, blocks, inner, x_pitch, out_pitch):
+    """`transform` of columns, SLICES at a time: each entry is read once and written once."""
+    tile = tile_for(x)
+    teams = blocks_of_grid() // blocks
+    for index in range(block() // blocks, count, teams):
+        board = board_of(told, index // teams + 1, blocks)
+        outer, first, width, start, rows = columns_at(index, n, share, blocks, inner)
+        base = start * inner + first
+        size = bring_columns(tile, x, outer * x_pitch + base, inner, width, rows)
+        slot = thread() % SLICES
+        own = law_at(laws, law, outer * inner + first + min(slot, width - 1))
+        row_max, sums = reduce_tile(tile, size, board, own)
+        base += outer * out_pitch + slot
+        write_results(write_columns, (tile, out, base, inner, width, rows * SLICES), row_max, sums, own)
+        barrier()
+
+
+def reduce_columns(x, out, told, laws, law, count, n, share, blocks, inner, x_pitch, out_pitch):
+    """`reduce` of columns."""
+    tile = tile_for(x)
+    teams = blocks_of_grid() // blocks
+    for index in range(block() // blocks, count, teams):
+        board = board_of(told, index // teams + 1, blocks)
+        outer, first, width, start, rows = columns_at(index, n, share, blocks, inner)
+        size = bring_columns(tile, x, outer * x_pitch + start * inner + first, inner, width, rows)
+        slice_ = outer * inner + first + min(thread() % SLICES, width - 1)
+        own = law_at(laws, law, slice_)
+        row_max, sums = reduce_tile(tile, size, board, own)
+        value = value_of(tile, (thread(), size, THREADS), board, row_max, sums, own)
+        if thread() < width and block() % blocks == 0:
+            store_one(out, slice_, value)
+        barrier()
+
+
+# The same for softmax at one temperature: a thread has the LANES neighbouring columns of one access, in each
+# THREADS / PARTS-th row, and so reads and writes 128 bits at a time.
+
+
+def begin_lines(tile, x, base, inner, size):
+    """Begin to bring some rows of SLICES columns; a thread reads only what it has itself brought."""
+    at, last = small(LANES * thread()), small(size)
+    from_ = base + thread() % PARTS * LANES + thread() // PARTS * inner
+    while at < last:
+        copy_in(tile, at, x, from_, LANES)
+        from_ += THREADS // PARTS * inner
+        at = further(at, LANES * THREADS)
+
+
+def lines_at(index, n, share, blocks, inner):
+    """Of a group of columns: number before and in it, first row of a block, and size of its tile.
+
+    The size is 0 for threads without columns.
+    """
+    outer, first, width, start, rows = columns_at(index, n, share, blocks, inner)
+    return outer, start * inner + first, rows * SLICES if thread() % PARTS * LANES < width else 0
+
+
+def lines_arrived(tile, x, index, teams, count, x_pitch, n, share, blocks, inner):
+    """`arrived` of lines."""
+    parity, following = index // teams % 2, index + teams
+    outer, base, size = lines_at(index, n, share, blocks, inner)
+    if not AHEAD:
+        begin_lines(tile, x, outer * x_pitch + base, inner, size)
+        copies_done()
+        return tile, outer, base, size
+    if index < teams:
+        begin_lines(tile, x, outer * x_pitch + base, inner, size)
+        copies_end()
+    if following < count:
+        next_outer, next_base, next_size = lines_at(following, n, share, blocks, inner)
+        other = from_there(tile, (1 - parity) * share * SLICES)
+        begin_lines(other, x, next_outer * x_pitch + next_base, inner, next_size)
+    copies_end()
+    copies_before_done()
+    return from_there(tile, parity * share * SLICES), outer, base, size
+
+
+def among_lines(combine, state, empty, board):
+    """The threads of the same columns first tell each other in a warp, then by way of shared memory."""
+    step = 16
+    while step >= PARTS:
+        state = combine(state, together(shuffle(singles(state), (1 << 32) - 1, step), state))
+        step = step // 2
+    own = singles(state)
+    room = slots(own)
+    if thread() % 32 < PARTS:
+        put(room, thread() // 32 * PARTS + thread() % 32, own)
+    barrier()
+    result = together(get(room, thread() % PARTS), state)
+    for i in range(1, THREADS // 32):
+        result = combine(result, together(get(room, thread() % PARTS + i * PARTS), state))
+    return result
+
+
+def lines_in_team(area, combine, state, empty, board):
+    """`in_team` for lines, of which each state is that of LANES slices."""
+    told, number, first_area, team, rank, blocks = board
+    state = among_lines(combine, state, empty, None)
+    part, member = thread() % PARTS, thread() // PARTS
+    first = (team * AREAS + first_area + area) * blocks * PARTS + part
+    if member == 0:
+        tell(told, (first + rank * PARTS) * ROOM, number, singles(state))
+    result = empty
+    for i in range(member, blocks, THREADS // PARTS):
+        own = hear(told, (first + i * PARTS) * ROOM, number, singles(empty))
+        result = combine(result, together(own, empty))
+    barrier()
+    return among_lines(combine, result, empty, None)
+
+
+def top_of_lines(combine, state, empty, board):
+    return lines_in_team(0, combine, state, empty, board)
+
+
+def sums_of_lines(combine, state, empty, board):
+    return lines_in_team(1, combine, state, empty, board)
+
+
+def write_lines(step, state, target):
+    tile, out, base, inner, size = target
+    at, last = small(LANES * thread()), small(size)
+    to = base + thread() // PARTS * inner
+    while at < last:
+        _, value = step(state, peek(tile, at))
+        store_lanes(out, to, value)
+        to += THREADS // PARTS * inner
+        at = further(at, LANES * THREADS)
+
+
+def transform_lines(x, out, told, laws, law, count, n, share, blocks, inner, x_pitch, out_pitch):
+    """`transform_columns` of softmax at one temperature."""
+    room = tile_for(x)
+    teams = blocks_of_grid() // blocks
+    own = law_at(laws, law, 0)
+    for index in range(block() // blocks, count, teams):
+        board = board_of(told, index // teams + 1, blocks)
+        tile, outer, base, size = lines_arrived(
+            room, x, index, teams, count, x_pitch, n, share, blocks, inner
+        )
+        row_max, sums = reduce_tile(tile, size, board, own)
+        base += outer * out_pitch + thread() % PARTS * LANES
+        write_results(write_lines, (tile, out, base, inner, size), row_max, sums, own)
+        barrier()
 
 
 # -- split slices: a group takes a part, and leaves its maximum and sums for the others ------------------
@@ -654,7 +1232,7 @@ def summarise(start, count, x, work, laws, law, n, inner, x_pitch, parts):
     index = min(start + slot, count - 1)
     base, stride = base_of(index, n, inner, x_pitch)
     first = part() * CAPACITY
-    row = load_row(x, base + first * stride, stride, member, n - first)
+    row = load_row(x, base + first * stride, stride, 0, member, n - first)
     row_max, sums, _ = reduce_row(row, law_at(laws, law, index))
     if start + slot < count and member == 0:
         scanned(write_field, (work, (slot * parts + part()) * FIELDS), (row_max, *sums))
@@ -673,26 +1251,26 @@ def sums_at(work, at, like):
 def merge_parts(work, first, parts, member, law, like):
     """Maximum and sums of a slice from those of its parts."""
     top = spread(-INFINITY, like)
-    for i in range(member, parts, MEMBERS):
+    for i in range(member, parts, GROUP):
         top = larger(load_one(work, (first + i) * FIELDS), top)
-    (row_max,) = exchange(largest, (top,), (spread(-INFINITY, like),))
+    (row_max,) = exchange_top(largest, (top,), (spread(-INFINITY, like),), None)
     empty = empty_sums(like)
     sums = empty
     rate = rate_from(law)
     if is_plain(row_max, rate):
         scale = plain_scale(row_max, rate)
-        for i in range(member, parts, MEMBERS):
+        for i in range(member, parts, GROUP):
             at = (first + i) * FIELDS
             part_sums = sums_at(work, at + 1, empty)
             sums = merge_sums(sums, rescale_sums(load_one(work, at), part_sums, scale, None, row_max))
     else:
         high, low, guard, _ = guard_from(law)
         scale, guard = bounded_scale(row_max, high, low, guard)
-        for i in range(member, parts, MEMBERS):
+        for i in range(member, parts, GROUP):
             at = (first + i) * FIELDS
             part_sums = sums_at(work, at + 1, empty)
             sums = merge_sums(sums, rescale_sums(load_one(work, at), part_sums, scale, guard, row_max))
-    return row_max, exchange(merge_sums, sums, empty)
+    return row_max, exchange(merge_sums, sums, empty, None)
 
 
 def merge_slices(start, count, work, totals, laws, law, parts):
@@ -712,13 +1290,13 @@ def transform_parts(start, count, x, out, totals, laws, law, n, inner, x_pitch, 
     base, stride = base_of(index, n, inner, x_pitch)
     law = law_at(laws, law, index)
     first = part() * CAPACITY
-    row = load_row(x, base + first * stride, stride, member, n - first)
+    row = load_row(x, base + first * stride, stride, 0, member, n - first)
     row_max = load_one(totals, (index - start) * FIELDS)
     sums = sums_at(totals, (index - start) * FIELDS + 1, empty_sums(row_max))
     row = results_of(entries_again(row, row_max, law), row_max, sums, law)
     base, stride = base_of(index, n, inner, out_pitch)
     stop = n - first if start + slot < count else 0
-    store_row(out, base + first * stride, stride, member, stop, row)
+    store_row(out, base + first * stride, stride, 0, member, stop, row)
 
 
 def reduce_parts(start, count, x, out, work, laws, law, n, inner, x_pitch, out_pitch, parts):
@@ -728,7 +1306,7 @@ def reduce_parts(start, count, x, out, work, laws, law, n, inner, x_pitch, out_p
     base, stride = base_of(index, n, inner, x_pitch)
     law = law_at(laws, law, index)
     row_max, sums = merge_parts(work, (index - start) * parts, parts, member, law, load_one(work, 0))
-    value = value_of((x, base, stride), n, member, row_max, sums, law)
+    value = value_of((x, base, stride), (member, n, GROUP), None, row_max, sums, law)
     if start + slot < count and member == 0:
         store_one(out, index, value)
 
@@ -756,23 +1334,23 @@ def reduce_entries(source, n, member, law, like):
     """Maximum and sums of a slice whose entries are read as they are needed."""
     lowest = spread(-INFINITY, like)
     top = lowest
-    for i in range(member, n, MEMBERS):
+    for i in range(member, n, GROUP):
         top = larger(entry_of(source, i), top)
-    (row_max,) = exchange(largest, (top,), (lowest,))
+    (row_max,) = exchange_top(largest, (top,), (lowest,), None)
     rate = rate_from(law)
     if is_plain(row_max, rate):
         state = (zero_sums(like), row_max, plain_scale(row_max, rate), None)
-        for i in range(member, n, MEMBERS):
+        for i in range(member, n, GROUP):
             state, _ = add_piece(state, entry_of(source, i))
         sums = close_sums(state[0], spread(0.0, like))
     else:
         high, low, guard, spoil = guard_from(law)
         scale, guard = bounded_scale(row_max, high, low, guard)
         guarded = (zero_sums(like), row_max, scale, guard)
-        for i in range(member, n, MEMBERS):
+        for i in range(member, n, GROUP):
             guarded, _ = add_piece(guarded, entry_of(source, i))
         sums = close_sums(guarded[0], spoil)
-    return row_max, exchange(merge_sums, sums, empty_sums(like))
+    return row_max, exchange(merge_sums, sums, empty_sums(like), None)
 
 
 def transform_strided(x, out, mask, laws, law, count, n, outer, inner):
@@ -788,7 +1366,7 @@ def transform_strided(x, out, mask, laws, law, count, n, outer, inner):
     like = load_one(x, base)
     row_max, sums = reduce_entries(source, n, member, law, like)
     if index < count:
-        for i in range(member, n, MEMBERS):
+        for i in range(member, n, GROUP):
             row = entries_again((entry_of(source, i),), row_max, law)
             (value,) = results_of(row, row_max, sums, law)
             if MASKED:
@@ -808,14 +1386,14 @@ def reduce_strided(x, out, mask, laws, law, count, n, outer, inner):
     law = law_at(laws, law, last)
     like = load_one(x, base)
     row_max, sums = reduce_entries(source, n, member, law, like)
-    value = value_of(source, n, member, row_max, sums, law)
+    value = value_of(source, (member, n, GROUP), None, row_max, sums, law)
     if MASKED:
         one, zero = spread(1.0, like), spread(0.0, like)
         seen = zero
-        for i in range(member, n, MEMBERS):
+        for i in range(member, n, GROUP):
             if is_seen(source, i):
                 seen = one
-        (seen,) = exchange(largest, (seen,), (zero,))
+        (seen,) = exchange_top(largest, (seen,), (zero,), None)
         value = select(seen > zero, value, spread(ABSENT, value))
     if index < count and member == 0:
         store_one(out, out_base, value)
@@ -832,6 +1410,7 @@ OPERATIONS = {
         "empty_sums": softmax_empty,
         "rescale_sums": softmax_rescaled,
         "results_of": softmax_results,
+        "write_results": write_kept,
         "entries_again": softmax_entries,
     },
     "log_softmax": {
@@ -842,6 +1421,7 @@ OPERATIONS = {
         "empty_sums": split_zero,
         "rescale_sums": split_rescaled,
         "results_of": log_softmax_results,
+        "write_results": write_logs,
         "entries_again": entries_as_they_are,
     },
     "logsumexp": {
@@ -864,23 +1444,48 @@ OPERATIONS = {
     },
 }
 
+BRIEFLY = {
+    "terms": brief_terms,
+    "term_of": coarse_term_of,
+    "add_smaller": brief_add_smaller,
+    "plain_scale": brief_scale,
+}
+
+COARSE = {
+    "terms": coarse_terms,
+    "term_of": coarse_term_of,
+    "add": coarse_add,
+    "merge": coarse_merge,
+}
+
+COARSE_SOFTMAX = {
+    "zero_sums": coarse_zero,
+    "add_piece": coarse_softmax_add,
+    "close_sums": coarse_close,
+    "merge_sums": coarse_softmax_merge,
+    "empty_sums": coarse_zero,
+    "rescale_sums": coarse_rescaled,
+    "results_of": coarse_softmax_results,
+    "write_results": write_again,
+}
+
+# A thread of a strided kernel may sum so many terms that the error of the pair cannot hold the small ones.
+FROM_NOTHING = {"zero_sums": softmax_empty, "add_smaller": add, "close_sums": pair_close}
+
 GROUPS = {
-    "thread": {"place": rows_place, "exchange": alone},
-    "warp": {"place": rows_place, "exchange": in_warp},
-    "block": {"place": rows_place, "exchange": in_block},
-    "cluster": {
-        "place": cluster_place,
-        "exchange": in_cluster,
-        "arrive_first": arrive,
-        "wait_first": wait,
-    },
+    "thread": {"place": rows_place, "exchange": alone, "exchange_top": alone},
+    "warp": {"place": rows_place, "exchange": in_warp, "exchange_top": in_warp},
+    "block": {"place": rows_place, "exchange": in_block, "exchange_top": in_block},
     "column": {
         "place": columns_place,
         "exchange": in_column,
+        "exchange_top": in_column,
         "anyone": any_here,
         "base_of": columns_base,
     },
 }
+
+TEAM = {"exchange": sums_in_team, "exchange_top": top_in_team, "second_board": other_board}
 
 LAWS = {
     False: {},

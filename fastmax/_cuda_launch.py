@@ -22,7 +22,10 @@ from fastmax import _cuda_plan, _jit
 
 _ATTRIBUTE_MAJOR, _ATTRIBUTE_MINOR = 75, 76  # of a device
 _ATTRIBUTE_DEVICE = 9  # of a pointer
-_CLUSTER_DIMENSION = 4  # attribute of a launch
+_ATTRIBUTE_MULTIPROCESSORS, _ATTRIBUTE_SHARED = 16, 97
+_COOPERATIVE = 2  # attribute of a launch
+_MOST_SHARED = 8  # attribute of a kernel
+_SHARED_AT_ANY_RATE = 48 * 2**10  # bytes of shared memory that every kernel may ask for
 # What may hold the compilers, by the version of CUDA.
 _COMPILERS = ("nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12")
 
@@ -31,8 +34,8 @@ class _Attribute(ctypes.Structure):
     _fields_ = (
         ("id", ctypes.c_uint),
         ("pad", ctypes.c_uint),
-        ("cluster", ctypes.c_uint * 3),
-        ("rest", ctypes.c_byte * 52),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_byte * 60),
     )
 
 
@@ -92,16 +95,16 @@ def _context(device):
 
 
 @functools.cache
-def capability(device):
-    """Compute capability of a device."""
+def gpu(device):
+    """What a device is."""
     _check(_library().cuInit(0))
     handle, value = ctypes.c_int(), ctypes.c_int()
     _check(_library().cuDeviceGet(ctypes.byref(handle), device))
     numbers = []
-    for attribute in (_ATTRIBUTE_MAJOR, _ATTRIBUTE_MINOR):
+    for attribute in (_ATTRIBUTE_MAJOR, _ATTRIBUTE_MINOR, _ATTRIBUTE_MULTIPROCESSORS, _ATTRIBUTE_SHARED):
         _check(_library().cuDeviceGetAttribute(ctypes.byref(value), attribute, handle))
         numbers.append(value.value)
-    return tuple(numbers)
+    return _cuda_plan.Gpu((numbers[0], numbers[1]), *numbers[2:])
 
 
 def device_of(address):
@@ -217,25 +220,59 @@ def _flat(arguments):
             yield argument.tobytes().ljust(8, b"\0")
 
 
+@functools.cache
+def most_blocks(spec, device, shared):
+    """How many blocks of a kernel a device runs at once, with so many bytes of shared memory each."""
+    with _loading, _current(device):
+        kernel = _load(spec, gpu(device).capability)
+        _allow_shared(kernel, device, shared)
+        function, blocks = ctypes.c_void_p(), ctypes.c_int()
+        _check(_library().cuKernelGetFunction(ctypes.byref(function), kernel))
+        _check(
+            _library().cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                ctypes.byref(blocks), function, spec.threads, ctypes.c_size_t(shared)
+            )
+        )
+    return blocks.value * gpu(device).multiprocessors
+
+
+def _allow_shared(kernel, device, shared):
+    if shared > _SHARED_AT_ANY_RATE:
+        handle = ctypes.c_int()
+        _check(_library().cuDeviceGet(ctypes.byref(handle), device))
+        _check(_library().cuKernelSetAttribute(_MOST_SHARED, shared, kernel, handle))
+
+
+def clear(address, count, device, stream):
+    """Set so many words of 32 bits to 0, on a stream."""
+    with _current(device):
+        _check(
+            _library().cuMemsetD32Async(
+                ctypes.c_uint64(address), 0, ctypes.c_size_t(count), ctypes.c_void_p(stream)
+            )
+        )
+
+
 class Launch:
     """A kernel with its grid and its arguments in place, of which the leading integers may change.
 
-    A thread must have its own, as the arguments are written into it.
+    It gets so many bytes of ``shared`` memory. A thread must have its own, as arguments are written into it.
     """
 
-    def __init__(self, spec, device, grid, arguments):
+    def __init__(self, spec, device, grid, arguments, shared=0):
         with _loading, _current(device):
-            self._kernel = _load(spec, capability(device))
+            self._kernel = _load(spec, gpu(device).capability)
+            _allow_shared(self._kernel, device, shared)
         words = b"".join(_flat(arguments))
         count = len(words) // 8
         self._values: Any = (ctypes.c_int64 * count).from_buffer_copy(words)
         start = ctypes.addressof(self._values)
         self._pointers: Any = (ctypes.c_void_p * count)(*range(start, start + 8 * count, 8))
         self._configuration = _Configuration(
-            grid=(*grid, 1), block=(spec.threads, 1, 1), shared=0, attribute_count=0
+            grid=(*grid, 1), block=(spec.threads, 1, 1), shared=shared, attribute_count=0
         )
-        if spec.blocks > 1:
-            self._attribute = _Attribute(id=_CLUSTER_DIMENSION, cluster=(spec.blocks, 1, 1))
+        if spec.team:
+            self._attribute = _Attribute(id=_COOPERATIVE, value=1)
             self._configuration.attributes = ctypes.pointer(self._attribute)
             self._configuration.attribute_count = 1
         self._device = device
@@ -258,8 +295,8 @@ class Launch:
                 _check(library.cuLaunchKernelEx(*self._call))
 
 
-def run(spec, device, grid, stream, arguments):
+def run(spec, device, grid, stream, arguments, shared=0):
     """Launch a kernel, and return the launch; pointers are addresses, as all integers are 64 bits wide."""
-    launch = Launch(spec, device, grid, arguments)
+    launch = Launch(spec, device, grid, arguments, shared)
     launch(stream)
     return launch

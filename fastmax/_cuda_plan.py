@@ -19,9 +19,11 @@ class Spec(NamedTuple):
     group: str = "thread"  # who shares a slice, in `_cuda_kernels.GROUPS`
     threads: int = 128  # in a block
     members: int = 1  # threads of a block that share a slice
-    blocks: int = 1  # of a cluster that share a slice
+    team: bool = False  # whether blocks share a slice
+    ahead: bool = False  # whether a block of a team has a second tile, for the next slice
     pieces: int = 1  # that a thread holds
     access: int = 1  # entries read at a time
+    shifted: bool = False  # whether a row is read from the multiple of 128 bits before it on
     resident: int = 1  # blocks that a multiprocessor shall hold at once, by the registers of their threads
     per_slice: bool = False  # whether each slice has a law of its own
     masked: bool = False
@@ -30,18 +32,23 @@ class Spec(NamedTuple):
 
     @property
     def lanes(self):
-        """Entries of a piece: those of 128 bits."""
-        return 1 if self.function.endswith("strided") else 16 // ITEMSIZE[self.dtype]
+        """Entries of a piece."""
+        return 1 if self.function.endswith(("strided", "short")) else 16 // ITEMSIZE[self.dtype]
 
     @property
     def slices(self):
-        """Slices that a block takes."""
-        return max(1, self.threads // self.members) if self.blocks == 1 else 1
+        """Slices that a block takes at a time."""
+        return max(1, self.threads // self.members)
+
+    @property
+    def each(self):
+        """Short rows of a thread: so many that enough bytes are on their way."""
+        return -(-SHORT_BYTES // (self.pieces * ITEMSIZE[self.dtype])) if self.group == "thread" else 1
 
     @property
     def capacity(self):
         """Entries that a group holds."""
-        return self.members * self.blocks * self.pieces * self.lanes
+        return self.members * self.pieces * self.lanes
 
 
 class Class(NamedTuple):
@@ -54,101 +61,131 @@ class Class(NamedTuple):
     group: str
     threads: int
     members: int
-    blocks: int
     words: int
     resident: int = 1
 
 
-# Short rows: a thread has up to 32 words of its own row in registers (64 spill), and neighbouring threads
-# read neighbouring entries by way of shared memory, 17 kB for each block.
+class Gpu(NamedTuple):
+    """What the choice of a kernel depends on."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared: int = 99 * 2**10  # bytes of shared memory that a block may ask for
+
+
+# Short rows that are not aligned to 128 bits: a thread has up to 32 words of its own row in registers (64
+# spill), and a block reads and writes its rows as they lie, by way of shared memory.
 SHORT = 32
 SHORT_THREADS = 128
+SHORT_BYTES = 24  # for a thread, at least
 
 # Rows, by length. With 16 words, four 128-bit loads of each thread are on their way, and what a group does
-# once is shared by many entries: softmax of float32 rows of 64, 128 and 256 takes 54 to 56 instructions per
-# entry, by the machine code for an H100, and 70 to 72 with 8 words and twice the threads. Up to 512 threads,
-# 64 registers each hold 16 words and what `terms` needs, and a multiprocessor has room for 1024 threads, in
-# two blocks or more. A block of 1024 threads has it for itself, and nothing is loaded or stored while it
-# computes. In 64 registers it holds 16 words too, softmax of float32, whose sums take two registers where
-# those of others take three to five, 24. A cluster has at most 8 blocks on every GPU that has clusters. The
-# choice never depends on the number of rows: the bits of a slice must not.
+# once is shared by many entries. The choice never depends on the number of rows, as the bits of a slice must
+# not.
 ROWS = (
-    Class("warp", 128, 2, 1, 16, 8),  # up to 32 words, where all rows are aligned to 128 bits
-    Class("warp", 128, 4, 1, 16, 8),  # to 64: whole sectors of 32 bytes for each row
-    Class("warp", 128, 8, 1, 16, 8),  # to 128
-    Class("warp", 128, 16, 1, 16, 8),  # to 256
-    Class("warp", 128, 32, 1, 32, 5),  # to 1024: no barrier; 167 registers, or 96 for five blocks
-    Class("block", 128, 128, 1, 16, 8),  # to 2048: from here on one row needs more threads than a warp
-    Class("block", 256, 256, 1, 16, 4),
-    Class("block", 512, 512, 1, 16, 2),  # to 8k
-    Class("cluster", 512, 512, 2, 16, 2),
-    Class("cluster", 512, 512, 4, 16, 2),
-    Class("cluster", 512, 512, 8, 16, 2),  # to 64k
-    Class("block", 1024, 1024, 1, 16),  # to 16k, softmax of float32 24k, on GPUs without clusters
-    Class("cluster", 1024, 1024, 8, 16),  # to 128k
+    Class("warp", 128, 1, 4, 8),
+    Class("warp", 128, 2, 16, 8),
+    Class("warp", 128, 4, 16, 8),  # up to 64 words: whole sectors of 32 bytes for each row
+    Class("warp", 128, 8, 16, 8),
+    Class("warp", 128, 16, 16, 8),
+    Class("warp", 128, 32, 40, 5),  # to 1280: no barrier; 96 registers for five blocks
 )
-ALIGNED_FROM = 16  # words from which a packed row that is aligned need not go through shared memory
+WARP_ENTRIES_OF_16_BITS = 64  # to 2048: what a thread of a warp holds, in 128 registers for four blocks
+# From here on one row needs more threads than a warp: as many warps as leave the fewest entries idle. Entries
+# that a thread holds, and threads, at most, by the size of entries.
+BLOCK_ENTRIES = {2: 32, 4: 16, 8: 8}
+BLOCK_THREADS = {2: 256, 4: 384, 8: 384}
 
-# Columns, by length. 16 neighbouring columns are 64 bytes of float32, two sectors of a cache line.
+# Columns, by length, where they are not aligned to 128 bits, or so short that a thread holds one.
 COLUMNS = (
-    Class("column", 128, 1, 1, 32),  # up to 32 words: a column per thread, nothing to exchange
-    Class("column", 256, 8, 1, 16, 4),  # to 128
-    Class("column", 512, 16, 1, 16, 2),  # to 256
-    Class("column", 512, 32, 1, 24),  # to 768
+    Class("column", 128, 1, 32),  # up to 32 words: a column per thread, nothing to exchange
+    Class("column", 256, 8, 16, 4),  # to 128
+    Class("column", 512, 16, 16, 2),  # to 256
+    Class("column", 512, 32, 24),  # to 768
 )
 
-# Longer slices are split: small parts, so that one row of 10^6 has enough of them for all multiprocessors.
-SPLIT_ROWS = Class("block", 256, 256, 1, 16, 4)
-SPLIT_COLUMNS = Class("column", 512, 16, 1, 16, 2)
+# Longer slices lie in shared memory: a row, or as many columns as fill a line of 64 bytes, in a tile of one
+# block as long as it has room for them. Up to half of what a multiprocessor of an H100 has, a tile has 256
+# threads, as then two or more are there at once, else 512.
+TILE_BYTES = 220 * 2**10
+TILE_THREADS = 256
+HALF_BYTES = 110 * 2**10
+LINE_BYTES = 64
+HINT = True
+# Else a team of blocks takes a slice, each with tiles for its share of this one and of the next, three blocks at
+# once on a multiprocessor.
+TEAM_BYTES = 108 * 2**10
+TEAM_THREADS = 256
+TEAM_RESIDENT = 2
+AHEAD = False
+TILES_FROM = (8, 0)  # compute capability that copies to shared memory in the background
+
+# What is longer still is split into small parts, as are slices on older GPUs.
+SPLIT_ROWS = Class("block", 256, 256, 16, 4)
+SPLIT_COLUMNS = Class("column", 512, 16, 16, 2)
 
 # Bytes of split slices that are summed and then read again before the next: half of the L2 cache of an H100,
 # so that the second reading finds them there.
 WAVE_BYTES = 24 * 2**20
 
 # Any strides: one entry at a time, as neighbouring threads take neighbouring entries, or slices.
-STRIDED_WARP = Class("warp", 128, 32, 1, 0)
-STRIDED_BLOCK = Class("block", 256, 256, 1, 0)
-STRIDED_COLUMN = Class("column", 256, 8, 1, 0)
+STRIDED_WARP = Class("warp", 128, 32, 0)
+STRIDED_BLOCK = Class("block", 256, 256, 0)
+STRIDED_COLUMN = Class("column", 256, 8, 0)
 STRIDED_LONG = 512  # entries, or parts of a split slice, from which a block shares a slice
 
-CLUSTERS_FROM = (9, 0)  # compute capability
-SMALL_TYPES_FROM = (8, 0)  # that rounds float32 to 16-bit types, two at a time
+SMALL_TYPES_FROM = (8, 0)  # compute capability that rounds float32 to 16-bit types, two at a time
 MOST_BLOCKS = 65535  # along the second axis of a grid
+
+TILED = ("_rows", "_columns", "_lines")
+# Kernels that have the whole slice at once, and so need not know what the terms of parts have in common.
+BRIEF = ("transform", "transform_short", "transform_rows", "transform_columns", "transform_lines")
+
+# Exchanges of which the blocks of a team keep the states: of maxima and of sums, and two more for rare ones.
+AREAS = 4
 
 # Numbers that a part of a slice leaves in memory: its maximum and its sums.
 FIELDS = {"softmax": 3, "log_softmax": 4, "logsumexp": 4, "entropy": 6}
 
 
-def held_words(class_, operation, dtype):
-    """Words that a thread of a class holds without spilling, by the compiler's report."""
-    if class_.threads < 1024:
-        return class_.words
-    if operation == "softmax" and class_.group == "block":
-        return 24 if dtype == "float32" else 16
-    if dtype == "float64":
-        return 4 if class_.group == "cluster" else 8
-    return 16
-
-
-def _fit(classes, operation, dtype, n, capability):
+def _fit(classes, dtype, n):
     """First class that holds n entries, and how many pieces each thread gets; None if there is none."""
     words = 2 if dtype == "float64" else 1
     lanes = 16 // ITEMSIZE[dtype]
     for class_ in classes:
-        if class_.group == "cluster" and capability < CLUSTERS_FROM:
-            continue
-        pieces = -(-n // (class_.members * class_.blocks * lanes))
-        if pieces * lanes * words <= max(held_words(class_, operation, dtype), lanes * words):
-            return class_, pieces
+        pieces = -(-n // (class_.members * lanes))
+        most = class_.words
+        if ITEMSIZE[dtype] == 2 and class_.group == "warp" and class_.members == 32:
+            most = WARP_ENTRIES_OF_16_BITS
+        if pieces * lanes * words <= max(most, lanes * words):
+            return (class_._replace(resident=4) if pieces * lanes * words > 32 else class_), pieces
     return None
 
 
-def _spec(function, operation, dtype, class_, pieces, access, per_slice):
-    group, threads, members, blocks, _, resident = class_
+def _fit_block(dtype, n):
+    """Block that holds n entries with the fewest left over, and how many pieces each thread gets."""
+    size = ITEMSIZE[dtype]
+    lanes = 16 // size
+    found = []
+    for pieces in range(BLOCK_ENTRIES[size] // lanes, 0, -1):
+        threads = -(-n // (32 * pieces * lanes)) * 32
+        if threads <= BLOCK_THREADS[size]:
+            found.append((threads * pieces, threads, pieces))
+    if not found:
+        return None
+    _, threads, pieces = min(found)
+    # 64 registers for each thread that holds 16 entries, 96 for more.
+    resident = max(1, (1024 if pieces * lanes <= 16 else 640) // threads)
+    return Class("block", threads, threads, 0, resident), pieces
+
+
+def _spec(function, operation, dtype, class_, pieces, access, per_slice, shifted=False):
+    group, threads, members, _, resident = class_
     if operation != "softmax" or dtype == "float64":
         resident = 1
     return Spec(
-        function, operation, dtype, group, threads, members, blocks, pieces, access, resident, per_slice
+        *(function, operation, dtype, group, threads, members, False, False, pieces, access, shifted),
+        *(resident, per_slice),
     )
 
 
@@ -157,35 +194,115 @@ def elementwise(operation):
     return operation in ("softmax", "log_softmax")
 
 
+def tile_spec(verb, operation, dtype, n, is_columns, access, alignment, per_slice, gpu):
+    """Spec of the kernel that keeps slices in shared memory; None if they do not fit there."""
+    if gpu.capability < TILES_FROM or (is_columns and alignment != "aligned"):
+        return None
+    name, group, lines = f"{verb}_rows", "block", 1
+    if is_columns:
+        group, lines = "column", line_entries(dtype)
+        is_simple = operation == "softmax" and not per_slice
+        name = "transform_lines" if is_simple else f"{verb}_columns"
+        access = 16 // ITEMSIZE[dtype] if is_simple else 1
+    size = n * ITEMSIZE[dtype] * lines
+    threads, resident = (TILE_THREADS, 3) if size <= HALF_BYTES else (2 * TILE_THREADS, 1)
+    if is_columns and ITEMSIZE[dtype] == 2:
+        resident = min(2, resident)
+    team = n > tile_entries(dtype, is_columns, min(TILE_BYTES, gpu.shared))
+    if team:
+        threads, resident = TEAM_THREADS, TEAM_RESIDENT
+    class_ = Class(group, threads, threads // lines, 0, resident)
+    spec = _spec(name, operation, dtype, class_, 1, access, per_slice)
+    spec = spec._replace(team=team, ahead=team and AHEAD and not name.endswith("_columns"))
+    if team:
+        running = gpu.multiprocessors * min(spec.resident, gpu.shared // TEAM_BYTES)
+        if -(-n // tile_entries(dtype, is_columns, TEAM_BYTES // (1 + spec.ahead))) > running:
+            return None
+    return spec
+
+
+def alignment_of(dtype, x, out, n, inner, x_pitch, out_pitch):
+    """How slices lie, and those of the result (None if there is one number per slice), for `plan`."""
+    size = ITEMSIZE[dtype]
+    lanes = 16 // size
+    skew = x // size % lanes
+    if inner > 1:
+        return "apart" if skew or inner % lanes or (out is not None and out // size % lanes) else "aligned"
+    if out is not None and ((out // size - skew) % lanes or (out_pitch - x_pitch) % lanes):
+        return "apart"
+    return "shifted" if skew or n % lanes or x_pitch % lanes else "aligned"
+
+
 @functools.lru_cache(maxsize=1024)
-def plan(operation, dtype, n, is_columns, is_packed, access, per_slice, capability):
+def plan(operation, dtype, n, is_columns, is_packed, alignment, per_slice, gpu):
     """Return the one spec, or the two or three for a split slice, with which slices of n entries are taken.
 
-    ``access`` is the number of entries that every row is aligned to; ``is_packed`` says that rows follow each
-    other without gaps.
+    ``is_packed`` says that rows follow each other without gaps. The ``alignment`` is that of all slices to
+    128 bits: "aligned", "shifted" (rows begin anywhere, and those of the result at the same places), "apart".
     """
     verb = "transform" if elementwise(operation) else "reduce"
     words = n * (2 if dtype == "float64" else 1)
-    is_aligned = access * ITEMSIZE[dtype] == 16 and words >= ALIGNED_FROM
+    lanes = 16 // ITEMSIZE[dtype]
+    access = 1 if alignment == "apart" or is_columns else lanes
+    shifted = alignment == "shifted"
+    found = None
     if is_columns:
-        access = 1
-        found = _fit(COLUMNS, operation, dtype, n, capability)
-    elif words <= SHORT and is_packed and not is_aligned:
-        pieces = -(-n * ITEMSIZE[dtype] // 16)
-        class_ = Class("thread", SHORT_THREADS, 1, 1, SHORT)
-        return (_spec(f"{verb}_short", operation, dtype, class_, pieces, 1, per_slice),)
+        if alignment != "aligned" or words <= COLUMNS[0].words or gpu.capability < TILES_FROM:
+            found = _fit(COLUMNS, dtype, n)
+    elif words <= SHORT and is_packed and alignment != "aligned":
+        class_ = Class("thread", SHORT_THREADS, 1, SHORT)
+        return (_spec(f"{verb}_short", operation, dtype, class_, n, access, per_slice),)
     else:
-        found = _fit(ROWS, operation, dtype, n, capability)
+        places = n + (lanes - 1 if shifted else 0)
+        found = _fit(ROWS, dtype, places) or _fit_block(dtype, places)
     if found is not None:
-        return (_spec(verb, operation, dtype, *found, access, per_slice),)
+        return (_spec(verb, operation, dtype, *found, access, per_slice, shifted),)
+    tile = tile_spec(verb, operation, dtype, n, is_columns, access, alignment, per_slice, gpu)
+    if tile is not None:
+        return (tile,)
     class_ = SPLIT_COLUMNS if is_columns else SPLIT_ROWS
     pieces = class_.words * 4 // 16 if ITEMSIZE[dtype] > 2 else class_.words // 8
-    first = _spec("summarise", operation, dtype, class_, pieces, access, per_slice)
+    first = _spec(
+        "summarise", operation, dtype, class_, pieces, access if alignment == "aligned" else 1, per_slice
+    )
     last = first._replace(function=f"{verb}_parts")
     if not elementwise(operation):
         return first, last
     merging = STRIDED_BLOCK if n >= STRIDED_LONG * first.capacity else STRIDED_WARP
     return first, _spec("merge_slices", operation, dtype, merging, 1, 1, per_slice), last
+
+
+def room(spec):
+    """Words of 64 bits, of which half is told, for what blocks of a team tell each other at a time."""
+    lanes = spec.lanes if spec.function.endswith("_lines") else 1
+    return FIELDS[spec.operation] * (2 if spec.dtype == "float64" else 1) * lanes
+
+
+def board_words(spec):
+    """Words of 64 bits that a block of a team leaves for the others."""
+    places = spec.slices // spec.lanes if spec.function.endswith("_lines") else spec.slices
+    return AREAS * places * room(spec)
+
+
+def slots_needed(spec):
+    """States that a block exchanges by way of shared memory."""
+    if spec.function.endswith("_lines"):
+        return spec.threads // 32 * (spec.slices // spec.lanes)
+    return spec.threads if spec.group == "column" else 32
+
+
+def line_entries(dtype):
+    """Neighbouring columns that a tile holds."""
+    return LINE_BYTES // ITEMSIZE[dtype]
+
+
+def tile_entries(dtype, is_columns, size):
+    """Entries of one slice in a tile of so many bytes; a row may begin anywhere in its first piece."""
+    if is_columns:
+        # Columns are filled up to a multiple of LANES rows for each thread.
+        whole = 2 * TILE_THREADS * 16
+        return size // whole * whole // LINE_BYTES
+    return size // ITEMSIZE[dtype] - 16 // ITEMSIZE[dtype]
 
 
 def strided_plan(operation, dtype, n, is_across, per_slice, masked, ranks):
@@ -214,8 +331,11 @@ def names(spec, target):
     """Return the function of a spec, and what stands for the names in it; primitives are the target's."""
     from fastmax import _cuda_kernels as kernels
 
-    longest = SHORT // 2 if spec.dtype == "float64" else SHORT
-    room = {"thread": spec.threads * longest * 33 // 32, "column": spec.threads}.get(spec.group, 32)
+    wide = 16 // ITEMSIZE[spec.dtype]
+    chunks = -(-(spec.threads * spec.each * spec.pieces + wide - 1) // (wide * spec.threads))
+    tiled = spec.function.endswith(TILED)
+    lines = spec.function.endswith("_lines")
+    apart = spec.threads if spec.function.endswith("_columns") else 1
     replaced = {
         **target.PRIMITIVES,
         **kernels.OPERATIONS[spec.operation],
@@ -223,26 +343,57 @@ def names(spec, target):
         **kernels.LAWS[spec.per_slice],
         "PIECES": (0,) * spec.pieces,
         "LANES": spec.lanes,
+        "WIDE": wide,
+        "EACH": spec.each,
+        "CHUNKS": (0,) * chunks,
+        "AHEAD": spec.ahead,
+        "across_tile": target.PRIMITIVES.get("across", kernels.across),
+        "PARTS": max(1, spec.slices // spec.lanes),
         "ACCESS": spec.access,
+        "SHIFTED": spec.shifted,
         "THREADS": spec.threads,
         "GROUP": spec.members,
-        "BLOCKS": spec.blocks,
         "SLICES": spec.slices,
-        "MEMBERS": spec.members * spec.blocks,
         "CAPACITY": spec.capacity,
         "MASKED": spec.masked,
         "FIELDS": FIELDS[spec.operation],
+        "AREAS": AREAS,
+        "ROOM": room(spec),
+        "KEPT": spec.operation == "softmax" and ITEMSIZE[spec.dtype] > 2,
         "ABSENT": 0.0 if spec.operation in ("softmax", "entropy") else -math.inf,
-        "load": target.loader(spec.lanes, spec.access),
-        "store": target.storer(spec.lanes, spec.access),
-        "stage": target.stager(spec.lanes),
-        "unstage": target.unstager(spec.lanes),
-        "slots": target.slots_for(room),
+        "load": target.loader(spec.lanes, min(spec.lanes, spec.access), spec.shifted),
+        "store": target.storer(spec.lanes, min(spec.lanes, spec.access), spec.shifted),
+        "peek": target.peeker(spec.lanes, apart),
+        "keep": target.keeper(spec.lanes, apart),
+        "slots": target.slots_for(slots_needed(spec)),
     }
-    if spec.members * spec.blocks == 1:
-        replaced |= {"exchange": kernels.alone, "anyone": kernels.my_own}
+    if ITEMSIZE[spec.dtype] == 2:
+        replaced |= kernels.COARSE
+        if spec.operation == "softmax":
+            replaced |= kernels.COARSE_SOFTMAX
+    if spec.operation == "softmax" and spec.dtype == "float32" and spec.function in BRIEF:
+        replaced |= kernels.BRIEFLY
+    if spec.members == 1:
+        replaced |= {"exchange": kernels.alone, "exchange_top": kernels.alone, "anyone": kernels.my_own}
+    if tiled:
+        replaced |= {"entry_of": kernels.tile_entry, "among": replaced["exchange"]}
+        if spec.group == "column":
+            replaced["first_in_tile"] = kernels.first_in_columns
+    if lines:
+        if HINT:
+            replaced["copy_in"] = target.PRIMITIVES.get("copy_in", target.copy_in_with_neighbours)
+        replaced |= {
+            "across_tile": kernels.lanes_apart,
+            "first_in_tile": kernels.first_in_row,
+            "exchange": kernels.sums_of_lines if spec.team else kernels.among_lines,
+            "exchange_top": kernels.top_of_lines if spec.team else kernels.among_lines,
+        }
+    elif spec.team:
+        replaced |= kernels.TEAM
     if spec.function.endswith("strided"):
         replaced["entry_of"] = kernels.strided_entry
+        if spec.operation == "softmax" and ITEMSIZE[spec.dtype] > 2:
+            replaced |= kernels.FROM_NOTHING
     if spec.function.endswith("parts") or spec.function == "summarise":
         replaced["block"] = target.block_y
     return getattr(kernels, spec.function), replaced
@@ -269,4 +420,6 @@ def argument_types(spec):
     if spec.function.endswith("strided"):
         strides = (target.tuples(outer), target.tuples(inner))
         return entries, entries, target.pointer("bool"), *law, integer, integer, *strides
-    return entries, entries, *law, *(integer,) * 5
+    if spec.function.endswith(TILED):
+        return entries, entries, target.board_pointer(), *law, *(integer,) * 7
+    return entries, entries, *law, *(integer,) * 6

@@ -74,6 +74,20 @@ class _SlotsModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, ir.PointerType(_SCALAR[_fields(fe_type.value)[0].dtype], _SHARED))
 
 
+class Tile(types.Type):
+    """The type of an array in shared memory for entries as they are stored, whose size the launch gives."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+        super().__init__(name=f"Tile({dtype})")
+
+
+@register_model(Tile)
+class _TileModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, ir.PointerType(ir.IntType(fe_type.dtype.bitwidth), _SHARED))
+
+
 def _llvm_type(lanes):
     return ir.VectorType(_SCALAR[lanes.dtype], lanes.count)
 
@@ -294,6 +308,36 @@ def polynomial(typingctx, x, coefficients):
 
 
 @intrinsic
+def exp2(typingctx, x):
+    """2**x within 2 ulp for float32, by one instruction; 0 where that is subnormal."""
+
+    def codegen(context, builder, sig, args):
+        return _each(
+            builder,
+            args[0].type,
+            lambda value: _call(builder, "llvm.nvvm.ex2.approx.ftz.f", value.type, value),
+            args[0],
+        )
+
+    return x(x), codegen
+
+
+@intrinsic
+def first_inverse(typingctx, x):
+    """1 / x, of float32 within an ulp, for normal numbers far from the ends of the exponent range."""
+
+    def emit(builder, value):
+        if isinstance(value.type, ir.DoubleType):
+            return _rounded(builder, "div", ir.Constant(value.type, 1.0), value)
+        return _asm(builder, value.type, "rcp.approx.ftz.f32 $0, $1;", "=f,f", value)
+
+    def codegen(context, builder, sig, args):
+        return _each(builder, args[0].type, lambda value: emit(builder, value), args[0])
+
+    return x(x), codegen
+
+
+@intrinsic
 def log1p(typingctx, x):
     """log(1 + x) of a single lane."""
     name = {types.float32: "__nv_log1pf", types.float64: "__nv_log1p"}[x.dtype]
@@ -431,6 +475,68 @@ _lower_halves = _halves(lower_half)
 _upper_halves = _halves(upper_half)
 
 
+@intrinsic
+def singles(typingctx, state):
+    """The lanes of all fields, as a tuple of single lanes."""
+    count = len(state) * state[0].count
+    result = types.UniTuple(Lanes(state[0].dtype, 1), count)
+
+    def codegen(context, builder, sig, args):
+        values = []
+        for i in range(len(state)):
+            vector = builder.extract_value(args[0], i)
+            values += [
+                _vector(builder, [builder.extract_element(vector, _I32(j))]) for j in range(state[0].count)
+            ]
+        return context.make_tuple(builder, result, values)
+
+    return result(state), codegen
+
+
+@intrinsic
+def together(typingctx, values, like):
+    """What `singles` was given, from its result."""
+
+    def codegen(context, builder, sig, args):
+        count = like[0].count
+        lanes = [_only(builder, builder.extract_value(args[0], i)) for i in range(len(like) * count)]
+        fields = [_vector(builder, lanes[i : i + count]) for i in range(0, len(lanes), count)]
+        return context.make_tuple(builder, like, fields)
+
+    return like(values, like), codegen
+
+
+@intrinsic
+def everywhere(typingctx, flags):
+    """Whether a condition holds in all lanes."""
+
+    def codegen(context, builder, sig, args):
+        result = _I1(1)
+        if not isinstance(args[0].type, ir.VectorType):
+            return args[0]
+        for i in range(args[0].type.count):
+            result = builder.and_(result, builder.extract_element(args[0], _I32(i)))
+        return result
+
+    return types.boolean(flags), codegen
+
+
+@intrinsic
+def small(typingctx, i):
+    """A number in 32 bits, which take half the instructions."""
+    return types.int32(types.int64), lambda context, builder, sig, args: builder.trunc(args[0], _I32)
+
+
+@intrinsic
+def further(typingctx, i, step):
+    """``i + step`` in 32 bits."""
+
+    def codegen(context, builder, sig, args):
+        return builder.add(args[0], builder.trunc(args[1], _I32))
+
+    return types.int32(types.int32, types.int64), codegen
+
+
 def offset(index, sizes, strides) -> Any:
     """Offset of the entry of a number in C order, for sizes and strides in entries."""
 
@@ -462,6 +568,11 @@ def work_name(dtype):
     return "float64" if dtype == "float64" else "float32"
 
 
+def board_pointer():
+    """Type of a pointer to what blocks tell each other."""
+    return types.CPointer(types.int64)
+
+
 def law_type(dtype):
     """Type of a law that comes with the launch."""
     return types.UniTuple(STORAGE[work_name(dtype)], LAW_WORDS)
@@ -484,12 +595,12 @@ def _work_dtype(storage):
     return types.float64 if storage == types.float64 else types.float32
 
 
-def _address(builder, pointer, index, llvm_type, space=_GLOBAL):
+def _address(builder, pointer, index, llvm_type):
     """Address of entry ``index`` as a pointer to ``llvm_type``."""
     address = builder.gep(pointer, [index])
-    if address.type.addrspace != space:
-        address = builder.addrspacecast(address, ir.PointerType(address.type.pointee, space))
-    return builder.bitcast(address, ir.PointerType(llvm_type, space))
+    if address.type.addrspace not in (_GLOBAL, _SHARED):
+        address = builder.addrspacecast(address, ir.PointerType(address.type.pointee, _GLOBAL))
+    return builder.bitcast(address, ir.PointerType(llvm_type, address.type.addrspace))
 
 
 def _read(builder, storage, pointer, index, count):
@@ -549,11 +660,14 @@ def _named(*arguments) -> Any:
     raise NotImplementedError(arguments)
 
 
-load = store = stage = unstage = slots = _named
+load = store = peek = keep = slots = _named
 
 
-def loader(lanes, access):
-    """Make the `load` of a kernel: so many lanes by accesses of so many entries."""
+def loader(lanes, access, whole=False):
+    """Make the `load` of a kernel: so many lanes by accesses of so many entries; -inf from stop on.
+
+    If only ``whole`` pieces are read, others, which may begin before entry 0, become -inf.
+    """
 
     @intrinsic
     def load(typingctx, pointer, base, stride, first, step, stop):
@@ -563,6 +677,17 @@ def loader(lanes, access):
         def codegen(context, builder, sig, args):
             pointer, base, stride, first, step, stop = args
             lowest = ir.Constant(_SCALAR[dtype], float("-inf"))
+            vector = ir.Constant(ir.VectorType(_SCALAR[dtype], lanes), [float("-inf")] * lanes)
+            if whole:
+                before = builder.basic_block
+                with builder.if_then(_is_whole(builder, first, stop, lanes)):
+                    index = builder.add(base, first)
+                    found = _vector(builder, _read(builder, storage, pointer, index, lanes))
+                    inside = builder.basic_block
+                result = builder.phi(vector.type)
+                result.add_incoming(vector, before)
+                result.add_incoming(found, inside)
+                return result
             last = builder.sub(stop, _I64(access))
             values = []
             for _ in range(lanes // access):
@@ -572,25 +697,44 @@ def loader(lanes, access):
                 entries = _read(builder, storage, pointer, index, access)
                 values += [builder.select(inside, entry, lowest) for entry in entries]
                 first = builder.add(first, step)
-            vector = ir.Constant(ir.VectorType(_SCALAR[dtype], lanes), ir.Undefined)
-            for i, value in enumerate(values):
-                vector = builder.insert_element(vector, value, _I32(i))
-            return vector
+            return _vector(builder, values)
 
         return Lanes(dtype, lanes)(pointer, *(types.int64,) * 5), codegen
 
     return load
 
 
-def storer(lanes, access):
-    """Make the `store` of a kernel: so many lanes by accesses of so many entries."""
+def _vector(builder, values):
+    vector = ir.Constant(ir.VectorType(values[0].type, len(values)), ir.Undefined)
+    for i, value in enumerate(values):
+        vector = builder.insert_element(vector, value, _I32(i))
+    return vector
+
+
+def _is_whole(builder, first, stop, lanes):
+    """Whether all entries of a piece are of the row."""
+    first, stop = builder.trunc(first, _I32), builder.trunc(stop, _I32)
+    return builder.and_(
+        builder.icmp_signed(">=", first, _I32(0)),
+        builder.icmp_signed("<=", builder.add(first, _I32(lanes)), stop),
+    )
+
+
+def storer(lanes, access, whole=False):
+    """Make the `store` of a kernel: so many lanes by accesses of so many entries, before stop.
+
+    If only ``whole`` pieces are written, others are left out.
+    """
 
     @intrinsic
     def store(typingctx, pointer, base, stride, first, step, stop, value):
         def codegen(context, builder, sig, args):
             pointer, base, stride, first, step, stop, vector = args
             for at in range(0, lanes, access):
-                with builder.if_then(builder.icmp_signed("<", first, stop)):
+                inside = builder.icmp_signed("<", first, stop)
+                if whole:
+                    inside = _is_whole(builder, first, stop, lanes)
+                with builder.if_then(inside):
                     index = builder.add(base, builder.mul(first, stride))
                     values = [builder.extract_element(vector, _I32(at + i)) for i in range(access)]
                     _write(builder, sig.args[0].dtype, pointer, index, values)
@@ -600,6 +744,62 @@ def storer(lanes, access):
         return types.none(pointer, *(types.int64,) * 5, value), codegen
 
     return store
+
+
+def _part(builder, first, stop, lanes):
+    """Which entries of a piece lie between 0 and stop, and whether some do and others do not."""
+    first, stop = builder.trunc(first, _I32), builder.trunc(stop, _I32)
+    places = [builder.add(first, _I32(i)) for i in range(lanes)]
+    inside = [builder.icmp_unsigned("<", place, stop) for place in places]
+    some = builder.and_(
+        builder.icmp_signed("<", first, stop),
+        builder.icmp_signed(">", builder.add(first, _I32(lanes)), _I32(0)),
+    )
+    return inside, builder.and_(some, builder.not_(builder.and_(inside[0], inside[-1])))
+
+
+@intrinsic
+def load_part(typingctx, pointer, base, first, stop, value):
+    """Lanes, of which those between entries 0 and stop are read anew if others are not."""
+
+    def codegen(context, builder, sig, args):
+        pointer, base, first, stop, vector = args
+        lanes = vector.type.count
+        inside, is_part = _part(builder, first, stop, lanes)
+        before = builder.basic_block
+        with builder.if_then(is_part):
+            values = []
+            for i in range(lanes):
+                at = builder.select(inside[i], builder.add(first, _I64(i)), _I64(0))
+                (own,) = _read(builder, sig.args[0].dtype, pointer, builder.add(base, at), 1)
+                values.append(builder.select(inside[i], own, builder.extract_element(vector, _I32(i))))
+            found = _vector(builder, values)
+            within = builder.basic_block
+        result = builder.phi(vector.type)
+        result.add_incoming(vector, before)
+        result.add_incoming(found, within)
+        return result
+
+    return value(pointer, types.int64, types.int64, types.int64, value), codegen
+
+
+@intrinsic
+def store_part(typingctx, pointer, base, first, stop, value):
+    """Write the lanes between entries 0 and stop, if others are not."""
+
+    def codegen(context, builder, sig, args):
+        pointer, base, first, stop, vector = args
+        lanes = vector.type.count
+        inside, is_part = _part(builder, first, stop, lanes)
+        with builder.if_then(is_part):
+            for i in range(lanes):
+                with builder.if_then(inside[i]):
+                    own = builder.extract_element(vector, _I32(i))
+                    index = builder.add(base, builder.add(first, _I64(i)))
+                    _write(builder, sig.args[0].dtype, pointer, index, [own])
+        return context.get_dummy_value()
+
+    return types.none(pointer, types.int64, types.int64, types.int64, value), codegen
 
 
 @intrinsic
@@ -622,6 +822,19 @@ def store_one(typingctx, pointer, index, value):
     def codegen(context, builder, sig, args):
         pointer, index, value = args
         _write(builder, sig.args[0].dtype, pointer, index, [_only(builder, value)])
+        return context.get_dummy_value()
+
+    return types.none(pointer, types.int64, value), codegen
+
+
+@intrinsic
+def store_lanes(typingctx, pointer, index, value):
+    """Write 128 bits, from entry ``index`` on, which is aligned."""
+
+    def codegen(context, builder, sig, args):
+        pointer, index, vector = args
+        values = [builder.extract_element(vector, _I32(i)) for i in range(vector.type.count)]
+        _write(builder, sig.args[0].dtype, pointer, index, values)
         return context.get_dummy_value()
 
     return types.none(pointer, types.int64, value), codegen
@@ -685,21 +898,7 @@ def _register(name):
 thread = _register("tid.x")
 block = part = _register("ctaid.x")
 block_y = _register("ctaid.y")
-cluster_rank = _register("cluster_ctarank")
-
-
-def _effect(code):
-    """An instruction that orders memory."""
-
-    @intrinsic
-    def run(typingctx):
-        def codegen(context, builder, sig, args):
-            _asm(builder, ir.VoidType(), code, "~{memory}", effect=True)
-            return context.get_dummy_value()
-
-        return types.none(), codegen
-
-    return run
+blocks_of_grid = _register("nctaid.x")
 
 
 @intrinsic
@@ -711,10 +910,6 @@ def barrier(typingctx):
         return context.get_dummy_value()
 
     return types.none(), codegen
-
-
-cluster_arrive = _effect("barrier.cluster.arrive.release;")
-cluster_wait = _effect("barrier.cluster.wait.acquire;")
 
 
 @intrinsic
@@ -829,82 +1024,234 @@ def get(typingctx, slots, index):
     return state(slots, types.int64), codegen
 
 
+# -- what blocks that share a slice tell each other, by way of global memory ---------------------------
+# All of them run at once, as the launch is cooperative. With each 32 bits, 32 others say to which exchange
+# they belong, so what is read is known to be there, and no counter or fence takes its time.
+
+
+def _told(builder, state, pointer, index):
+    """Addresses of the 64 bits for each word of a state."""
+    words = sum(field.dtype.bitwidth // 32 for field in state)
+    first = builder.ptrtoint(builder.gep(pointer, [index]), _I64)
+    return [builder.add(first, _I64(8 * i)) for i in range(words)]
+
+
 @intrinsic
-def put_remote(typingctx, slots, rank, index, state):
-    """Write state ``index`` into the slots of another block of the cluster."""
+def tell(typingctx, board, index, number, state):
+    """Leave a tuple of single lanes, from word ``index`` on, for the exchange of a number, which is not 0."""
 
     def codegen(context, builder, sig, args):
-        slots, rank, index, state = args
-        count = len(sig.args[3])
-        rank = builder.trunc(rank, _I32)
-        for i in range(count):
-            value = _only(builder, builder.extract_value(state, i))
-            at = builder.add(builder.mul(index, _I64(count)), _I64(i))
-            local = builder.ptrtoint(builder.gep(slots, [at]), _I32)
-            remote = _asm(builder, _I32, "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", local, rank)
-            kind, letter = ("f32", "f") if isinstance(value.type, ir.FloatType) else ("f64", "d")
-            code = f"st.shared::cluster.{kind} [$0], $1;"
-            _asm(builder, ir.VoidType(), code, f"r,{letter},~{{memory}}", remote, value, effect=True)
+        board, index, number, state = args
+        fields = [_only(builder, builder.extract_value(state, i)) for i in range(len(sig.args[3]))]
+        words = [word for field in fields for word in _words(builder, field)]
+        for word, at in zip(words, _told(builder, sig.args[3], board, index), strict=True):
+            both = builder.or_(builder.zext(word, _I64), builder.shl(number, _I64(32)))
+            code = "st.relaxed.gpu.global.u64 [$0], $1;"
+            _asm(builder, ir.VoidType(), code, "l,l,~{memory}", at, both, effect=True)
         return context.get_dummy_value()
 
-    return types.none(slots, types.int64, types.int64, state), codegen
+    return types.none(board, types.int64, types.int64, state), codegen
 
 
-# -- rows of short slices in shared memory, with offsets of 32 bits ---------------------------------
-# After each 2**shift entries one word is left free.
+@intrinsic
+def hear(typingctx, board, index, number, like):
+    """State from word ``index`` on of the exchange of a number, as soon as it is there."""
+
+    def codegen(context, builder, sig, args):
+        board, index, number, _ = args
+        places = _told(builder, sig.return_type, board, index)
+        number = builder.trunc(number, _I32)
+        loop, done = builder.append_basic_block("hear"), builder.append_basic_block("heard")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        code = "ld.relaxed.gpu.global.u64 $0, [$1];"
+        found = [_asm(builder, _I64, code, "=l,l,~{memory}", at, effect=True) for at in places]
+        known = _I1(1)
+        for both in found:
+            own = builder.trunc(builder.lshr(both, _I64(32)), _I32)
+            known = builder.and_(known, builder.icmp_signed("==", own, number))
+        builder.cbranch(known, done, loop)
+        builder.position_at_end(done)
+        words = [builder.trunc(both, _I32) for both in found]
+        values = []
+        for field in sig.return_type:
+            own = [words.pop(0) for _ in range(field.dtype.bitwidth // 32)]
+            value = _from_words(builder, own, _SCALAR[field.dtype])
+            values.append(_each(builder, _llvm_type(field), lambda value=value: value))
+        return context.make_tuple(builder, sig.return_type, values)
+
+    return like(board, types.int64, types.int64, like), codegen
 
 
-def _narrow(builder, integers):
-    return [builder.trunc(integer, _I32) for integer in integers]
+# -- entries in shared memory as they are stored: `load`, `store`, `load_one`, `store_one` take them too -----
 
 
-def _padded(builder, index, shift):
-    return builder.add(index, builder.lshr(index, shift))
+@intrinsic
+def tile_for(typingctx, pointer):
+    """Shared memory for entries like those of a pointer; the launch gives its size."""
+
+    def codegen(context, builder, sig, args):
+        name = "fastmax_tile"
+        memory: Any = builder.module.globals.get(name)
+        if memory is None:
+            memory = ir.GlobalVariable(builder.module, ir.ArrayType(ir.IntType(8), 0), name, _SHARED)
+            memory.linkage = "external"
+            memory.align = 16
+        return builder.bitcast(memory, context.get_value_type(sig.return_type))
+
+    return Tile(pointer.dtype)(pointer), codegen
 
 
-def stager(lanes):
-    """Make the `stage` of a kernel: write lanes to entries first, first + step, ... before stop."""
-
+def _copier(in_background, hint=""):
     @intrinsic
-    def stage(typingctx, slots, first, step, stop, shift, value):
+    def copy_in(typingctx, tile, at, pointer, index, count):
+        """Begin to copy 128 bits, or those of the first ``count`` entries, if any; both are aligned."""
+        size = pointer.dtype.bitwidth // 8
+
         def codegen(context, builder, sig, args):
-            slots, *integers, vector = args
-            first, step, stop, shift = _narrow(builder, integers)
-            for i in range(lanes):
-                with builder.if_then(builder.icmp_signed("<", first, stop)):
-                    at = builder.gep(slots, [_padded(builder, first, shift)])
-                    builder.store(builder.extract_element(vector, _I32(i)), at)
-                first = builder.add(first, step)
+            tile, at, pointer, index, count = args
+            at, count = builder.trunc(at, _I32), builder.trunc(count, _I32)
+            words = ir.VectorType(_I32, 4)
+            most = _I32(16 // size)
+            if in_background:
+                with builder.if_then(builder.icmp_signed(">", count, _I32(0))):
+                    count = builder.select(builder.icmp_signed("<", count, most), count, most)
+                    to = builder.ptrtoint(_address(builder, tile, at, words), _I32)
+                    source = builder.ptrtoint(_address(builder, pointer, index, words), _I64)
+                    code = f"cp.async.cg.shared.global{hint} [$0], [$1], 16, $2;"
+                    there = builder.mul(count, _I32(size))
+                    _asm(builder, ir.VoidType(), code, "r,l,r,~{memory}", to, source, there, effect=True)
+                return context.get_dummy_value()
+            _copy_part(builder, size, (tile, _I32, at), (pointer, _I64, index), lambda i: [(_I32(i), count)])
             return context.get_dummy_value()
 
-        return types.none(slots, *(types.int64,) * 4, value), codegen
+        return types.none(tile, types.int64, pointer, types.int64, types.int64), codegen
 
-    return stage
+    return copy_in
 
 
-def unstager(lanes):
-    """Make the `unstage` of a kernel: read what `stage` wrote; -inf from stop on."""
+def _copy_part(builder, size, to, source, there):
+    """Copy 128 bits, or those entries of them for which the first of all pairs ``there`` are smaller."""
+
+    def move(offset, kind, align):
+        pointer, integer, at = source
+        value = builder.load(_address(builder, pointer, builder.add(at, integer(offset)), kind), align=align)
+        pointer, integer, at = to
+        builder.store(value, _address(builder, pointer, builder.add(at, integer(offset)), kind), align=align)
+
+    def holds(i):
+        result = _I1(1)
+        for low, high in there(i):
+            result = builder.and_(result, builder.icmp_signed("<", low, high))
+        return result
+
+    count = 16 // size
+    with builder.if_else(builder.and_(holds(0), holds(count - 1))) as (then, otherwise):
+        with then:
+            move(0, ir.VectorType(_I32, 4), 16)
+        with otherwise:
+            for i in range(count):
+                with builder.if_then(holds(i)):
+                    move(i, ir.IntType(8 * size), size)
+
+
+copy_in, copy_in_at_once = _copier(True), _copier(False)
+# For lines of which others will soon want the neighbours, which are read from memory along with them.
+copy_in_with_neighbours = _copier(True, ".L2::256B")
+COPIES_FROM = (8, 0)  # compute capability that copies to shared memory in the background
+
+
+@intrinsic
+def copy_out(typingctx, tile, at, pointer, base, first, stop):
+    """Copy 128 bits of a tile to ``base + at`` on, or those of the entries first to stop."""
+    size = pointer.dtype.bitwidth // 8
+
+    def codegen(context, builder, sig, args):
+        tile, at, pointer, base, first, stop = args
+        index = builder.add(base, at)
+        at, first, stop = (builder.trunc(value, _I32) for value in (at, first, stop))
+
+        def there(i):
+            own = builder.add(at, _I32(i))
+            return (builder.sub(first, _I32(1)), own), (own, stop)
+
+        _copy_part(builder, size, (pointer, _I64, index), (tile, _I32, at), there)
+        return context.get_dummy_value()
+
+    return types.none(tile, types.int64, pointer, *(types.int64,) * 3), codegen
+
+
+@intrinsic
+def from_there(typingctx, tile, at):
+    """The tile from an entry on."""
+    return tile(tile, types.int64), lambda context, builder, sig, args: builder.gep(
+        args[0], [builder.trunc(args[1], _I32)]
+    )
+
+
+def _effect(code):
+    """An instruction that orders memory."""
 
     @intrinsic
-    def unstage(typingctx, slots, first, step, stop, shift):
-        result = Lanes(slots.value.dtype, lanes)
+    def run(typingctx):
+        def codegen(context, builder, sig, args):
+            _asm(builder, ir.VoidType(), code, "~{memory}", effect=True)
+            return context.get_dummy_value()
+
+        return types.none(), codegen
+
+    return run
+
+
+# Wait until what this thread began to copy is there, for this thread; or but for what it began to copy after
+# the last but one `copies_end`.
+copies_done = _effect("cp.async.wait_all;")
+copies_end = _effect("cp.async.commit_group;")
+copies_before_done = _effect("cp.async.wait_group 1;")
+nothing_to_wait_for = _effect("")  # where copies are done at once
+
+
+def peeker(lanes, stride):
+    """Make the `peek` of a kernel: lanes that lie so far apart in a tile, from an entry on."""
+
+    @intrinsic
+    def peek(typingctx, tile, at):
+        dtype = _work_dtype(tile.dtype)
 
         def codegen(context, builder, sig, args):
-            slots, *integers = args
-            first, step, stop, shift = _narrow(builder, integers)
-            vector = ir.Constant(_llvm_type(result), ir.Undefined)
-            lowest = ir.Constant(_SCALAR[result.dtype], float("-inf"))
-            for i in range(lanes):
-                inside = builder.icmp_signed("<", first, stop)
-                index = builder.select(inside, first, builder.sub(stop, _I32(1)))
-                value = builder.load(builder.gep(slots, [_padded(builder, index, shift)]))
-                vector = builder.insert_element(vector, builder.select(inside, value, lowest), _I32(i))
-                first = builder.add(first, step)
-            return vector
+            tile, at = args
+            at = builder.trunc(at, _I32)
+            if stride == 1:
+                values = _read(builder, sig.args[0].dtype, tile, at, lanes)
+            else:
+                places = [builder.add(at, _I32(i * stride)) for i in range(lanes)]
+                values = [_read(builder, sig.args[0].dtype, tile, place, 1)[0] for place in places]
+            return _vector(builder, values)
 
-        return result(slots, *(types.int64,) * 4), codegen
+        return Lanes(dtype, lanes)(tile, types.int64), codegen
 
-    return unstage
+    return peek
+
+
+def keeper(lanes, stride):
+    """Make the `keep` of a kernel: write lanes to where `peek` found them."""
+
+    @intrinsic
+    def keep(typingctx, tile, at, value):
+        def codegen(context, builder, sig, args):
+            tile, at, vector = args
+            at = builder.trunc(at, _I32)
+            values = [builder.extract_element(vector, _I32(i)) for i in range(lanes)]
+            if stride == 1:
+                _write(builder, sig.args[0].dtype, tile, at, values)
+            else:
+                for i, own in enumerate(values):
+                    _write(builder, sig.args[0].dtype, tile, builder.add(at, _I32(i * stride)), [own])
+            return context.get_dummy_value()
+
+        return types.none(tile, types.int64, value), codegen
+
+    return keep
 
 
 # -- compilation ----------------------------------------------------------------------------------
@@ -942,6 +1289,8 @@ PRIMITIVES = {
     "LIMITS_APART": False,
     "as_float64": float,
     "constant": constant,
+    "exp2": exp2,
+    "first_inverse": first_inverse,
     "fma": fma,
     "larger": larger,
     "log1p": log1p,
@@ -989,6 +1338,8 @@ def compile_kernel(name, function, replaced, arguments, capability, bounds):
     """
     if capability >= MAXIMUM_WITH_NAN_FROM:
         replaced = {**replaced, "at_least": at_least}
+    if capability < COPIES_FROM:
+        replaced = {**replaced, "copy_in": copy_in_at_once, "copies_done": nothing_to_wait_for}
 
     def wrap(copy):
         return copy if copy.__code__ is function.__code__ else device(copy)

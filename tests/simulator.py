@@ -1,15 +1,16 @@
 """A GPU in plain Python: runs the kernels of `_cuda_kernels` thread by thread, on host memory.
 
-Numba's own simulator knows no shuffles, clusters, bfloat16 or raw pointers. Here the threads are greenlets,
+Numba's own simulator knows no shuffles, bfloat16, cooperative blocks or raw pointers. Here the threads are greenlets,
 lanes are NumPy arrays, and the primitives of `_cuda_target` are these functions. What a GPU would let pass is
 an error: memory that was not allocated, an access that is not aligned, threads that do not meet at a barrier
 or shuffle. Threads run in a random order between two meetings, so that a result that depends on the order
 shows.
 """
 
+import contextlib
 import ctypes
 import functools
-import itertools
+import operator
 import random
 import sys
 from typing import Any, ClassVar
@@ -29,7 +30,7 @@ DTYPES = {
     "float64": np.dtype(np.float64),
     "bool": np.dtype(np.uint8),
 }
-CAPABILITY = (9, 0)
+GPU = _cuda_plan.Gpu((9, 0), 4, 227 * 2**10)
 
 
 # -- memory -----------------------------------------------------------------------------------------
@@ -51,10 +52,11 @@ def free(address):
 
 
 class Pointer:
-    """Address of entries of a dtype, in one allocation."""
+    """Address of entries of a dtype, in one allocation or in the shared memory of a block."""
 
     def __init__(self, address, dtype):
         self.address, self.dtype = address, dtype
+        self.told = {}  # what blocks have left for each other
 
     def view(self, index, count):
         """Return ``count`` entries from an index on, which one access must be able to reach."""
@@ -74,6 +76,23 @@ class Pointer:
         return self.view(index, count).astype(np.float64 if self.dtype == np.float64 else np.float32)
 
 
+class Tile(Pointer):
+    """Entries of a dtype in the shared memory of a block."""
+
+    def __init__(self, memory, dtype):
+        self.memory, self.dtype = memory, dtype
+
+    def view(self, index, count):
+        """Return ``count`` entries from an index on, which one access must be able to reach."""
+        size = self.dtype.itemsize
+        start, stop = int(index) * size, (int(index) + count) * size
+        if start < 0 or stop > self.memory.size:
+            raise IndexError(f"{count} entries at {index} of {self.dtype} are not in shared memory")
+        if start % (count * size):
+            raise ValueError(f"{count} entries at {index} of {self.dtype} are not aligned")
+        return self.memory[start:stop].view(self.dtype)
+
+
 # -- threads ----------------------------------------------------------------------------------------
 
 
@@ -83,11 +102,12 @@ class Thread(greenlet.greenlet):
     number: int
     count: int  # threads of the block
     block: tuple[int, int]
-    rank: int  # of the block in its cluster
-    blocks: int  # of the cluster
-    shared: dict[str, np.ndarray]
-    peers: list[dict[str, np.ndarray]]  # shared memory of all blocks of the cluster
-    remote: bool  # whether those blocks are known to have begun
+    rank: int  # of the block in its team
+    blocks: int  # of the grid
+    shared: dict[Any, np.ndarray]
+    tile: np.ndarray
+    copies: list[tuple[np.ndarray, np.ndarray]]  # that have begun: to, from
+    ended: list[list[tuple[np.ndarray, np.ndarray]]]  # earlier ones, between the ends that were told
 
 
 def _current() -> Any:
@@ -99,7 +119,7 @@ def _meet(key, count, payload=None):
     return _current().parent.switch((key, count, payload))
 
 
-def _run_cluster(threads):
+def _run_together(threads):
     """Run threads until all have finished; a meeting is held when all have come."""
     waiting: dict[Any, dict[Thread, Any]] = {}
     ready: list[Any] = [(thread, None) for thread in threads]
@@ -109,6 +129,9 @@ def _run_cluster(threads):
         ready = []
         for thread, request in requests:
             if thread.dead:
+                continue
+            if request is None:  # asks again
+                ready.append((thread, None))
                 continue
             key, count, payload = request
             came = waiting.setdefault((key, count), {})
@@ -121,10 +144,11 @@ def _run_cluster(threads):
         raise RuntimeError(f"threads wait for others that do not come: {list(waiting)}")
 
 
-def launch(spec, grid, arguments):
+def launch(spec, grid, arguments, shared=0):
     """Run a kernel on a grid (x, y) of blocks; pointers are given as addresses."""
     function, replaced = _cuda_plan.names(spec, _Target)
     kernel = _cuda_target.rebuilt(function, replaced, lambda copy: copy)
+    team = arguments[BLOCKS_OF_TEAM] if spec.team else 1
     arguments = [_argument(value, kind) for value, kind in zip(arguments, kinds(spec), strict=True)]
 
     def body(_):
@@ -132,16 +156,20 @@ def launch(spec, grid, arguments):
             kernel(*arguments)
 
     for y in range(grid[1]):
-        for first in range(0, grid[0], spec.blocks):
+        for first in range(0, grid[0], team):
             threads = []
-            peers = [{} for _ in range(spec.blocks)]
-            for rank, number in itertools.product(range(spec.blocks), range(spec.threads)):
-                thread = Thread(body)
-                thread.number, thread.block, thread.rank = number, (first + rank, y), rank
-                thread.shared, thread.peers, thread.remote = peers[rank], peers, False
-                thread.count, thread.blocks = spec.threads, spec.blocks
-                threads.append(thread)
-            _run_cluster(threads)
+            for rank in range(team):
+                own, tile = {}, np.full(shared, 0xFF, np.uint8)
+                for number in range(spec.threads):
+                    thread = Thread(body)
+                    thread.number, thread.block, thread.rank = number, (first + rank, y), rank
+                    thread.shared, thread.tile, thread.copies, thread.ended = own, tile, [], []
+                    thread.count, thread.blocks = spec.threads, grid[0]
+                    threads.append(thread)
+            _run_together(threads)
+
+
+BLOCKS_OF_TEAM = 8  # place among the arguments
 
 
 def kinds(spec):
@@ -159,7 +187,9 @@ def kinds(spec):
         return None, None, entries, entries, work, work, None, *(None,) * steps
     if spec.function.endswith("strided"):
         return entries, entries, DTYPES["bool"], work, None, *(None,) * 4
-    return entries, entries, work, None, *(None,) * 5
+    if spec.function.endswith(_cuda_plan.TILED):
+        return entries, entries, np.dtype(np.int64), work, None, *(None,) * 7
+    return entries, entries, work, None, *(None,) * 6
 
 
 def _argument(value, kind):
@@ -180,8 +210,8 @@ def block_y():
     return _current().block[1]
 
 
-def cluster_rank():
-    return _current().rank
+def blocks_of_grid():
+    return _current().blocks
 
 
 def barrier():
@@ -194,14 +224,16 @@ def anyone_in_block(flag):
     return any(_meet(("anyone", me.rank), me.count, bool(flag)).values())
 
 
-def cluster_arrive():
-    """Arrive; the waiting does both."""
+def tell(board, index, number, state):
+    for i, value in enumerate(state):
+        board.told[index, i] = number, value
 
 
-def cluster_wait():
-    me = _current()
-    _meet("cluster", me.blocks * me.count)
-    me.remote = True
+def hear(board, index, number, like):
+    """Wait until all of a state is there."""
+    while any(board.told.get((index, i), (0,))[0] != number for i in range(len(like))):
+        _current().parent.switch(None)
+    return tuple(board.told[index, i][1] for i in range(len(like)))
 
 
 def _exchange(kind, state, mask, number_of):
@@ -223,7 +255,7 @@ def shuffle_from(state, mask, number):
 def _slots_for(count):
     def slots(state):
         fields = state if isinstance(state, tuple) else (state,)
-        name = f"{len(fields)} of {count} {id(_caller())}"
+        name = len(fields), count, _caller()
         shared = _current().shared
         if name not in shared:
             shared[name] = np.full((count, len(fields)), np.nan, np.asarray(fields[0]).dtype)
@@ -233,8 +265,9 @@ def _slots_for(count):
 
 
 def _caller():
-    """Code of the kernel's function that asks for slots: each has its own."""
-    return sys._getframe(2).f_code
+    """What asks for slots: each function of a kernel has its own for each way to combine states."""
+    frame = sys._getframe(2)
+    return frame.f_code, frame.f_locals.get("combine")
 
 
 def put(slots, index, state):
@@ -243,13 +276,6 @@ def put(slots, index, state):
 
 def get(slots, index):
     return tuple(_current().shared[slots][index])
-
-
-def put_remote(slots, rank, index, state):
-    me = _current()
-    assert me.remote, "the other blocks of the cluster may not have begun"
-    mine = me.shared[slots]
-    me.peers[rank].setdefault(slots, np.full_like(mine, np.nan))[index] = state
 
 
 # -- lanes: arrays, or scalars for a single one or for the same number in all ---------------------------
@@ -265,7 +291,8 @@ def _dtype(like):
 
 
 def spread(value, like):
-    return value if np.ndim(value) else _dtype(like).type(value)
+    value = np.asarray(value, _dtype(like))
+    return np.broadcast_to(value, np.shape(like)) if np.ndim(like) else value[()]
 
 
 def constant(values, like):
@@ -278,6 +305,10 @@ def polynomial(x, coefficients):
     for value in own[-2::-1]:
         result = fma(result, x, _dtype(x).type(value))
     return result
+
+
+def exp2(x):
+    return np.where(x < -126, np.float32(0), np.exp2(x)).astype(np.float32)
 
 
 def power_of_two(exponent):
@@ -324,8 +355,13 @@ def offset(index, sizes, strides):
 # -- entries ----------------------------------------------------------------------------------------
 
 
-def _loader(lanes, access):
+def _loader(lanes, access, whole=False):
     def load(pointer, base, stride, first, step, stop):
+        if whole:
+            inside = 0 <= first and first + lanes <= stop
+            read = pointer.read(base + first, lanes) if inside else None
+            empty = np.full(lanes, -np.inf, np.float64 if pointer.dtype == np.float64 else np.float32)
+            return empty if read is None else read
         values = []
         for at in range(first, first + lanes // access * step, step):
             index = base + min(at, stop - access) * stride
@@ -336,15 +372,104 @@ def _loader(lanes, access):
     return load
 
 
-def _storer(lanes, access):
+def _storer(lanes, access, whole=False):
     def store(pointer, base, stride, first, step, stop, value):
         value = np.broadcast_to(value, lanes)
         for i in range(0, lanes, access):
             at = first + i // access * step
-            if at < stop:
+            if (0 <= at and at + lanes <= stop) if whole else at < stop:
                 pointer.view(base + at * stride, access)[...] = value[i : i + access]
 
     return store
+
+
+def _places_of_part(first, stop, lanes):
+    """Lanes between entries 0 and stop, if others are not."""
+    places = [i for i in range(lanes) if 0 <= first + i < stop]
+    return places if len(places) < lanes else []
+
+
+def load_part(pointer, base, first, stop, value):
+    result = value.copy()
+    for i in _places_of_part(first, stop, len(value)):
+        result[i] = pointer.read(base + first + i, 1)[0]
+    return result
+
+
+def store_part(pointer, base, first, stop, value):
+    for i in _places_of_part(first, stop, len(value)):
+        pointer.view(base + first + i, 1)[0] = value[i]
+
+
+def tile_for(pointer):
+    return Tile(_current().tile, pointer.dtype)
+
+
+def copy_in(tile, at, pointer, index, count):
+    most = 16 // pointer.dtype.itemsize
+    count = min(count, most)
+    assert (pointer.address + index * pointer.dtype.itemsize) % 16 == 0
+    entries = np.zeros(most, pointer.dtype)
+    for i in range(count):  # what lies before a row need not be there
+        with contextlib.suppress(IndexError):
+            entries[i] = pointer.view(index + i, 1)[0]
+    if count > 0:
+        _current().copies.append((tile.view(at, most), entries))
+
+
+def copies_done():
+    _finish(_current().copies)
+
+
+def copies_end():
+    me = _current()
+    me.ended, me.copies = [*me.ended, me.copies], []
+
+
+def copies_before_done():
+    """Finish all copies but those between the last two ends."""
+    me = _current()
+    for copies in me.ended[:-1]:
+        _finish(copies)
+    del me.ended[:-1]
+
+
+def _finish(copies):
+    for to, entries in copies:
+        to[...] = entries
+    copies.clear()
+
+
+def from_there(tile, at):
+    return Tile(tile.memory[at * tile.dtype.itemsize :], tile.dtype)
+
+
+def copy_out(tile, at, pointer, base, first, stop):
+    most = 16 // pointer.dtype.itemsize
+    places = [i for i in range(at, at + most) if first <= i < stop]
+    if len(places) == most:
+        pointer.view(base + at, most)[...] = tile.view(at, most)
+    else:
+        for i in places:
+            pointer.view(base + i, 1)[...] = tile.view(i, 1)
+
+
+def _peeker(lanes, stride):
+    def peek(tile, at):
+        if stride == 1:
+            return tile.read(at, lanes)
+        return np.array([tile.read(at + i * stride, 1)[0] for i in range(lanes)])
+
+    return peek
+
+
+def _keeper(lanes, stride):
+    def keep(tile, at, value):
+        value = np.broadcast_to(value, lanes)
+        for i in range(lanes):
+            tile.view(at + i * stride, 1)[0] = value[i]
+
+    return keep
 
 
 def load_one(pointer, index):
@@ -355,6 +480,10 @@ def store_one(pointer, index, value):
     pointer.view(index, 1)[0] = value
 
 
+def store_lanes(pointer, index, value):
+    pointer.view(index, len(value))[...] = value
+
+
 def byte(pointer, index):
     return int(pointer.view(index, 1)[0])
 
@@ -363,25 +492,13 @@ def number(pointer, index):
     return float(pointer.view(index, 1)[0])
 
 
-def _stager(lanes):
-    def stage(slots, first, step, stop, shift, value):
-        room = _current().shared[slots]
-        for i in range(lanes):
-            at = first + i * step
-            if at < stop:
-                room[at + (at >> shift), 0] = np.broadcast_to(value, lanes)[i]
-
-    return stage
+def singles(state):
+    return tuple(lane for field in state for lane in np.asarray(field))
 
 
-def _unstager(lanes):
-    def unstage(slots, first, step, stop, shift):
-        room = _current().shared[slots]
-        indices = first + step * np.arange(lanes)
-        inside = np.minimum(indices, stop - 1)
-        return np.where(indices < stop, room[inside + (inside >> shift), 0], room.dtype.type(-np.inf))
-
-    return unstage
+def together(values, like):
+    count = len(like[0])
+    return tuple(np.array(values[i : i + count]) for i in range(0, len(values), count))
 
 
 def as_lanes(values):
@@ -400,13 +517,21 @@ class _Target:
         "barrier": barrier,
         "block": block,
         "byte": byte,
-        "cluster_arrive": cluster_arrive,
-        "cluster_rank": cluster_rank,
-        "cluster_wait": cluster_wait,
+        "blocks_of_grid": blocks_of_grid,
+        "copies_before_done": copies_before_done,
+        "copies_done": copies_done,
+        "copies_end": copies_end,
+        "from_there": from_there,
+        "copy_in": copy_in,
+        "copy_out": copy_out,
         "constant": constant,
+        "exp2": exp2,
+        "first_inverse": lambda x: 1 / x,
         "fma": fma,
         "get": get,
+        "hear": hear,
         "load_one": load_one,
+        "load_part": load_part,
         "as_float64": float,
         "log1p": np.log1p,
         "lower_half": _half(0),
@@ -416,19 +541,27 @@ class _Target:
         "polynomial": polynomial,
         "power_of_two": power_of_two,
         "put": put,
-        "put_remote": put_remote,
         "scanned": scanned,
         "select": select,
         "shuffle": shuffle,
         "shuffle_from": shuffle_from,
         "spread": spread,
         "store_one": store_one,
+        "store_part": store_part,
         "table_of": lambda x: None,
+        "singles": singles,
+        "together": together,
+        "small": int,
+        "further": operator.add,
+        "everywhere": np.all,
+        "store_lanes": store_lanes,
         "thread": thread,
+        "tell": tell,
+        "tile_for": tile_for,
         "upper_half": _half(1),
     }
     loader, storer = staticmethod(_loader), staticmethod(_storer)
-    stager, unstager = staticmethod(_stager), staticmethod(_unstager)
+    peeker, keeper = staticmethod(_peeker), staticmethod(_keeper)
     slots_for = staticmethod(_slots_for)
     block_y = staticmethod(block_y)
 
@@ -491,21 +624,26 @@ class Array:
         self.memory[...] = array
 
 
-def run(spec, device, grid, stream, arguments):
+def run(spec, device, grid, stream, arguments, shared=0):
     """What takes the place of `_cuda_launch.run`."""
 
     def again(stream, *leading):
-        launch(spec, grid, (*leading, *arguments[len(leading) :]))
+        launch(spec, grid, (*leading, *arguments[len(leading) :]), shared)
 
     again(stream)
     return again
+
+
+def clear(address, count, device, stream):
+    Pointer(address, np.dtype(np.uint32)).view(0, 1)  # is there
+    ctypes.memset(address, 0, 4 * count)
 
 
 def upload(array, address, device, stream):
     ctypes.memmove(address, array.ctypes.data, array.nbytes)
 
 
-def install(monkeypatch, capability=CAPABILITY):
+def install(monkeypatch, gpu=GPU):
     """Let `fastmax.cuda` run here."""
     from fastmax import _cuda_launch, cuda
 
@@ -521,10 +659,14 @@ def install(monkeypatch, capability=CAPABILITY):
         class_ = getattr(_cuda_plan, name)
         monkeypatch.setattr(_cuda_plan, name, class_._replace(threads=small[class_[:2]]))
     monkeypatch.setattr(_cuda_plan, "SHORT_THREADS", 32)
+    for name in ("TILE_THREADS", "TEAM_THREADS"):
+        monkeypatch.setattr(_cuda_plan, name, 64)
     monkeypatch.setattr(_cuda_plan, "plan", functools.cache(_cuda_plan.plan.__wrapped__))
     monkeypatch.setattr(_cuda_launch, "run", run)
     monkeypatch.setattr(_cuda_launch, "upload", upload)
-    monkeypatch.setattr(_cuda_launch, "capability", lambda device: capability)
+    monkeypatch.setattr(_cuda_launch, "clear", clear)
+    monkeypatch.setattr(_cuda_launch, "gpu", lambda device: gpu)
+    monkeypatch.setattr(_cuda_launch, "most_blocks", lambda spec, device, shared: gpu.multiprocessors)
     monkeypatch.setattr(
         cuda, "_empty_of_numba", lambda shape, dtype, device, stream: Array.empty(shape, dtype)
     )

@@ -15,7 +15,7 @@ pytest.importorskip("greenlet", reason="the simulator needs greenlet")
 import simulator
 from simulator import Array, on_gpu
 
-from fastmax import _cuda_plan, cuda
+from fastmax import _cuda_launch, _cuda_plan, cuda
 
 # What a GPU cannot hold, and shapes with so many slices that each takes the simulator minutes.
 NOT_HERE = (
@@ -104,20 +104,18 @@ def test_paths_conform(path, name):
 def small_classes(monkeypatch):
     """Let groups be so small that every class, and the split, have slices that the simulator can run."""
     class_ = _cuda_plan.Class
-    monkeypatch.setattr(
-        _cuda_plan,
-        "ROWS",
-        (
-            class_("warp", 64, 8, 1, 8),
-            class_("warp", 64, 32, 1, 8),
-            class_("block", 64, 64, 1, 8),
-            class_("cluster", 64, 64, 2, 8),
-            class_("cluster", 64, 64, 4, 8),
-        ),
-    )
-    monkeypatch.setattr(_cuda_plan, "COLUMNS", (class_("column", 64, 1, 1, 8), class_("column", 64, 4, 1, 8)))
-    monkeypatch.setattr(_cuda_plan, "SPLIT_ROWS", class_("block", 64, 64, 1, 8))
-    monkeypatch.setattr(_cuda_plan, "SPLIT_COLUMNS", class_("column", 64, 4, 1, 8))
+    rows = (class_("warp", 64, 8, 8), class_("warp", 64, 32, 8))
+    monkeypatch.setattr(_cuda_plan, "ROWS", rows)
+    monkeypatch.setattr(_cuda_plan, "BLOCK_ENTRIES", {2: 16, 4: 8, 8: 4})
+    monkeypatch.setattr(_cuda_plan, "BLOCK_THREADS", {2: 64, 4: 64, 8: 64})
+    monkeypatch.setattr(_cuda_plan, "COLUMNS", (class_("column", 64, 1, 8), class_("column", 64, 4, 8)))
+    monkeypatch.setattr(_cuda_plan, "SPLIT_ROWS", class_("block", 64, 64, 8))
+    monkeypatch.setattr(_cuda_plan, "SPLIT_COLUMNS", class_("column", 64, 4, 8))
+    monkeypatch.setattr(_cuda_plan, "TILE_BYTES", 4096)
+    monkeypatch.setattr(_cuda_plan, "HALF_BYTES", 3000)
+    monkeypatch.setattr(_cuda_plan, "TEAM_BYTES", 4096)
+    monkeypatch.setattr(_cuda_launch, "gpu", lambda device: simulator.GPU._replace(shared=4096))
+    monkeypatch.setattr(_cuda_plan, "WARP_ENTRIES_OF_16_BITS", 8)
     monkeypatch.setattr(_cuda_plan, "WAVE_BYTES", 4 * 4096)
 
 
@@ -133,31 +131,65 @@ def check(name, n, axis, dtype=np.float32, count=3, temperature=0.7):
     x[0, n // 2] = -np.inf
     temperatures = np.resize([temperature, np.inf, 0.0], count)
     result = on_gpu(getattr(fastmax, name))(x if axis else x.T.copy(), temperatures, axis=axis)
-    for i in range(count):
+    for i in {0, 1, 2, count - 1}:
         own = result[i] if axis or result.ndim == 1 else result[:, i]
         oracle.assert_close(name, own, x[i], temperatures[i])
 
 
 @pytest.mark.usefixtures("_small")
-@pytest.mark.parametrize("n", [32, 33, 64, 65, 256, 257, 512, 513, 1024, 1025, 2048, 2049, 4100])
+@pytest.mark.parametrize("n", [32, 33, 64, 65, 256, 257, 512, 513, 1020, 1021, 2041, 4080, 4081])
 @pytest.mark.parametrize("name", oracle.FUNCTIONS)
 def test_rows_on_both_sides_of_thresholds(name, n):
     check(name, n, 1)
 
 
 @pytest.mark.usefixtures("_small")
-@pytest.mark.parametrize("n", [8, 9, 32, 33, 95])
+@pytest.mark.parametrize("count", [3, 20])
+@pytest.mark.parametrize("n", [8, 9, 32, 33, 64, 65, 200, 257])
 @pytest.mark.parametrize("name", oracle.FUNCTIONS)
-def test_columns_on_both_sides_of_thresholds(name, n):
-    check(name, n, 0)
+def test_columns_on_both_sides_of_thresholds(name, n, count):
+    """Of 3 columns, which are not aligned, and of 20, which are, and fill a line and a part of one."""
+    check(name, n, 0, count=count)
 
 
 @pytest.mark.usefixtures("_small")
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("n", [200, 520, 3000])
-def test_other_dtypes_in_blocks_clusters_and_parts(n, dtype):
+@pytest.mark.parametrize("n", [200, 519, 1500, 3000, 9001])
+def test_other_dtypes_in_blocks_teams_and_parts(n, dtype):
     check("softmax", n, 1, dtype)
     check("log_softmax", n, 1, dtype)
+
+
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("n", [40, 100])
+def test_columns_of_other_dtypes_in_tiles(n, dtype):
+    check("softmax", n, 0, dtype, count=40)
+    check("entropy", n, 0, dtype, count=40)
+
+
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("start", range(4))
+@pytest.mark.parametrize("out_start", [None, 0, 1])
+@pytest.mark.parametrize("n", [5, 21, 67, 515, 700, 1100])
+def test_rows_that_begin_anywhere(n, out_start, start):
+    """Entries before and behind x are no part of it, and those around the result stay as they are."""
+    x = np.random.default_rng(n).normal(scale=3.0, size=(3, n)).astype(np.float32)
+    memory = np.full(start + x.size + 2, np.nan, np.float32)
+    memory[start : start + x.size] = x.ravel()
+    inside = Array.like(memory)
+    view = Array(inside.memory[start : start + x.size].reshape(x.shape))
+    if out_start is None:
+        result = cuda.softmax(view, 0.7, axis=1).memory
+    else:
+        around = Array.like(np.full(out_start + x.size + 3, 7.0, np.float32))
+        result = around.memory[out_start : out_start + x.size].reshape(x.shape)
+        cuda.softmax(view, 0.7, axis=1, out=Array(result))
+        assert (around.memory[:out_start] == 7.0).all()
+        assert (around.memory[out_start + x.size :] == 7.0).all()
+    for i in range(3):
+        oracle.assert_close("softmax", result[i], x[i], 0.7)
+    assert np.array_equal(inside.memory, memory, equal_nan=True)
 
 
 @pytest.mark.parametrize("n", [511, 512, 513])
@@ -176,16 +208,6 @@ def test_one_temperature_on_the_gpu_serves_all_slices(shape, name):
     found = getattr(cuda, name)(Array.like(x), Array.like(np.array([0.7])), axis=1).memory
     for i in (0, shape[0] - 1):
         oracle.assert_close(name, found[i], x[i], 0.7)
-
-
-def test_short_rows_of_a_warp_lie_in_different_banks():
-    """But for a few lengths, of which two rows meet."""
-    from fastmax import _cuda_kernels
-
-    for n in range(1, 33):
-        starts = np.arange(32) * n
-        banks = np.bincount((starts + (starts >> _cuda_kernels.pad_shift(n))) % 32)
-        assert banks.max() <= 2 - n % 2
 
 
 def test_faint_terms_beside_a_maximum_of_zero():

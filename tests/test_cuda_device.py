@@ -30,10 +30,11 @@ def to_torch(array):
     steps = [stride // array.itemsize for stride in array.strides]
     tensor = torch.empty_strided(array.shape, steps, dtype=getattr(torch, name), device="cuda")
     wide = np.ascontiguousarray(array).astype(np.float64 if name != "bool" else bool)
-    if 0 not in array.strides:
+    repeated = [step == 0 and n > 1 for step, n in zip(steps, array.shape, strict=True)]
+    if array.size == 0 or not any(repeated):
         return tensor.copy_(torch.from_numpy(wide))
-    single = array[tuple(slice(0, 1) if step == 0 else slice(None) for step in array.strides)]
-    return to_torch(np.ascontiguousarray(single)).expand(array.shape)
+    single = array[tuple(slice(0, 1) if again else slice(None) for again in repeated)]
+    return to_torch(single.copy()).expand(array.shape)
 
 
 def from_torch(tensor, dtype):
@@ -110,14 +111,32 @@ def test_cupy_conforms(path, name):
     assert failures(visiting(getattr(fastmax, name), "cupy"), name, PATHS[path], np.float32) == []
 
 
-@pytest.mark.parametrize("n", [8192, 8193, 16385, 32769, 65537, 131072, 131073, 10**6])
+@pytest.mark.parametrize("n", [6145, 27000, 28161, 56316, 56317, 131073, 10**6, 4 * 10**6])
 @pytest.mark.parametrize("name", oracle.FUNCTIONS)
-def test_long_rows_in_clusters_and_parts(name, n):
+def test_long_rows_in_tiles_teams_and_parts(name, n):
     rng = np.random.default_rng(n)
     x = rng.choice(rng.normal(scale=3.0, size=500), size=(2, n)).astype(np.float32)
     result = visiting(getattr(fastmax, name), "torch")(x, np.array([0.7, np.inf]), axis=1)
     for i, temperature in enumerate((0.7, np.inf)):
         oracle.assert_close(name, result[i], x[i], temperature)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("n", [40, 1000, 5000, 60000])
+@pytest.mark.parametrize("name", oracle.FUNCTIONS)
+def test_columns_in_tiles_and_teams(name, n, dtype):
+    """Those of one temperature and those of one each, which are taken apart."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(n)
+    x = torch.tensor(rng.normal(scale=3.0, size=(n, 72)), device="cuda").to(getattr(torch, dtype))
+    exact = x.double().cpu().numpy()
+    work = exact if dtype == "float64" else exact.astype(np.float32)
+    for temperature in (0.7, np.resize([0.7, 0.0, np.inf, 2.0], 72)):
+        found = getattr(fastmax, name)(x, temperature, axis=0).double().cpu().numpy()
+        expected = getattr(fastmax, name)(work, temperature, axis=0)
+        unit = {"float32": 2.0**-23, "float64": 2.0**-52, "bfloat16": 2.0**-8}[dtype]
+        scale = np.abs(expected) if name in oracle.ELEMENTWISE else np.maximum(np.abs(expected), 1.0)
+        assert np.all(np.abs(found - expected) <= 5 * unit * scale + np.finfo(np.float32).tiny)
 
 
 def test_a_call_that_was_prepared_gives_the_same():

@@ -14,7 +14,14 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
 from fastmax import _cuda_launch, _cuda_plan, _cuda_target, _jit, cuda
 
-SPEC = _cuda_plan.plan("softmax", "float32", 30000, False, True, 4, False, (9, 0))[0]
+HOPPER = _cuda_plan.Gpu((9, 0), 132, 227 * 2**10)
+
+
+def planned(operation, dtype, n, *, columns=False, packed=True, alignment="aligned", gpu=HOPPER):
+    return _cuda_plan.plan(operation, dtype, n, columns, packed, alignment, False, gpu)
+
+
+(SPEC,) = planned("softmax", "float32", 100_000)
 
 
 class Driver:
@@ -48,7 +55,26 @@ class Driver:
         own = _cuda_launch._Configuration.from_address(configuration)
         values = [ctypes.c_int64.from_address(pointer).value for pointer in pointers]
         self.launches.append((list(own.grid), list(own.block), own.stream, kernel.value, values))
-        self.cluster = list(own.attributes[0].cluster) if own.attribute_count else None
+        self.shared = own.shared
+        self.cooperative = (own.attributes[0].id, own.attributes[0].value) if own.attribute_count else None
+        return 0
+
+    def cuDeviceGet(self, found, device):
+        return 0
+
+    def cuKernelSetAttribute(self, attribute, value, kernel, device):
+        self.allowed = attribute, value
+        return 0
+
+    def cuKernelGetFunction(self, function, kernel):
+        return 0
+
+    def cuOccupancyMaxActiveBlocksPerMultiprocessor(self, found, function, threads, shared):
+        found._obj.value = 2
+        return 0
+
+    def cuMemsetD32Async(self, address, value, count, stream):
+        self.cleared = address.value, value, count.value
         return 0
 
 
@@ -58,22 +84,44 @@ def notes(monkeypatch):
     monkeypatch.setattr(_cuda_launch, "_library", lambda: driver)
     monkeypatch.setattr(_cuda_launch, "_context", lambda device: ctypes.c_void_p(1234))
     monkeypatch.setattr(_cuda_launch, "_load", lambda spec, capability: ctypes.c_void_p(9))
-    monkeypatch.setattr(_cuda_launch, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(_cuda_launch, "gpu", lambda device: HOPPER)
+    _cuda_launch.most_blocks.cache_clear()
     return driver
 
 
-def test_launch_hands_over_grid_cluster_stream_and_arguments(notes):
+def test_launch_hands_over_grid_stream_and_arguments(notes):
     law = cuda._law_of(0.5, "float32")
-    launch = _cuda_launch.Launch(SPEC, 0, (4, 1), (10, 20, 0, law, 2, 30000, 1, 30000, 30000))
+    steps = 2, 100_000, 25_000, 4, 0, 100_000, 100_000
+    launch = _cuda_launch.Launch(SPEC, 0, (8, 1), (10, 20, 0, 0, law, *steps), shared=100_000)
     launch(77, 30, 40)
     ((grid, threads, stream, kernel, values),) = notes.launches
-    assert (grid, threads, stream, kernel) == ([4, 1, 1], [512, 1, 1], 77, 9)
-    assert notes.cluster == [4, 1, 1]
-    assert values[:3] == [30, 40, 0]
-    assert values[-5:] == [2, 30000, 1, 30000, 30000]
-    words = np.array(values[3:-5], np.int64).view(np.float32)[::2]
+    assert (grid, threads, stream, kernel) == ([8, 1, 1], [SPEC.threads, 1, 1], 77, 9)
+    assert notes.cooperative == (2, 1)  # all blocks of a team run at once
+    assert notes.shared == 100_000
+    assert notes.allowed == (8, 100_000)
+    assert values[:4] == [30, 40, 0, 0]
+    assert tuple(values[-7:]) == steps
+    words = np.array(values[4:-7], np.int64).view(np.float32)[::2]
     assert np.array_equal(words, law)
     assert notes.contexts == []
+
+
+def test_teams_are_as_large_as_all_multiprocessors_can_be_kept_busy(notes, cupy):
+    cuda.softmax(aligned((300, 100_000)), axis=1)
+    ((grid, _, _, _, values),) = notes.launches
+    count, n, share, blocks = values[-7:-3]
+    running = 2 * HOPPER.multiprocessors
+    least = -(-100_000 // _cuda_plan.tile_entries("float32", False, _cuda_plan.TEAM_BYTES))
+    assert (count, n) == (300, 100_000)
+    assert least <= blocks <= running // (running // least)
+    assert grid == [running // blocks * blocks, 1, 1]
+    assert share * blocks >= n + 3
+    assert share % 4 == 0
+    assert 4 * share <= notes.shared <= _cuda_plan.TEAM_BYTES
+    address, value, words = notes.cleared
+    assert address == values[2]
+    assert value == 0
+    assert words == 2 * _cuda_plan.board_words(SPEC) * grid[0]
 
 
 def test_launch_goes_to_the_device_of_its_arrays(notes):
@@ -91,14 +139,14 @@ def test_the_structures_are_those_of_the_driver():
     theirs.gridDimX, theirs.gridDimY, theirs.blockDimX, theirs.sharedMemBytes = 3, 4, 6, 9
     theirs.hStream = driver.CUstream(77)
     attribute = driver.CUlaunchAttribute()
-    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-    attribute.value.clusterDim.x = 8
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+    attribute.value.cooperative = 1
     theirs.attrs, theirs.numAttrs = [attribute], 1
     ours = _cuda_launch._Configuration.from_address(int(theirs.getPtr()))
     assert (list(ours.grid), list(ours.block), ours.shared) == ([3, 4, 0], [6, 0, 0], 9)
     assert (ours.stream, ours.attribute_count) == (77, 1)
-    assert ours.attributes[0].id == _cuda_launch._CLUSTER_DIMENSION
-    assert list(ours.attributes[0].cluster) == [8, 0, 0]
+    assert ours.attributes[0].id == _cuda_launch._COOPERATIVE
+    assert ours.attributes[0].value == 1
 
 
 def test_errors_of_the_driver_are_told(monkeypatch):
@@ -219,15 +267,15 @@ def note_kept(kept, keep, *arguments):
 
 
 def layout(launch):
-    """Count, n, inner and the two pitches of a launch."""
-    return launch[-1][-5:]
+    """Count, n, inner, skew and the two pitches of a launch."""
+    return launch[-1][-6:]
 
 
 def test_a_launch_for_one_layout_does_not_serve_another(notes, cupy):
-    x = aligned((64, 64))
+    x = aligned((20, 20))
     for view in (x.T, x, np.asfortranarray(x).view(ndarray)):
         cuda.softmax(view, 1.0, axis=1)
-    assert [layout(launch)[2] for launch in notes.launches] == [64, 1, 64]
+    assert [layout(launch)[2] for launch in notes.launches] == [20, 1, 20]
     assert len(cupy.kept) == 1
 
 
@@ -290,6 +338,7 @@ def test_one_temperature_on_the_gpu_has_one_law(notes, cupy):
 
 def test_slices_that_the_cache_cannot_hold_together_come_in_waves(notes, cupy, monkeypatch):
     n = 200_000
+    monkeypatch.setattr(_cuda_launch, "gpu", lambda device: HOPPER._replace(capability=(7, 5)))
     monkeypatch.setattr(_cuda_plan, "WAVE_BYTES", 3 * 4 * n)
     x = aligned((10, n))
     cuda.softmax(x, 1.0, axis=1)
@@ -332,7 +381,7 @@ def test_temperatures_are_copied_before_they_are_sent(notes, cupy, monkeypatch):
 
 
 def test_types_of_16_bits_need_a_gpu_that_has_them(notes, cupy, monkeypatch):
-    monkeypatch.setattr(_cuda_launch, "capability", lambda device: (7, 5))
+    monkeypatch.setattr(_cuda_launch, "gpu", lambda device: HOPPER._replace(capability=(7, 5)))
     cuda.softmax(aligned(3), axis=0)
     with pytest.raises(RuntimeError, match=r"float16 needs a GPU of compute capability 8\.0 or above"):
         cuda.softmax(aligned(3, np.float16), axis=0)
@@ -354,67 +403,89 @@ def test_views_that_are_marked_as_negated_are_negated():
 
 
 @pytest.mark.parametrize(
-    ("n", "group", "threads", "members", "blocks"),
+    ("n", "group", "threads", "members"),
     [
-        (32, "thread", 128, 1, 1),
-        (33, "warp", 128, 4, 1),
-        (64, "warp", 128, 4, 1),
-        (65, "warp", 128, 8, 1),
-        (128, "warp", 128, 8, 1),
-        (129, "warp", 128, 16, 1),
-        (256, "warp", 128, 16, 1),
-        (257, "warp", 128, 32, 1),
-        (1024, "warp", 128, 32, 1),
-        (1025, "block", 128, 128, 1),
-        (2049, "block", 256, 256, 1),
-        (4097, "block", 512, 512, 1),
-        (8192, "block", 512, 512, 1),
-        (8193, "cluster", 512, 512, 2),
-        (16385, "cluster", 512, 512, 4),
-        (32769, "cluster", 512, 512, 8),
-        (65536, "cluster", 512, 512, 8),
-        (65537, "cluster", 1024, 1024, 8),
-        (131072, "cluster", 1024, 1024, 8),
+        (4, "warp", 128, 1),
+        (8, "warp", 128, 2),
+        (32, "warp", 128, 2),
+        (36, "warp", 128, 4),
+        (64, "warp", 128, 4),
+        (68, "warp", 128, 8),
+        (128, "warp", 128, 8),
+        (132, "warp", 128, 16),
+        (256, "warp", 128, 16),
+        (260, "warp", 128, 32),
+        (1280, "warp", 128, 32),
+        (1284, "block", 352, 352),
+        (2048, "block", 128, 128),
+        (4096, "block", 256, 256),
+        (6144, "block", 384, 384),
     ],
 )
-def test_class_of_a_length(n, group, threads, members, blocks):
-    spec, *others = _cuda_plan.plan("softmax", "float32", n, False, True, 1, False, (9, 0))
-    assert others == []
-    assert (spec.group, spec.threads, spec.members, spec.blocks) == (group, threads, members, blocks)
-    assert spec.capacity >= n or group == "thread"
+def test_class_of_a_length(n, group, threads, members):
+    (spec,) = planned("softmax", "float32", n)
+    assert spec.function == "transform"
+    assert (spec.group, spec.threads, spec.members) == (group, threads, members)
+    assert spec.capacity >= n
+    assert not spec.shifted
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_blocks_leave_few_entries_idle(dtype):
+    lanes = 16 // _cuda_plan.ITEMSIZE[dtype]
+    for n in range(2049, 3072, 37):
+        (spec,) = planned("softmax", dtype, n, alignment="shifted")
+        assert n + lanes - 1 <= spec.capacity <= 1.2 * n
+
+
+def test_longer_rows_lie_in_tiles_of_one_block_or_of_a_team():
+    most = _cuda_plan.tile_entries("float32", False, _cuda_plan.TILE_BYTES)
+    for n, team in [(6145, False), (most, False), (most + 1, True), (10**6, True)]:
+        (spec,) = planned("softmax", "float32", n)
+        assert spec.function == "transform_rows"
+        assert spec.team is team
+
+
+def test_columns_that_are_aligned_lie_in_tiles():
+    functions = [
+        planned(name, "float32", 1000, columns=True, alignment=alignment)[0].function
+        for name, alignment in [("softmax", "aligned"), ("entropy", "aligned"), ("softmax", "apart")]
+    ]
+    assert functions == ["transform_lines", "reduce_columns", "summarise"]
+    assert planned("softmax", "float32", 32, columns=True)[0].function == "transform"
 
 
 @pytest.mark.parametrize(
-    ("dtype", "access", "n", "members"),
+    ("dtype", "n", "members"),
     [
-        *(("float32", 4, n, members) for n, members in [(12, 1), (16, 2), (32, 2)]),
-        *(("float64", 2, n, members) for n, members in [(6, 1), (8, 2)]),
-        *[("bfloat16", 8, 24, 2), ("float32", 2, 16, 1)],
+        *(("float32", n, members) for n, members in [(4, 1), (16, 2), (32, 2)]),
+        *(("float64", n, members) for n, members in [(2, 1), (8, 2)]),
+        ("bfloat16", 24, 2),
     ],
 )
-def test_short_rows_that_are_aligned_need_no_shared_memory(dtype, access, n, members):
-    spec = _cuda_plan.plan("softmax", dtype, n, False, True, access, False, (9, 0))[0]
-    assert spec.members == members
-    assert spec.function == ("transform_short" if members == 1 else "transform")
+def test_short_rows_that_are_aligned_need_no_shared_memory(dtype, n, members):
+    (spec,) = planned("softmax", dtype, n)
+    assert (spec.function, spec.members) == ("transform", members)
 
 
-def test_without_clusters_blocks_are_larger():
-    for n, threads in [(8192, 512), (8193, 1024), (24576, 1024)]:
-        spec = _cuda_plan.plan("softmax", "float32", n, False, True, 1, False, (8, 0))[0]
-        assert (spec.group, spec.threads) == ("block", threads)
-
-
-def test_short_rows_of_float64_are_half_as_long():
-    groups = [
-        _cuda_plan.plan("entropy", "float64", n, False, True, 1, False, (9, 0))[0].group for n in (16, 17)
-    ]
+def test_short_rows_that_are_not_aligned_are_taken_together():
+    for dtype, n, each in [("bfloat16", 3, 4), ("float32", 3, 2), ("float32", 10, 1)]:
+        (spec,) = planned("softmax", dtype, n, alignment="shifted")
+        assert (spec.function, spec.pieces, spec.lanes, spec.each) == ("transform_short", n, 1, each)
+    groups = [planned("entropy", "float64", n, alignment="shifted")[0].group for n in (15, 17)]
     assert groups == ["thread", "warp"]
 
 
-def test_longer_rows_are_split_and_without_clusters_so_are_shorter_ones():
-    for n, capability in [(131073, (9, 0)), (24577, (8, 0))]:
-        specs = _cuda_plan.plan("softmax", "float32", n, False, True, 1, False, capability)
+def test_the_longest_rows_are_split_and_on_older_gpus_so_are_shorter_ones():
+    for n, gpu in [(10**8, HOPPER), (6145, HOPPER._replace(capability=(7, 5)))]:
+        specs = planned("softmax", "float32", n, gpu=gpu)
         assert [spec.function for spec in specs] == ["summarise", "merge_slices", "transform_parts"]
     for n, group in [(10**5, "warp"), (10**6, "block")]:
-        _, *others = _cuda_plan.plan("softmax", "float32", n, True, True, 1, False, (9, 0))
+        _, *others = planned("softmax", "float32", n, columns=True, alignment="apart")
         assert others[0].group == group
+
+
+def test_a_gpu_with_less_shared_memory_has_smaller_tiles():
+    small = HOPPER._replace(capability=(8, 6), shared=99 * 2**10)
+    assert not planned("softmax", "float32", 25_000, gpu=small)[0].team
+    assert planned("softmax", "float32", 26_000, gpu=small)[0].team or _cuda_plan.TEAM_BYTES > small.shared
