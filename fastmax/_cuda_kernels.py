@@ -4,9 +4,9 @@ All schedules are one: a *group* of threads takes a slice, and each of them hold
 registers, a piece being the lanes of one 128-bit access. Entries are read once and written once. What differs
 is the group: a thread, some lanes of a warp, a block, or a column of a block, and how it finds the maximum
 and the sum. Longer slices lie in shared memory, that of a block or of a team of blocks. A slice that is too
-long for a team is split: one kernel leaves the maximum and the sum of each part in memory, others merge them and
-write, and so entries are read twice, the second time from the L2 cache. The kernels for any strides take what
-has no such form.
+long for a team is split: one kernel leaves the maximum and the sum of each part in memory, others merge them
+and write, and so entries are read twice, the second time from the L2 cache. The kernels for any strides take
+what has no such form.
 
 The functions here are plain Python over the primitives of `_cuda_target`. The names in capitals, and those in
 the tables at the end, get their values when a kernel is built (see `_cuda_plan.names`); so do `load`,
@@ -21,15 +21,12 @@ from fastmax._cuda_target import (
     block,
     blocks_of_grid,
     byte,
-    copies_before_done,
     copies_done,
-    copies_end,
     copy_in,
     copy_out,
     everywhere,
     exp2,
     first_inverse,
-    from_there,
     further,
     get,
     hear,
@@ -114,7 +111,6 @@ SLICES = 4  # in a block
 CAPACITY = LANES * GROUP  # entries that a group holds
 FIELDS = 3  # numbers that a part of a slice leaves in memory
 AREAS, ROOM = 4, 3  # exchanges of which the blocks of a team keep the states, and words for each state
-AHEAD = False  # whether a block has a second tile, for the next slice
 KEPT = True  # whether terms take the place of entries in a tile
 SHIFTED = False  # whether a row is read from the multiple of 128 bits before it on
 MASKED = False
@@ -847,26 +843,26 @@ def places_of(base, skew, n, share, rank):
     return before, stop, (stop + LANES - 1) // LANES * LANES
 
 
-def begin_row(tile, x, base, places):
-    """Begin to bring a block's share of a row."""
-    before, stop, _ = places
+def bring_row(tile, x, base, places):
+    """Bring a block's share of a row; what the tile holds before and behind the row becomes -inf.
+
+    A thread reads only what it has itself brought, until the next barrier.
+    """
+    before, stop, size = places
     at, last = small(LANES * thread()), small(stop // LANES * LANES)
     while at < last:
         copy_in(tile, at, x, base - before + at, LANES)
         at = further(at, LANES * THREADS)
-    if thread() == stop // LANES % THREADS:
+    is_last = thread() == stop // LANES % THREADS
+    if is_last:
         whole = stop // LANES * LANES
         copy_in(tile, whole, x, base - before + whole, stop - whole)
-
-
-def finish_row(tile, places):
-    """Let what the tile holds before and behind the row be -inf; a thread does so where it has copied."""
-    before, stop, size = places
+    copies_done()
     lowest = spread(-INFINITY, load_one(tile, 0))
     if thread() == 0:
         for i in range(before):
             store_one(tile, i, lowest)
-    if thread() == stop // LANES % THREADS:
+    if is_last:
         for i in range(stop, size):
             store_one(tile, i, lowest)
 
@@ -1013,39 +1009,14 @@ def board_of(told, number, blocks):
     return told, number, 0, block() // blocks, block() % blocks, blocks
 
 
-def arrived(tile, x, index, teams, count, x_pitch, skew, n, share, blocks):
-    """Tile with the block's share of a row, and its places, while that of the team's next row is under way.
-
-    A thread reads only what it has itself brought, until the next barrier.
-    """
-    rank, parity = block() % blocks, index // teams % 2
-    places = places_of(index * x_pitch, skew, n, share, rank)
-    following = index + teams
-    if not AHEAD:
-        begin_row(tile, x, index * x_pitch, places)
-        copies_done()
-        finish_row(tile, places)
-        return tile, places
-    if index < teams:
-        begin_row(tile, x, index * x_pitch, places)
-        copies_end()
-    if following < count:
-        base = following * x_pitch
-        begin_row(from_there(tile, (1 - parity) * share), x, base, places_of(base, skew, n, share, rank))
-    copies_end()
-    copies_before_done()
-    own = from_there(tile, parity * share)
-    finish_row(own, places)
-    return own, places
-
-
 def transform_rows(x, out, told, laws, law, count, n, share, blocks, skew, x_pitch, out_pitch):
     """`transform` of long rows: each entry is read once and written once."""
-    room = tile_for(x)
+    tile = tile_for(x)
     teams = blocks_of_grid() // blocks
     for index in range(block() // blocks, count, teams):
         board = board_of(told, index // teams + 1, blocks)
-        tile, places = arrived(room, x, index, teams, count, x_pitch, skew, n, share, blocks)
+        places = places_of(index * x_pitch, skew, n, share, block() % blocks)
+        bring_row(tile, x, index * x_pitch, places)
         before, stop, size = places
         own = law_at(laws, law, index)
         row_max, sums = reduce_tile(tile, size, board, own)
@@ -1055,11 +1026,12 @@ def transform_rows(x, out, told, laws, law, count, n, share, blocks, skew, x_pit
 
 def reduce_rows(x, out, told, laws, law, count, n, share, blocks, skew, x_pitch, out_pitch):
     """`reduce` of long rows."""
-    room = tile_for(x)
+    tile = tile_for(x)
     teams = blocks_of_grid() // blocks
     for index in range(block() // blocks, count, teams):
         board = board_of(told, index // teams + 1, blocks)
-        tile, places = arrived(room, x, index, teams, count, x_pitch, skew, n, share, blocks)
+        places = places_of(index * x_pitch, skew, n, share, block() % blocks)
+        bring_row(tile, x, index * x_pitch, places)
         size = places[2]
         own = law_at(laws, law, index)
         row_max, sums = reduce_tile(tile, size, board, own)
@@ -1115,43 +1087,15 @@ def reduce_columns(x, out, told, laws, law, count, n, share, blocks, inner, x_pi
 # THREADS / PARTS-th row, and so reads and writes 128 bits at a time.
 
 
-def begin_lines(tile, x, base, inner, size):
-    """Begin to bring some rows of SLICES columns; a thread reads only what it has itself brought."""
+def bring_lines(tile, x, base, inner, size):
+    """Bring some rows of SLICES columns; a thread reads only what it has itself brought."""
     at, last = small(LANES * thread()), small(size)
     from_ = base + thread() % PARTS * LANES + thread() // PARTS * inner
     while at < last:
         copy_in(tile, at, x, from_, LANES)
         from_ += THREADS // PARTS * inner
         at = further(at, LANES * THREADS)
-
-
-def lines_at(index, n, share, blocks, inner):
-    """Of a group of columns: number before and in it, first row of a block, and size of its tile.
-
-    The size is 0 for threads without columns.
-    """
-    outer, first, width, start, rows = columns_at(index, n, share, blocks, inner)
-    return outer, start * inner + first, rows * SLICES if thread() % PARTS * LANES < width else 0
-
-
-def lines_arrived(tile, x, index, teams, count, x_pitch, n, share, blocks, inner):
-    """`arrived` of lines."""
-    parity, following = index // teams % 2, index + teams
-    outer, base, size = lines_at(index, n, share, blocks, inner)
-    if not AHEAD:
-        begin_lines(tile, x, outer * x_pitch + base, inner, size)
-        copies_done()
-        return tile, outer, base, size
-    if index < teams:
-        begin_lines(tile, x, outer * x_pitch + base, inner, size)
-        copies_end()
-    if following < count:
-        next_outer, next_base, next_size = lines_at(following, n, share, blocks, inner)
-        other = from_there(tile, (1 - parity) * share * SLICES)
-        begin_lines(other, x, next_outer * x_pitch + next_base, inner, next_size)
-    copies_end()
-    copies_before_done()
-    return from_there(tile, parity * share * SLICES), outer, base, size
+    copies_done()
 
 
 def among_lines(combine, state, empty, board):
@@ -1208,14 +1152,15 @@ def write_lines(step, state, target):
 
 def transform_lines(x, out, told, laws, law, count, n, share, blocks, inner, x_pitch, out_pitch):
     """`transform_columns` of softmax at one temperature."""
-    room = tile_for(x)
+    tile = tile_for(x)
     teams = blocks_of_grid() // blocks
     own = law_at(laws, law, 0)
     for index in range(block() // blocks, count, teams):
         board = board_of(told, index // teams + 1, blocks)
-        tile, outer, base, size = lines_arrived(
-            room, x, index, teams, count, x_pitch, n, share, blocks, inner
-        )
+        outer, first, width, start, rows = columns_at(index, n, share, blocks, inner)
+        size = rows * SLICES if thread() % PARTS * LANES < width else 0  # 0 for threads without columns
+        base = start * inner + first
+        bring_lines(tile, x, outer * x_pitch + base, inner, size)
         row_max, sums = reduce_tile(tile, size, board, own)
         base += outer * out_pitch + thread() % PARTS * LANES
         write_results(write_lines, (tile, out, base, inner, size), row_max, sums, own)

@@ -20,7 +20,6 @@ class Spec(NamedTuple):
     threads: int = 128  # in a block
     members: int = 1  # threads of a block that share a slice
     team: bool = False  # whether blocks share a slice
-    ahead: bool = False  # whether a block of a team has a second tile, for the next slice
     pieces: int = 1  # that a thread holds
     access: int = 1  # entries read at a time
     shifted: bool = False  # whether a row is read from the multiple of 128 bits before it on
@@ -104,20 +103,20 @@ COLUMNS = (
     Class("column", 512, 32, 24),  # to 768
 )
 
-# Longer slices lie in shared memory: a row, or as many columns as fill a line of 64 bytes, in a tile of one
-# block as long as it has room for them. Up to half of what a multiprocessor of an H100 has, a tile has 256
-# threads, as then two or more are there at once, else 512.
+# Longer slices lie in shared memory: a row, or as many columns as fill a line of so many bytes, by the size
+# of entries, in a tile of one block as long as it has room for them. With up to half of what a multiprocessor
+# of an H100 has, a row has 256 threads, as two or more are there at once, else 512.
 TILE_BYTES = 220 * 2**10
 TILE_THREADS = 256
 HALF_BYTES = 110 * 2**10
-LINE_BYTES = 64
-HINT = True
-# Else a team of blocks takes a slice, each with tiles for its share of this one and of the next, three blocks at
-# once on a multiprocessor.
-TEAM_BYTES = 108 * 2**10
-TEAM_THREADS = 256
-TEAM_RESIDENT = 2
-AHEAD = False
+LINE_BYTES = {2: 64, 4: 128, 8: 64}
+# Else a team of blocks takes a slice: a row with three blocks at once on a multiprocessor, 0.72 to 0.86 of a
+# copy's speed, where one or two, or a second tile for the next row, gave less. Columns have more to tell, so
+# they have the largest tiles and no teams of many blocks: 0.54 to 0.59 with 10 blocks, 0.06 with 228.
+TEAM_BYTES = 72 * 2**10
+TEAM_RESIDENT = 3
+COLUMN_TEAM_BYTES = 216 * 2**10
+MOST_IN_COLUMN_TEAM = 40
 TILES_FROM = (8, 0)  # compute capability that copies to shared memory in the background
 
 # What is longer still is split into small parts, as are slices on older GPUs.
@@ -184,7 +183,7 @@ def _spec(function, operation, dtype, class_, pieces, access, per_slice, shifted
     if operation != "softmax" or dtype == "float64":
         resident = 1
     return Spec(
-        *(function, operation, dtype, group, threads, members, False, False, pieces, access, shifted),
+        *(function, operation, dtype, group, threads, members, False, pieces, access, shifted),
         *(resident, per_slice),
     )
 
@@ -205,20 +204,26 @@ def tile_spec(verb, operation, dtype, n, is_columns, access, alignment, per_slic
         name = "transform_lines" if is_simple else f"{verb}_columns"
         access = 16 // ITEMSIZE[dtype] if is_simple else 1
     size = n * ITEMSIZE[dtype] * lines
-    threads, resident = (TILE_THREADS, 3) if size <= HALF_BYTES else (2 * TILE_THREADS, 1)
+    threads, resident = (TILE_THREADS, 3) if size <= HALF_BYTES or is_columns else (2 * TILE_THREADS, 1)
     if is_columns and ITEMSIZE[dtype] == 2:
         resident = min(2, resident)
     team = n > tile_entries(dtype, is_columns, min(TILE_BYTES, gpu.shared))
     if team:
-        threads, resident = TEAM_THREADS, TEAM_RESIDENT
+        threads, resident = TILE_THREADS, 2 if is_columns else TEAM_RESIDENT
     class_ = Class(group, threads, threads // lines, 0, resident)
     spec = _spec(name, operation, dtype, class_, 1, access, per_slice)
-    spec = spec._replace(team=team, ahead=team and AHEAD and not name.endswith("_columns"))
     if team:
-        running = gpu.multiprocessors * min(spec.resident, gpu.shared // TEAM_BYTES)
-        if -(-n // tile_entries(dtype, is_columns, TEAM_BYTES // (1 + spec.ahead))) > running:
+        size = team_bytes(is_columns, gpu)
+        most = gpu.multiprocessors * min(spec.resident, gpu.shared // size)
+        most = min(most, MOST_IN_COLUMN_TEAM) if is_columns else most
+        if -(-n // tile_entries(dtype, is_columns, size)) > most:
             return None
-    return spec
+    return spec._replace(team=team)
+
+
+def team_bytes(is_columns, gpu):
+    """Size of the tile of a block of a team."""
+    return min(COLUMN_TEAM_BYTES if is_columns else TEAM_BYTES, gpu.shared)
 
 
 def alignment_of(dtype, x, out, n, inner, x_pitch, out_pitch):
@@ -234,7 +239,7 @@ def alignment_of(dtype, x, out, n, inner, x_pitch, out_pitch):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(operation, dtype, n, is_columns, is_packed, alignment, per_slice, gpu):
+def plan(operation, dtype, n, is_columns, is_packed, alignment, per_slice, gpu) -> tuple[Spec, ...]:
     """Return the one spec, or the two or three for a split slice, with which slices of n entries are taken.
 
     ``is_packed`` says that rows follow each other without gaps. The ``alignment`` is that of all slices to
@@ -293,7 +298,7 @@ def slots_needed(spec):
 
 def line_entries(dtype):
     """Neighbouring columns that a tile holds."""
-    return LINE_BYTES // ITEMSIZE[dtype]
+    return LINE_BYTES[ITEMSIZE[dtype]] // ITEMSIZE[dtype]
 
 
 def tile_entries(dtype, is_columns, size):
@@ -301,7 +306,7 @@ def tile_entries(dtype, is_columns, size):
     if is_columns:
         # Columns are filled up to a multiple of LANES rows for each thread.
         whole = 2 * TILE_THREADS * 16
-        return size // whole * whole // LINE_BYTES
+        return size // whole * whole // LINE_BYTES[ITEMSIZE[dtype]]
     return size // ITEMSIZE[dtype] - 16 // ITEMSIZE[dtype]
 
 
@@ -346,7 +351,6 @@ def names(spec, target):
         "WIDE": wide,
         "EACH": spec.each,
         "CHUNKS": (0,) * chunks,
-        "AHEAD": spec.ahead,
         "across_tile": target.PRIMITIVES.get("across", kernels.across),
         "PARTS": max(1, spec.slices // spec.lanes),
         "ACCESS": spec.access,
@@ -380,8 +384,7 @@ def names(spec, target):
         if spec.group == "column":
             replaced["first_in_tile"] = kernels.first_in_columns
     if lines:
-        if HINT:
-            replaced["copy_in"] = target.PRIMITIVES.get("copy_in", target.copy_in_with_neighbours)
+        replaced["copy_in"] = target.PRIMITIVES.get("copy_in", target.copy_in_with_neighbours)
         replaced |= {
             "across_tile": kernels.lanes_apart,
             "first_in_tile": kernels.first_in_row,

@@ -1181,14 +1181,6 @@ def copy_out(typingctx, tile, at, pointer, base, first, stop):
     return types.none(tile, types.int64, pointer, *(types.int64,) * 3), codegen
 
 
-@intrinsic
-def from_there(typingctx, tile, at):
-    """The tile from an entry on."""
-    return tile(tile, types.int64), lambda context, builder, sig, args: builder.gep(
-        args[0], [builder.trunc(args[1], _I32)]
-    )
-
-
 def _effect(code):
     """An instruction that orders memory."""
 
@@ -1203,11 +1195,8 @@ def _effect(code):
     return run
 
 
-# Wait until what this thread began to copy is there, for this thread; or but for what it began to copy after
-# the last but one `copies_end`.
+# Wait until what this thread began to copy is there, for this thread.
 copies_done = _effect("cp.async.wait_all;")
-copies_end = _effect("cp.async.commit_group;")
-copies_before_done = _effect("cp.async.wait_group 1;")
 nothing_to_wait_for = _effect("")  # where copies are done at once
 
 

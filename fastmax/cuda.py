@@ -78,8 +78,8 @@ def softmax(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, out=None)
 
     Notes
     -----
-    The limits and special values are those of `fastmax.softmax`, and so is the accuracy of float64. Results of
-    float32 are within 3 ulp, those of 16 bits are the exact ones rounded, but for 0.01 ulp. A tensor that
+    The limits and special values are those of `fastmax.softmax`, and so is the accuracy of float64. Results
+    of float32 are within 3 ulp, those of 16 bits are the exact ones rounded, but for 0.01 ulp. A tensor that
     requires gradients is taken as it is; the result knows nothing of them.
 
     Work is queued on the stream of `x`; whoever writes `where`, `out` or temperatures on another stream must
@@ -679,7 +679,7 @@ def _run_packed(task, x, out, count, n, inner, x_pitch, out_pitch, laws):
     if len(specs) > 1:
         _run_split(task, specs, x, out, count, n, inner, x_pitch, out_pitch, laws)
         return None
-    (spec,) = specs
+    spec = specs[0]
     if spec.function.endswith(_cuda_plan.TILED):
         return _run_tiles(task, spec, x, out, count, n, inner, skew, x_pitch, out_pitch, laws)
     shared, at_a_time = 0, spec.slices * spec.each
@@ -697,9 +697,9 @@ def _run_tiles(task, spec, x, out, count, n, inner, skew, x_pitch, out_pitch, la
     blocks, teams, told, words, memory = 1, groups, 0, 0, None
     if spec.team:
         # As many blocks for each as keep all multiprocessors busy, where there are enough slices.
-        running = driver.most_blocks(spec, task.device, _cuda_plan.TEAM_BYTES)
-        most = _cuda_plan.TEAM_BYTES // (1 + spec.ahead)
-        least = -(-n // _cuda_plan.tile_entries(task.dtype, is_columns, most))
+        size = _cuda_plan.team_bytes(is_columns, driver.gpu(task.device))
+        running = driver.most_blocks(spec, task.device, size)
+        least = -(-n // _cuda_plan.tile_entries(task.dtype, is_columns, size))
         blocks = running // (running // least)
         teams = min(groups, running // blocks)
         words = _cuda_plan.board_words(spec) * blocks * teams
@@ -707,11 +707,10 @@ def _run_tiles(task, spec, x, out, count, n, inner, skew, x_pitch, out_pitch, la
     share = -(-n // blocks)
     if is_columns:
         whole = lanes * spec.members
-        shared = -(-share // whole) * whole * _cuda_plan.LINE_BYTES
+        shared = -(-share // whole) * whole * _cuda_plan.LINE_BYTES[task.itemsize]
     else:
         share = -(-(share + lanes - 1) // lanes) * lanes
         shared = share * task.itemsize
-    shared *= 1 + spec.ahead
     steps = groups, n, share, blocks, inner if is_columns else skew, x_pitch, out_pitch
     grid = teams * blocks, 1
     launch = task.launch(spec, grid, x, out, told, laws.address, laws.law, *steps, shared=shared)

@@ -68,6 +68,8 @@ FORMS = (
     form(np.float64, 53, 1, 11, 2.0**-12),
     form(np.float64, 53, 16, 6, 2.0**-12),
 )
+# For float32 on a GPU, where n is the nearest integer.
+HALVES = Form(np.float32, 24, 1, 6, -0.5 - 2.0**-8, 0.5 + 2.0**-8)
 
 
 # --------------------------------------------------------------------------------- minimax fit
@@ -219,6 +221,24 @@ def measure(points, coefficients, heads, lows, precision, table):
     return decreases, ulp, relative
 
 
+@numba.njit
+def measure_halves(points, coefficients, precision, table):
+    """Return the largest errors of the polynomial by Horner's rule, as `measure` does."""
+    ulp, relative = (0.0, 0.0), (0.0, 0.0)
+    for f in points:
+        this = coefficients[-1]
+        for j in range(len(coefficients) - 2, -1, -1):
+            this = fma(this, f, coefficients[j])
+        head, tail = exp2(np.float64(f), 0, table)
+        error = abs((this - head) - tail) * 2.0**precision
+        in_ulp = error if head < 1.0 else 0.5 * error
+        if in_ulp > ulp[0]:
+            ulp = in_ulp, np.float64(f)
+        if error / head > relative[0]:
+            relative = error / head, np.float64(f)
+    return ulp, relative
+
+
 def random_points(form, count, rng):
     """Yield arrays of random numbers of the working type, each followed by the next larger one, ascending."""
     for start in range(0, count, CHUNK):
@@ -288,6 +308,24 @@ def report(form, samples, rng, table):
     return comment, rounded
 
 
+def report_halves(samples, rng, table):
+    """Do the same for the polynomial for nearest integers."""
+    grid = chebyshev_grid(HALVES.low, HALVES.high)
+    _, rounded = fit(HALVES, grid)
+    coefficients, bits = np.array(rounded, HALVES.dtype), log2_error(rounded, grid)
+    ulp, relative = (0.0, 0.0), (0.0, 0.0)
+    for f in random_points(HALVES, samples, rng):
+        found = measure_halves(f, coefficients, HALVES.precision, table)
+        ulp, relative = max(ulp, found[0]), max(relative, found[1])
+    print(f"float32 rounded to n: degree {HALVES.degree}, {HALVES.low:.4f} <= f <= {HALVES.high:.4f}")
+    comment = (
+        f"# float32 rounded to n: relative error 2**{bits:.2f}; worst measured errors\n"
+        f"# {ulp[0]:.4f} ulp and {relative[0]:.4f} * 2**-24 relative ({samples:.0e} random f).\n"
+    )
+    print(comment, end="")
+    return comment, rounded
+
+
 def print_numbers(name, numbers, indent="    "):
     """Print the end of a tuple of numbers as it stands in the source."""
     print(
@@ -322,10 +360,13 @@ def main():
         deviation = check_exp2(table, args.checks, rng)
         print(f"reference: relative error {deviation:.1e} ({args.checks} random f, from mpmath)")
         results = [(form, report(form, args.samples, rng, table)) for form in FORMS]
+        comment, halves = report_halves(args.samples, rng, table)
         tables = [table_entries(form) for form in FORMS if form.entries == SLOTS]
     print("\nfastmax/_math.py:\n")
     print(*(comment for _, (comment, _) in results), sep="", end="")
     print_polynomials(results)
+    print(comment, end="")
+    print("EXP2_OF_HALVES = (", *(f"    {source(number)}," for number in halves[1:]), ")", sep="\n")
     for name, numbers in zip(("HEADS", "LOWS"), zip(*tables, strict=True), strict=True):
         print(f"{name} = (")
         for own in numbers:

@@ -1,10 +1,9 @@
 """A GPU in plain Python: runs the kernels of `_cuda_kernels` thread by thread, on host memory.
 
-Numba's own simulator knows no shuffles, bfloat16, cooperative blocks or raw pointers. Here the threads are greenlets,
-lanes are NumPy arrays, and the primitives of `_cuda_target` are these functions. What a GPU would let pass is
-an error: memory that was not allocated, an access that is not aligned, threads that do not meet at a barrier
-or shuffle. Threads run in a random order between two meetings, so that a result that depends on the order
-shows.
+Numba's own simulator knows no shuffles, bfloat16 or raw pointers. Here the threads are greenlets, lanes are
+NumPy arrays, and the primitives of `_cuda_target` are these functions. What a GPU would let pass is an error:
+memory that was not allocated, an access that is not aligned, threads that do not meet at a barrier or
+shuffle. Threads run in a random order between two meetings, so that a result that depends on the order shows.
 """
 
 import contextlib
@@ -107,7 +106,6 @@ class Thread(greenlet.greenlet):
     shared: dict[Any, np.ndarray]
     tile: np.ndarray
     copies: list[tuple[np.ndarray, np.ndarray]]  # that have begun: to, from
-    ended: list[list[tuple[np.ndarray, np.ndarray]]]  # earlier ones, between the ends that were told
 
 
 def _current() -> Any:
@@ -163,7 +161,7 @@ def launch(spec, grid, arguments, shared=0):
                 for number in range(spec.threads):
                     thread = Thread(body)
                     thread.number, thread.block, thread.rank = number, (first + rank, y), rank
-                    thread.shared, thread.tile, thread.copies, thread.ended = own, tile, [], []
+                    thread.shared, thread.tile, thread.copies = own, tile, []
                     thread.count, thread.blocks = spec.threads, grid[0]
                     threads.append(thread)
             _run_together(threads)
@@ -418,30 +416,9 @@ def copy_in(tile, at, pointer, index, count):
 
 
 def copies_done():
-    _finish(_current().copies)
-
-
-def copies_end():
-    me = _current()
-    me.ended, me.copies = [*me.ended, me.copies], []
-
-
-def copies_before_done():
-    """Finish all copies but those between the last two ends."""
-    me = _current()
-    for copies in me.ended[:-1]:
-        _finish(copies)
-    del me.ended[:-1]
-
-
-def _finish(copies):
-    for to, entries in copies:
+    for to, entries in _current().copies:
         to[...] = entries
-    copies.clear()
-
-
-def from_there(tile, at):
-    return Tile(tile.memory[at * tile.dtype.itemsize :], tile.dtype)
+    _current().copies.clear()
 
 
 def copy_out(tile, at, pointer, base, first, stop):
@@ -518,10 +495,7 @@ class _Target:
         "block": block,
         "byte": byte,
         "blocks_of_grid": blocks_of_grid,
-        "copies_before_done": copies_before_done,
         "copies_done": copies_done,
-        "copies_end": copies_end,
-        "from_there": from_there,
         "copy_in": copy_in,
         "copy_out": copy_out,
         "constant": constant,
@@ -659,8 +633,7 @@ def install(monkeypatch, gpu=GPU):
         class_ = getattr(_cuda_plan, name)
         monkeypatch.setattr(_cuda_plan, name, class_._replace(threads=small[class_[:2]]))
     monkeypatch.setattr(_cuda_plan, "SHORT_THREADS", 32)
-    for name in ("TILE_THREADS", "TEAM_THREADS"):
-        monkeypatch.setattr(_cuda_plan, name, 64)
+    monkeypatch.setattr(_cuda_plan, "TILE_THREADS", 64)
     monkeypatch.setattr(_cuda_plan, "plan", functools.cache(_cuda_plan.plan.__wrapped__))
     monkeypatch.setattr(_cuda_launch, "run", run)
     monkeypatch.setattr(_cuda_launch, "upload", upload)

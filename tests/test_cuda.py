@@ -145,7 +145,7 @@ def test_rows_on_both_sides_of_thresholds(name, n):
 
 @pytest.mark.usefixtures("_small")
 @pytest.mark.parametrize("count", [3, 20])
-@pytest.mark.parametrize("n", [8, 9, 32, 33, 64, 65, 200, 257])
+@pytest.mark.parametrize("n", [8, 9, 32, 33, 128, 129])
 @pytest.mark.parametrize("name", oracle.FUNCTIONS)
 def test_columns_on_both_sides_of_thresholds(name, n, count):
     """Of 3 columns, which are not aligned, and of 20, which are, and fill a line and a part of one."""
