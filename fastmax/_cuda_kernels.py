@@ -829,10 +829,10 @@ def reduce_short(x, out, laws, law, count, n, inner, skew, x_pitch, out_pitch):
 
 # -- long slices: a block, or a team of blocks, keeps a row or some neighbouring columns in shared memory ----
 # Registers of a multiprocessor hold the rows of one or two blocks only, and while these compute nothing is
-# loaded or stored. Shared memory holds three tiles of 64 kB, and registers only what is being computed.
+# loaded or stored. Shared memory holds three tiles of 72 kB, and registers only what is being computed.
 # A row is taken from the multiple of 128 bits before it on (``shift`` entries), so all rows are read and
-# written so; what a tile holds before and behind the row is -inf. A column takes a word in each line of 64
-# bytes of its tile. Teams take one slice, or one group of columns, after the other.
+# written so; what a tile holds before and behind the row is -inf. A column takes one place in each line of
+# its tile. Teams take one slice, or one group of columns, after the other.
 
 
 def places_of(base, skew, n, share, rank):

@@ -435,6 +435,19 @@ def _scanned(step, state, pieces):
 
         return last
 
+    if len(pieces) > 4:
+
+        def scan_four(step, state, pieces):
+            """Four at a time, as the compiler calls itself for each call, and short rows have 31 pieces."""
+            state, a = step(state, pieces[0])
+            state, b = step(state, pieces[1])
+            state, c = step(state, pieces[2])
+            state, d = step(state, pieces[3])
+            state, results = scanned(step, state, pieces[4:])
+            return state, (a, b, c, d, *results)
+
+        return scan_four
+
     def scan(step, state, pieces):
         state, result = step(state, pieces[0])
         state, results = scanned(step, state, pieces[1:])

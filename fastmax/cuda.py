@@ -676,10 +676,10 @@ def _run_packed(task, x, out, count, n, inner, x_pitch, out_pitch, laws):
         *(task.operation, task.dtype, n, inner > 1, x_pitch == n and (out_pitch == n or not elementwise)),
         *(_cuda_plan.alignment_of(task.dtype, *place), laws.per_slice, driver.gpu(task.device)),
     )
-    if len(specs) > 1:
+    spec, *others = specs
+    if others:
         _run_split(task, specs, x, out, count, n, inner, x_pitch, out_pitch, laws)
         return None
-    spec = specs[0]
     if spec.function.endswith(_cuda_plan.TILED):
         return _run_tiles(task, spec, x, out, count, n, inner, skew, x_pitch, out_pitch, laws)
     shared, at_a_time = 0, spec.slices * spec.each
