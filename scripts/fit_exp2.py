@@ -198,6 +198,19 @@ def value(f, coefficients, head, low):
 
 
 @numba.njit
+def larger_errors(ulp, relative, this, f, j, precision, table):
+    """Return the larger of two errors and those of a value at f, each with its f."""
+    head, tail = exp2(np.float64(f), j, table)
+    error = abs((this - head) - tail) * 2.0**precision
+    in_ulp = error if head < 1.0 else 0.5 * error
+    if in_ulp > ulp[0]:
+        ulp = in_ulp, np.float64(f)
+    if error / head > relative[0]:
+        relative = error / head, np.float64(f)
+    return ulp, relative
+
+
+@numba.njit
 def measure(points, coefficients, heads, lows, precision, table):
     """Measure the polynomial at ascending f, with each entry of the table.
 
@@ -209,13 +222,8 @@ def measure(points, coefficients, heads, lows, precision, table):
         previous = 0.0
         for f in points:
             this = value(f, coefficients, heads[j], lows[j])
-            head, tail = exp2(np.float64(f), j * (SLOTS // len(heads)), table)
-            error = abs((this - head) - tail) * 2.0**precision
-            in_ulp = error if head < 1.0 else 0.5 * error
-            if in_ulp > ulp[0]:
-                ulp = in_ulp, np.float64(f)
-            if error / head > relative[0]:
-                relative = error / head, np.float64(f)
+            slot = j * (SLOTS // len(heads))
+            ulp, relative = larger_errors(ulp, relative, this, f, slot, precision, table)
             decreases += this < previous
             previous = this
     return decreases, ulp, relative
@@ -229,13 +237,7 @@ def measure_halves(points, coefficients, precision, table):
         this = coefficients[-1]
         for j in range(len(coefficients) - 2, -1, -1):
             this = fma(this, f, coefficients[j])
-        head, tail = exp2(np.float64(f), 0, table)
-        error = abs((this - head) - tail) * 2.0**precision
-        in_ulp = error if head < 1.0 else 0.5 * error
-        if in_ulp > ulp[0]:
-            ulp = in_ulp, np.float64(f)
-        if error / head > relative[0]:
-            relative = error / head, np.float64(f)
+        ulp, relative = larger_errors(ulp, relative, this, f, 0, precision, table)
     return ulp, relative
 
 
