@@ -35,6 +35,7 @@ from fastmax._lanes import (
     put,
     read,
     read_square,
+    register_zeros,
     select,
     spread,
     square_size,
@@ -83,7 +84,6 @@ from fastmax._slice import (
     maxima_of,
     merge_split,
     register_maxima,
-    register_sums,
     sums_of,
 )
 
@@ -110,6 +110,11 @@ FAR_BYTES = 2**24
 # Bytes of a tile of columns: it is walked three times, from the second cache of a core.
 TILE_BYTES = 2**19
 
+# Bytes of a tile's rows that are fetched ahead, from pages that the processor would not foresee; where rows
+# are more than half as long, the next tile is fetched instead, while terms are computed. Of many short rows a
+# power of two apart a cache does not keep that: 1000 x 8192 float32 would take 1.2 times as long.
+AHEAD_BYTES = 2**12
+
 # Entries of a column from which it is tall: a vector of such columns takes half a tile.
 TALL = 2**11
 
@@ -134,9 +139,9 @@ class Kernel:
 
 
 # -- rows -----------------------------------------------------------------------------------------
-# Rows of at most one chunk are taken in groups, at most one row for each lane. What the lanes have summed up
-# is merged into those of one register, kept side by side for each row and quantity, and merged further for
-# all rows of a group at once, in a fifth of the instructions.
+# Rows of at most one chunk are taken in groups, at most one row for each lane. What the lanes of a register
+# have found and summed up is kept side by side for each row and quantity, and merged for all rows of a group
+# at once, in a fifth of the instructions.
 
 # Vectors in the working memory beside those of the sums, with one row in each lane: maxima, 1 / sum as high
 # and low (or inverse and summand of a gap), the largest maximum of a plain row, and the fields of a scale,
@@ -239,16 +244,16 @@ def group_sums(x, n, step, first, count, temperature, work, results):
     lanes = lane_count(work)
     total, error = sums_at(work, 0), sums_at(work, 1)
     terms = sums_at(work, _SUMS)
+    zero = register_zeros(work)
     for r in range(count):
         row = (first + r) * step
         soon = Soon(x, row + count * step, results, (first + r) * n, lanes)
         if is_plain_at(work, r):
-            sums = lane_sums(x, row, row + n, row_scale_at(work, r), None, work, terms, soon)
+            sums = lane_sums(x, row, row + n, row_scale_at(work, r), None, work, terms, soon, zero)
         else:
             own = temperature_at(temperature, first + r)
             scale, guard = guarded_scale(get(work, _MAXIMA * lanes + r), own)
-            sums = lane_sums(x, row, row + n, scale, guard, work, terms, soon)
-        sums = register_sums(sums[0], sums[1])
+            sums = lane_sums(x, row, row + n, scale, guard, work, terms, soon, zero)
         store(work, total + r * lanes // REGISTERS, sums[0])
         store(work, error + r * lanes // REGISTERS, sums[1])
         terms += padded_size(n, work)
@@ -259,27 +264,24 @@ def group_sums(x, n, step, first, count, temperature, work, results):
 def group_split_sums(x, n, step, first, count, temperature, weighted, work, results):
     """Write the `lane_split_sums` of rows, one per lane."""
     lanes = lane_count(work)
-    zero = spread(0.0, work)
+    zero = register_zeros(work)
     for r in range(count):
         row_max = get(work, _MAXIMA * lanes + r)
         row = (first + r) * step
         soon = Soon(x, row + count * step, results, (first + r) * n, lanes)
         if is_plain_at(work, r):
-            sums = lane_split_sums(x, row, row + n, row_max, row_scale_at(work, r), None, weighted, soon)
+            scale = row_scale_at(work, r)
+            sums = lane_split_sums(x, row, row + n, row_max, scale, None, weighted, soon, zero)
         else:
             scale, guard = guarded_scale(row_max, temperature_at(temperature, first + r))
-            sums = lane_split_sums(x, row, row + n, row_max, scale, guard, weighted, soon)
+            sums = lane_split_sums(x, row, row + n, row_max, scale, guard, weighted, soon, zero)
         at = r * lanes // REGISTERS
-        ties, none = register_sums(sums[0], zero)
-        store(work, sums_at(work, 0) + at, ties)
-        store(work, sums_at(work, 5) + at, none)
-        rest, error = register_sums(sums[1], sums[2])
-        store(work, sums_at(work, 1) + at, rest)
-        store(work, sums_at(work, 2) + at, error)
-        if weighted is not None:
-            moment, moment_error = register_sums(sums[3], sums[4])
-            store(work, sums_at(work, 3) + at, moment)
-            store(work, sums_at(work, 4) + at, moment_error)
+        store(work, sums_at(work, 0) + at, sums[0])
+        store(work, sums_at(work, 1) + at, sums[1])
+        store(work, sums_at(work, 2) + at, sums[2])
+        store(work, sums_at(work, 3) + at, sums[3])
+        store(work, sums_at(work, 4) + at, sums[4])
+        store(work, sums_at(work, 5) + at, zero)
     sums_of(work, sums_at(work, 0), sums_at(work, 5), count)
     sums_of(work, sums_at(work, 1), sums_at(work, 2), count)
     if weighted is not None:
@@ -450,7 +452,7 @@ _CHAIN_SUMS = 5
 def narrow_work_size(n, like):
     """Entries of working memory for as many rows as there are lanes."""
     lanes = lane_count(like)
-    return (_FIELDS + _CHAIN_SUMS * min(n, lanes) + n + square_size(like)) * lanes
+    return (_FIELDS + _CHAIN_SUMS * chain_count(n, like) + n + square_size(like)) * lanes
 
 
 @jit
@@ -487,27 +489,41 @@ def unpack_rows(work, at, out, row, n, count, x, absent):
 
 
 @jit
-def chain_length(chain, n, lanes):
-    """Number of entries that `lane_sums` of n sums in a lane."""
-    return max(1, n // lanes + (chain + n % lanes >= lanes))
+def chain_count(n, like):
+    """Number of chains: the lanes in which `lane_sums` sums n entries."""
+    return min(n, lane_count(register_zeros(like)))
 
 
 @jit
-def entry_of_chain(k, chain, n, lanes):
-    """The k-th of them: a last vector that would not be full begins ``lanes`` before the end."""
-    return chain + min(k * lanes, max(n - lanes, 0))
+def chain_length(chain, n, like):
+    """Number of entries that `lane_sums` of n sums in a lane."""
+    lanes, register = lane_count(like), lane_count(register_zeros(like))
+    whole = n // lanes * lanes
+    if whole == 0:
+        return -(-(n - chain) // register)
+    return whole // register + (n - whole + chain) // register
+
+
+@jit
+def entry_of_chain(k, chain, n, like):
+    """The k-th of them: a last vector that would not be full is the last that is."""
+    lanes, register = lane_count(like), lane_count(register_zeros(like))
+    entry = chain + k * register
+    if n < lanes or entry < n // lanes * lanes:
+        return entry
+    return n + chain - (chain_length(chain, n, like) - k) * register
 
 
 @jit
 def narrow_sums(work, at, n, scale, guard):
     """Sums of the terms of rows, which take the place of the entries."""
     lanes, totals = lane_count(work), chain_sums_at(n, work)
-    chains = min(n, lanes)
+    chains = chain_count(n, work)
     errors = totals + chains * lanes
     for chain in range(chains):
         total, error = top_term(work), spread(0.0, work)
-        for k in range(chain_length(chain, n, lanes)):
-            i = at + entry_of_chain(k, chain, n, lanes) * lanes
+        for k in range(chain_length(chain, n, work)):
+            i = at + entry_of_chain(k, chain, n, work) * lanes
             power, excess, _ = terms(load(work, i), scale, guard)
             store(work, i, term_of(power, excess))
             total, error = add_smaller(total, error, power, excess)
@@ -521,7 +537,7 @@ def narrow_sums(work, at, n, scale, guard):
 def merge_chains(work, totals, errors, count):
     """Merge the sums of chains into those of the first."""
     lanes = lane_count(work)
-    half = lanes // 2
+    half = lane_count(register_zeros(work)) // 2
     while half > 0:
         for chain in range(half, count):
             at, to = totals + chain * lanes, errors + chain * lanes
@@ -589,14 +605,14 @@ def softmax_narrow_group(x, mask, temperature, out, first, count, work):
 def narrow_split_sums(work, at, n, row_max, scale, guard, weighted):
     """`lane_split_sums` of rows."""
     lanes, ties = lane_count(work), chain_sums_at(n, work)
-    chains = min(n, lanes)
+    chains = chain_count(n, work)
     size = chains * lanes
     zero = spread(0.0, work)
     count = zero
     for chain in range(chains):
         sums = zero, zero, zero, zero, zero
-        for k in range(chain_length(chain, n, lanes)):
-            i = at + entry_of_chain(k, chain, n, lanes) * lanes
+        for k in range(chain_length(chain, n, work)):
+            i = at + entry_of_chain(k, chain, n, work) * lanes
             sums = add_split(sums, load(work, i), row_max, scale, guard, weighted)
         to = ties + chain * lanes
         count = count + sums[0]
@@ -993,13 +1009,24 @@ def tile_width(n, inner, tasks, like):
 
 
 @jit
-def pack(x, base, inner, n, count, work, at):
+def steps_ahead(count, inner, work):
+    """Entries from a row of a tile to that which is fetched meanwhile, and between the next tile's rows.
+
+    The first is 0 where the next tile is fetched, else the second is.
+    """
+    rows = AHEAD_BYTES // (count * work.itemsize)
+    return (0, inner) if rows <= 1 else (rows * inner, 0)
+
+
+@jit
+def pack(x, base, inner, n, count, work, at, further):
     """Copy n rows of ``count`` columns to working memory, vector by vector of columns."""
     lanes = lane_count(work)
     zero = spread(0.0, work)
     for i in range(n):
         row, to = base + i * inner, at + i * lanes
         for j in range(0, count, lanes):
+            prefetch(x, row + j + further)
             store(work, to + j * n, read(x, row + j, count - j, zero))
 
 
@@ -1137,10 +1164,11 @@ def read_gap(work, j, width):
 def column_sums(work, at, n, scale, guard, soon):
     """Sums of the terms of columns, which take the place of the entries."""
     lanes = lane_count(work)
-    total = error = spread(0.0, work)
+    total = error = zero = spread(0.0, work)
     for start in range(0, n, CHUNK):
         first, last = at + start * lanes, at + min(n, start + CHUNK) * lanes
-        part, part_error = lane_sums(work, first, last, scale, guard, work, first, later(soon, start))
+        ahead = later(soon, start)
+        part, part_error = lane_sums(work, first, last, scale, guard, work, first, ahead, zero)
         total, error = merge(total, error, part, part_error)
     return total, error
 
@@ -1154,7 +1182,7 @@ def column_split_sums(work, at, n, row_max, scale, guard, weighted, soon):
     for start in range(0, n, CHUNK):
         first, last = at + start * lanes, at + min(n, start + CHUNK) * lanes
         ahead = later(soon, start)
-        part = lane_split_sums(work, first, last, row_max, scale, guard, weighted, ahead)
+        part = lane_split_sums(work, first, last, row_max, scale, guard, weighted, ahead, zero)
         sums = merge_split(sums, part)
     return sums
 
@@ -1182,12 +1210,13 @@ def softmax_tile(x, mask, temperature, out, i, first, width, parts, work):
     count = min(width, inner - first)
     base = i * n * inner + first
     tile = _FIELDS * width
-    pack(entries, base, inner, n, count, w, tile)
+    further, step = steps_ahead(count, inner, work)
+    pack(entries, base, inner, n, count, w, tile, further)
     rate = rate_of(temperature_at(temperature, 0), get(w, 0))
     for j in range(0, count, lanes):
         at = tile + j * n
         row_max = lane_maxima(w, at, at + n * lanes)
-        soon = Soon(entries, base + parts * width + j, results, base + j, inner)
+        soon = Soon(entries, base + parts * width + j, results, base + j, step)
         number = i * inner + first + j
         rates = lane_rates(temperature, number, count - j, rate, w)
         if are_plain(row_max, rates):
@@ -1204,6 +1233,7 @@ def softmax_tile(x, mask, temperature, out, i, first, width, parts, work):
         row, terms = base + k * inner, tile + k * lanes
         for j in range(0, count, lanes):
             high, low = load(w, field(_RECIPROCAL, j, width)), load(w, field(_RECIPROCAL + 1, j, width))
+            prefetch(results, row + j + further)
             value = times_pair(load(w, terms + j * n), high, low)
             write(results, row + j, count - j, present(entries, row + j, count - j, value, zero))
 
@@ -1231,27 +1261,30 @@ def log_softmax_tile(x, mask, temperature, out, i, first, width, parts, work):
     count = min(width, inner - first)
     base = i * n * inner + first
     tile = _FIELDS * width
-    pack(entries, base, inner, n, count, w, tile)
+    further, step = steps_ahead(count, inner, work)
+    pack(entries, base, inner, n, count, w, tile, further)
     rate = rate_of(temperature_at(temperature, 0), get(w, 0))
     plain = True
     for j in range(0, count, lanes):
         row_max = lane_maxima(w, tile + j * n, tile + j * n + n * lanes)
-        soon = Soon(entries, base + parts * width + j, results, base + j, inner)
+        soon = Soon(entries, base + parts * width + j, results, base + j, step)
         number = i * inner + first + j
         rates = lane_rates(temperature, number, count - j, rate, w)
         own = split_tile_sums(w, tile + j * n, n, row_max, temperature, number, rates, None, j, width, soon)
         write_log_gaps(rates, temperature, number, w, j, width)
         plain = plain and own
     for k in range(n):
-        write_log_row(entries, results, base + k * inner, w, tile + k * lanes, n, count, width, plain)
+        row, at = base + k * inner, tile + k * lanes
+        write_log_row(entries, results, row, w, at, n, count, width, plain, further)
 
 
 @jit
-def write_log_row(x, out, row, work, at, n, count, width, plain):
+def write_log_row(x, out, row, work, at, n, count, width, plain, further):
     """Write the logarithms of a row of a tile."""
     lanes = lane_count(work)
     lowest = -spread(math.inf, work)
     for j in range(0, count, lanes):
+        prefetch(out, row + j + further)
         entries = load(work, at + j * n)
         if plain:
             value = log_terms(entries, read_gap(work, j, width), None)
@@ -1349,12 +1382,13 @@ def value_tile(x, mask, temperature, out, i, first, width, parts, weighted, work
     count = min(width, inner - first)
     base = i * n * inner + first
     tile = _FIELDS * width
-    pack(entries, base, inner, n, count, w, tile)
+    further, step = steps_ahead(count, inner, work)
+    pack(entries, base, inner, n, count, w, tile, further)
     rate = rate_of(temperature_at(temperature, 0), get(w, 0))
     for j in range(0, count, lanes):
         at, number = tile + j * n, i * inner + first + j
         row_max = lane_maxima(w, at, at + n * lanes)
-        soon = Soon(entries, base + parts * width + j, None, 0, inner)
+        soon = Soon(entries, base + parts * width + j, None, 0, step)
         rates = lane_rates(temperature, number, count - j, rate, w)
         plain = split_tile_sums(w, at, n, row_max, temperature, number, rates, weighted, j, width, soon)
         row_max, sums = read_split(w, j, width)
@@ -1460,7 +1494,9 @@ def strip_sums(x, mask, temperature, maxima, task, width, work, totals, errors):
     n, inner = x.shape[1:]
     w, lanes = pointer(work), lane_count(work)
     tile = _FIELDS * width
-    pack(entries_of(x, mask), (i * n + chunk * CHUNK) * inner + first, inner, rows, count, w, tile)
+    base = (i * n + chunk * CHUNK) * inner + first
+    further, _ = steps_ahead(count, inner, work)
+    pack(entries_of(x, mask), base, inner, rows, count, w, tile, further)
     rate = rate_of(temperature_at(temperature, 0), get(w, tile))
     for j in range(0, count, lanes):
         at, to = tile + j * rows, (i * -(-n // CHUNK) + chunk) * inner + first + j
@@ -1562,7 +1598,9 @@ def strip_split_sums(x, mask, temperature, maxima, task, width, weighted, work, 
     n, inner = x.shape[1:]
     w, lanes = pointer(work), lane_count(work)
     tile = _FIELDS * width
-    pack(entries_of(x, mask), (i * n + chunk * CHUNK) * inner + first, inner, rows, count, w, tile)
+    base = (i * n + chunk * CHUNK) * inner + first
+    further, _ = steps_ahead(count, inner, work)
+    pack(entries_of(x, mask), base, inner, rows, count, w, tile, further)
     rate = rate_of(temperature_at(temperature, 0), get(w, tile))
     for j in range(0, count, lanes):
         column = i * inner + first + j

@@ -19,7 +19,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from fastmax._math import LAW_WORDS, WITHOUT_TABLES
+from fastmax._math import LAW_WORDS, WITHOUT_TABLE
 
 # Imported by name, for numba-cuda is found by a hook, of which a type checker knows nothing.
 cuda: Any = importlib.import_module("numba.cuda")
@@ -254,16 +254,6 @@ def fma(typingctx, a, b, c):
         return _rounded(builder, "fma", *args)
 
     return a(a, a, a), codegen
-
-
-@intrinsic
-def table_of(typingctx, x):
-    """None: there are no tables here."""
-
-    def codegen(context, builder, sig, args):
-        return context.get_dummy_value()
-
-    return types.none(x), codegen
 
 
 @intrinsic
@@ -1287,7 +1277,7 @@ def rebuilt(function, replaced, wrap) -> Any:
 
 
 PRIMITIVES = {
-    **WITHOUT_TABLES,
+    **WITHOUT_TABLE,
     "LIMITS_APART": False,
     "as_float64": float,
     "constant": constant,
@@ -1301,7 +1291,6 @@ PRIMITIVES = {
     "power_of_two": power_of_two,
     "select": select,
     "spread": spread,
-    "table_of": table_of,
     "upper_half": upper_half,
 }
 

@@ -43,10 +43,10 @@ REGISTER_BYTES = _register_bytes()
 REGISTERS = 2 if REGISTER_BYTES == 64 else 4
 LANE_BYTES = REGISTERS * REGISTER_BYTES
 
-# Entries of the tables, for float32 and float64, from which `make_table_power` picks: as many as registers
-# hold and an instruction finds, or 1, which is no table. AVX2 finds 2 float64s, which takes 1.05 to 1.3 times
-# as long as to do without.
-TABLE_ENTRIES = {64: (16, 16), 32: (4, 1), 16: (1, 1)}[REGISTER_BYTES]
+# Entries of the tables from which `make_table` picks: as many as registers of AVX-512 hold and an instruction
+# finds, or two, which a mask tells apart. AVX2 finds four float32s by vpermilps, of which a register takes 4
+# cycles on Zen 1, as much as eight additions.
+TABLE_ENTRIES = 16 if REGISTER_BYTES == 64 else 2
 
 _COUNT = {types.float32: LANE_BYTES // 4, types.float64: LANE_BYTES // 8}
 _SCALAR = {
@@ -221,61 +221,90 @@ def power_of_two(typingctx, exponent):
     dtype = _dtype(exponent)
 
     def codegen(context, builder, sig, args):
-        (exponent,) = args
-        integer = ir.IntType(dtype.bitwidth)
-        if isinstance(exponent.type, ir.VectorType):
-            integer = ir.VectorType(integer, exponent.type.count)
-        bits = builder.bitcast(exponent, integer)
-        bits = builder.shl(bits, _constant(integer, _EXPONENT_SHIFT[dtype]))
-        return builder.bitcast(bits, exponent.type)
+        bits = _as_integers(builder, args[0])
+        bits = builder.shl(bits, _constant(bits.type, _EXPONENT_SHIFT[dtype]))
+        return builder.bitcast(bits, args[0].type)
 
     return exponent(exponent), codegen
 
 
 @intrinsic
-def table_of(typingctx, x):
-    """None where there is no table for lanes like ``x``."""
-    precision = {types.float32: 0, types.float64: 1}[_dtype(x)]
-    result = types.none if TABLE_ENTRIES[precision] == 1 else types.boolean
+def abreast(typingctx, x):
+    """The same lanes, all there before any is used.
+
+    LLVM may put all instructions of one register after those of another. The scheduler of Zen 1, which holds
+    18 instructions on AVX2's registers, then has nothing else to do while a result is on its way: a float64
+    term takes 1.2 times as long.
+    """
 
     def codegen(context, builder, sig, args):
-        return context.get_dummy_value() if sig.return_type == types.none else ir.Constant(_SCALAR[result], 1)
+        (x,) = args
+        count = 8 * REGISTER_BYTES // _dtype(sig.args[0]).bitwidth
+        if REGISTER_BYTES != 32 or not isinstance(x.type, ir.VectorType) or x.type.count <= count:
+            return x
+        parts = [_picked(builder, x, x, range(i, i + count)) for i in range(0, x.type.count, count)]
+        constraints = ["=x" for _ in parts] + [str(i) for i in range(len(parts))]
+        together = ir.LiteralStructType([part.type for part in parts])
+        function_type = ir.FunctionType(together, [part.type for part in parts])
+        same = builder.asm(function_type, "", ",".join(constraints), parts, False)
+        return _joined(builder, [builder.extract_value(same, i) for i in range(len(parts))])
 
-    return result(x), codegen
+    return x(x), codegen
 
 
-def make_table_power(heads, lows):
-    """Make a function of a float in whose low bits m n + j stands, biased: (2**n heads[j], lows[j]).
+def make_table(heads, lows, steps):
+    """Make two functions of a sum of lanes with a number so large that its ulp is 1/steps.
 
-    ``heads`` and ``lows`` are (float32's, float64's) m constants.
+    The first clears what is below 1/m. The second takes that, n + j/m, biased, and returns 2**n heads[j] and
+    lows[j]; heads[0] is 1. Each argument is (float32's, float64's), ``heads`` and ``lows`` m constants.
     """
+
+    @intrinsic
+    def whole_steps(typingctx, x):
+        precision = {types.float32: 0, types.float64: 1}[_dtype(x)]
+        below = steps[precision] // len(heads[precision])
+
+        def codegen(context, builder, sig, args):
+            bits = _as_integers(builder, args[0])
+            bits = builder.and_(bits, _constant(bits.type, -below)) if below > 1 else bits
+            return builder.bitcast(bits, args[0].type)
+
+        return x(x), codegen
 
     @intrinsic
     def table_power(typingctx, exponent):
         dtype = _dtype(exponent)
         precision = {types.float32: 0, types.float64: 1}[dtype]
-        shift = _EXPONENT_SHIFT[dtype] - (len(heads[precision]).bit_length() - 1)
+        shift = _EXPONENT_SHIFT[dtype] - (steps[precision].bit_length() - 1)
+        entries = len(heads[precision])
+        step = 1 << (_EXPONENT_SHIFT[dtype] - (entries.bit_length() - 1))
 
         def codegen(context, builder, sig, args):
-            (exponent,) = args
-            integer = ir.IntType(dtype.bitwidth)
-            if isinstance(exponent.type, ir.VectorType):
-                integer = ir.VectorType(integer, exponent.type.count)
-            bits = builder.bitcast(exponent, integer)
+            bits = _as_integers(builder, args[0])
             # The shift leaves j at the top of the fraction, from where adding takes it away again, and
             # with it the exponent of 1.
             one, *fields = _bits((1.0, *heads[precision]), dtype)
-            fields = [field - one - (j << shift) for j, field in enumerate(fields)]
+            fields = [field - one - j * step for j, field in enumerate(fields)]
+            index = builder.and_(bits, _constant(bits.type, steps[precision] // 2)) if entries == 2 else bits
             head = builder.add(
-                builder.shl(bits, _constant(integer, shift)), _looked_up(builder, bits, fields, dtype)
+                builder.shl(bits, _constant(bits.type, shift)), _looked_up(builder, index, fields, dtype)
             )
-            low = _looked_up(builder, bits, _bits(lows[precision], dtype), dtype)
-            results = [builder.bitcast(value, exponent.type) for value in (head, low)]
+            low = _looked_up(builder, index, _bits(lows[precision], dtype), dtype)
+            results = [builder.bitcast(value, args[0].type) for value in (head, low)]
             return context.make_tuple(builder, sig.return_type, results)
 
         return types.UniTuple(exponent, 2)(exponent), codegen
 
-    return table_power
+    return whole_steps, table_power
+
+
+def _as_integers(builder, x):
+    """The bits of floats."""
+    element = getattr(x.type, "element", x.type)
+    integer = ir.IntType({"float": 32, "double": 64}[str(element)])
+    if isinstance(x.type, ir.VectorType):
+        integer = ir.VectorType(integer, x.type.count)
+    return builder.bitcast(x, integer)
 
 
 def _bits(numbers, dtype):
@@ -284,41 +313,39 @@ def _bits(numbers, dtype):
     return floats.view(f"int{dtype.bitwidth}").tolist()
 
 
-def _looked_up(builder, bits, table, dtype):
-    """Entries of a table of integers, as long as `TABLE_ENTRIES` says, that the low bits of lanes name."""
+def _looked_up(builder, index, table, dtype):
+    """Entries of a table of integers at the low bits of lanes; of two, the first, 0, where the index is 0."""
+    if len(table) == 2:
+        second = builder.sext(builder.icmp_unsigned("!=", index, _constant(index.type, 0)), index.type)
+        return builder.and_(second, _constant(index.type, table[1]))
     count = 8 * REGISTER_BYTES // dtype.bitwidth
-    if not isinstance(bits.type, ir.VectorType):
-        undefined = ir.Constant(ir.VectorType(bits.type, count), ir.Undefined)
-        part = builder.insert_element(undefined, bits, _INDEX(0))
+    if not isinstance(index.type, ir.VectorType):
+        undefined = ir.Constant(ir.VectorType(index.type, count), ir.Undefined)
+        part = builder.insert_element(undefined, index, _INDEX(0))
         return builder.extract_element(_permuted(builder, part, table, dtype), _INDEX(0))
     parts = []
-    for start in range(0, bits.type.count, count):
-        part = _picked(builder, bits, bits, range(start, start + count))
+    for start in range(0, index.type.count, count):
+        part = _picked(builder, index, index, range(start, start + count))
         parts.append(_permuted(builder, part, table, dtype))
+    return _joined(builder, parts)
+
+
+def _permuted(builder, index, table, dtype):
+    """`_looked_up` for one register of AVX-512."""
+    integers, count = index.type, index.type.count
+    name = "permvar.si.512" if dtype == types.float32 else "vpermi2var.q.512"
+    registers = [ir.Constant(integers, table[start : start + count]) for start in range(0, len(table), count)]
+    function_type = ir.FunctionType(integers, [integers for _ in (index, *registers)])
+    function = get_or_insert_function(builder.module, function_type, f"llvm.x86.avx512.{name}")
+    return builder.call(function, [registers[0], index, *registers[1:]])
+
+
+def _joined(builder, parts):
+    """A power of two of vectors, one after the other, as one."""
     while len(parts) > 1:
         pairs = zip(parts[::2], parts[1::2], strict=True)
         parts = [_picked(builder, a, b, range(2 * a.type.count)) for a, b in pairs]
     return parts[0]
-
-
-def _permuted(builder, bits, table, dtype):
-    """`_looked_up` for one register."""
-    integers, count = bits.type, bits.type.count
-    if REGISTER_BYTES == 64:
-        name = "avx512.permvar.si.512" if dtype == types.float32 else "avx512.vpermi2var.q.512"
-        entries = integers
-    else:
-        # This picks within each half.
-        name = "avx.vpermilvar.ps.256"
-        entries = ir.VectorType(_SCALAR[dtype], count)
-    table = table * (-(-count // len(table)))
-    registers = [
-        builder.bitcast(ir.Constant(integers, table[start : start + count]), entries)
-        for start in range(0, len(table), count)
-    ]
-    function_type = ir.FunctionType(entries, [entries, integers, *(entries for _ in registers[1:])])
-    function = get_or_insert_function(builder.module, function_type, f"llvm.x86.{name}")
-    return builder.bitcast(builder.call(function, [registers[0], bits, *registers[1:]]), integers)
 
 
 def _picked(builder, a, b, indices):
@@ -427,6 +454,19 @@ def constant(typingctx, values, like):
         return _convert(builder, builder.extract_value(args[0], precision), _llvm_type(lanes))
 
     return lanes(values, like), codegen
+
+
+@intrinsic
+def register_zeros(typingctx, like):
+    """0 in the lanes of one register, or in a float, of the dtype of ``like``."""
+    lanes = _lanes_of(like)
+    count = min(lanes.count, 8 * REGISTER_BYTES // lanes.dtype.bitwidth) if isinstance(lanes, Lanes) else 1
+    register = _lanes(_dtype(lanes), count)
+
+    def codegen(context, builder, sig, args):
+        return _constant(_llvm_type(register), 0.0)
+
+    return register(like), codegen
 
 
 @intrinsic

@@ -9,11 +9,14 @@ any n is exact:
     f = (x high - (n + origin)) + (x low - rest)
     term = 2**f * 2**(n + BIAS)
 
-n is an integer and 3/4 <= 2**f <= 3/2, up to rounding. What rounds the difference is added to the rest of f.
-These are 22 instructions for float32 and 27 for float64, and a term is within 0.9 ulp. Where registers hold a
-table of 2**(j / m), n is a multiple of 1/m and |f| at most 1/(2m). The difference is then an fma, for what
-this rounds is small, and the polynomial for 2**f is shorter: with AVX2 18 instructions for float32 (m = 4,
-0.68 ulp), with AVX-512 17 and 20 (m = 16, 0.6 ulp).
+Registers hold a table of 2**(j / m), and n is a multiple of 1/m. With AVX-512 m is 16, and the origin is such
+a multiple, too: to round x high - origin takes one fma, as its sum with a number whose ulp is 1/m and from
+which the origin has been subtracted. |f| is then up to 1/16. Elsewhere m is 2; the origin is a multiple of
+1/64 or 1/1024, as that sum is, in which what lies below 1/2 is cleared, and |f| is hardly above 1/4. A term
+takes 16 and 19 instructions (float32, float64) and is within 0.62 ulp, or 20 and 25, within 0.75.
+
+A GPU has no table: n is an integer and 3/4 <= 2**f <= 3/2, up to rounding. What rounds the difference is
+added to the rest of f, in 22 and 27 instructions, and a term is within 0.9 ulp.
 
 The term of the maximum is exactly 2**BIAS, so a single entry has the probability 1 and ties share evenly.
 BIAS keeps the terms of the smallest results normal: only the last multiplication can round to a subnormal.
@@ -38,19 +41,19 @@ import numpy as np
 from fastmax._jit import jit
 from fastmax._lanes import (
     TABLE_ENTRIES,
+    abreast,
     any_lanes,
     as_float64,
     constant,
     fma,
     log1p,
     lower_half,
-    make_table_power,
+    make_table,
     polynomial,
     power_of_two,
     select,
     split_power,
     spread,
-    table_of,
     upper_half,
 )
 
@@ -70,13 +73,10 @@ BIAS = (56.0, 512.0)
 DEPTH = (180.0, 1110.0)
 TOP_TERM = (2.0 ** BIAS[0], 2.0 ** BIAS[1])
 
-# Numbers above DEPTH, so that |max c| of a plain slice plus such a number has an ulp that divides 1/16.
-BEYOND_DEPTH = (256.0, 2048.0)
-
 # Half an ulp of 1, in the direction of 0.
 HALF_ULP = (2.0**-24, 2.0**-53)
 
-# Largest |max c| of a plain slice: what `terms` splits from x c is then hardly above 2**-8 or 2**-12.
+# Largest |max c| of a plain slice: x times the low part of c is then at most 2**-8 or 2**-12.
 LARGEST_PRODUCT = (2.0**15, 2.0**40)
 
 # Range of c in which high and low are far from the ends of the exponent range.
@@ -94,14 +94,16 @@ LARGEST_GAP_EXPONENT = (375.0, 1080.0)
 # as scripts/fit_exp2.py derives and measures them.
 # float32 without a table: relative error 2**-28.35; worst measured errors
 # 0.8693 ulp and 1.1567 * 2**-24 relative (1e+07 random f).
-# float32 with 4 entries: relative error 2**-28.26; worst measured errors
-# 0.6144 ulp and 1.0867 * 2**-24 relative (1e+07 random f).
-# float32 with 16 entries: relative error 2**-28.55; worst measured errors
-# 0.5576 ulp and 1.0443 * 2**-24 relative (1e+07 random f).
+# float32 with 2 entries: relative error 2**-28.57; worst measured errors
+# 0.6826 ulp and 1.0860 * 2**-24 relative (1e+07 random f).
+# float32 with 16 entries: relative error 2**-31.82; worst measured errors
+# 0.5721 ulp and 1.0651 * 2**-24 relative (1e+07 random f).
 # float64 without a table: relative error 2**-57.89; worst measured errors
 # 0.8475 ulp and 1.1300 * 2**-53 relative (1e+07 random f).
-# float64 with 16 entries: relative error 2**-56.90; worst measured errors
-# 0.5880 ulp and 1.0754 * 2**-53 relative (1e+07 random f).
+# float64 with 2 entries: relative error 2**-60.29; worst measured errors
+# 0.6851 ulp and 1.1167 * 2**-53 relative (1e+07 random f).
+# float64 with 16 entries: relative error 2**-58.19; worst measured errors
+# 0.5762 ulp and 1.0862 * 2**-53 relative (1e+07 random f).
 EXP2 = (
     {
         1: (
@@ -112,16 +114,18 @@ EXP2 = (
             float.fromhex("0x1.5ead5cp-10"),
             float.fromhex("0x1.551dc6p-13"),
         ),
-        4: (
-            float.fromhex("0x1.62e42cp-1"),
-            float.fromhex("0x1.ebfbdep-3"),
-            float.fromhex("0x1.c6eb02p-5"),
-            float.fromhex("0x1.3b468ep-7"),
+        2: (
+            float.fromhex("0x1.62e43p-1"),
+            float.fromhex("0x1.ebfbb4p-3"),
+            float.fromhex("0x1.c6b0a4p-5"),
+            float.fromhex("0x1.3baa8ep-7"),
+            float.fromhex("0x1.5d816ep-10"),
         ),
         16: (
             float.fromhex("0x1.62e43p-1"),
-            float.fromhex("0x1.ec0108p-3"),
-            float.fromhex("0x1.c6adccp-5"),
+            float.fromhex("0x1.ebfbe2p-3"),
+            float.fromhex("0x1.c6ba18p-5"),
+            float.fromhex("0x1.3b0e62p-7"),
         ),
     },
     {
@@ -138,13 +142,26 @@ EXP2 = (
             float.fromhex("0x1.e5633dfc968fdp-28"),
             float.fromhex("0x1.0261d03c14bc7p-31"),
         ),
+        2: (
+            float.fromhex("0x1.62e42fefa39efp-1"),
+            float.fromhex("0x1.ebfbdff82c58ep-3"),
+            float.fromhex("0x1.c6b08d704a308p-5"),
+            float.fromhex("0x1.3b2ab6fba56f4p-7"),
+            float.fromhex("0x1.5d87fe77e5fbfp-10"),
+            float.fromhex("0x1.430912f10d46cp-13"),
+            float.fromhex("0x1.ffcbff68fd5cbp-17"),
+            float.fromhex("0x1.62c06d2b7515p-20"),
+            float.fromhex("0x1.b54ab9dfa1761p-24"),
+            float.fromhex("0x1.e2f092c6cd42ap-28"),
+        ),
         16: (
-            float.fromhex("0x1.62e42fefa39fep-1"),
-            float.fromhex("0x1.ebfbdff82c5acp-3"),
-            float.fromhex("0x1.c6b08d6e7b879p-5"),
-            float.fromhex("0x1.3b2ab6faba76cp-7"),
-            float.fromhex("0x1.5d89c548028d3p-10"),
-            float.fromhex("0x1.430a255d22f3bp-13"),
+            float.fromhex("0x1.62e42fefa39efp-1"),
+            float.fromhex("0x1.ebfbdff82c785p-3"),
+            float.fromhex("0x1.c6b08d704a94bp-5"),
+            float.fromhex("0x1.3b2ab6ef706c1p-7"),
+            float.fromhex("0x1.5d87fe6e01845p-10"),
+            float.fromhex("0x1.430e629ac3e1ep-13"),
+            float.fromhex("0x1.ffcf43b0ce78p-17"),
         ),
     },
 )
@@ -239,36 +256,41 @@ LOWS = (
     ),
 )
 
-Form = namedtuple("Form", "zero slope curvature heads lows")
-Form.__doc__ = """How 2**x is computed, as pairs of (float32's, float64's).
+# Multiples of 1/steps, to which x c is rounded: with 16 entries of a table those are its steps, with two they
+# are so fine that what the maximum is off such a multiple hardly shows.
+STEPS = {1: (1, 1), 2: (64, 1024), 16: (16, 16)}
 
-A multiple of 1/m added to ``zero`` stands, with BIAS and the format's own bias (127, 1023) added, in the low
-bits of the sum.
+Form = namedtuple("Form", "zero middle slope curvature")
+Form.__doc__ = """How 2**x is computed with a table of m entries, as pairs of (float32's, float64's).
+
+A multiple of 1/steps added to ``zero`` stands, with BIAS and the format's own bias (127, 1023) added, in the
+low bits of the sum; ``middle`` is added where what lies below 1/m will be cleared there.
 """
 
 
 def form_of(entries):
-    """Form of tables of that many (float32, float64) entries."""
+    """Form of tables of that many entries."""
+    steps = STEPS[entries]
     return Form(
-        zero=(1.5 * 2.0**23 / entries[0] + 127.0 + BIAS[0], 1.5 * 2.0**52 / entries[1] + 1023.0 + BIAS[1]),
-        slope=tuple(EXP2[i][m][0] for i, m in enumerate(entries)),
-        curvature=tuple(EXP2[i][m][1:] for i, m in enumerate(entries)),
-        heads=tuple(HEADS[i][:: len(HEADS[i]) // m] for i, m in enumerate(entries)),
-        lows=tuple(LOWS[i][:: len(LOWS[i]) // m] for i, m in enumerate(entries)),
+        zero=(1.5 * 2.0**23 / steps[0] + 127.0 + BIAS[0], 1.5 * 2.0**52 / steps[1] + 1023.0 + BIAS[1]),
+        middle=tuple(0.0 if step == entries else 0.5 / entries for step in steps),
+        slope=(EXP2[0][entries][0], EXP2[1][entries][0]),
+        curvature=(EXP2[0][entries][1:], EXP2[1][entries][1:]),
     )
 
 
-FORM, GPU_FORM = form_of(TABLE_ENTRIES), form_of((1, 1))
-ZERO, SLOPE, CURVATURE = FORM.zero, FORM.slope, FORM.curvature
-# 2**(n + j / m) rounded, and what that leaves out, relative to it.
-table_power = make_table_power(FORM.heads, FORM.lows)
+def table_of(entries):
+    """Return 2**(j / m) as heads * (1 + lows)."""
+    spacing = 16 // entries
+    return tuple(head[::spacing] for head in HEADS), tuple(low[::spacing] for low in LOWS)
 
-# What a GPU has in their place.
-WITHOUT_TABLES = {"ZERO": GPU_FORM.zero, "SLOPE": GPU_FORM.slope, "CURVATURE": GPU_FORM.curvature}
 
-# Without a table n changes where 2**f is 3/4 or 3/2: with |f| <= 1/2 errors would be largest below log2(3/4),
-# where what rounds 2**f - 1 doubles while 2**f is small.
-SEAM = math.log2(1.5) - 0.5
+ZERO, MIDDLE, SLOPE, CURVATURE = form_of(TABLE_ENTRIES)
+# To multiples of 1/m; and 2**(n + j / m) rounded, and what that leaves out, relative to it.
+whole_steps, table_power = make_table(*table_of(TABLE_ENTRIES), STEPS[TABLE_ENTRIES])
+
+# max c is rounded to what its sum with this number has room for.
+ROUNDER = ZERO
 
 # Whether slices at T = 0 and T = inf are spared the exponential: else they take 1.25 times as long as others
 # on a CPU (8192 x 1000, float32). On a GPU some kernels would run out of registers.
@@ -331,10 +353,9 @@ def is_plain(row_max, rate):
 def plain_scale(row_max, rate):
     """Scale of a plain slice."""
     high, low = spread(rate.high, row_max), spread(rate.low, row_max)
-    product = row_max * high
-    beyond = constant(BEYOND_DEPTH, row_max)
-    beyond = select(product < spread(0.0, row_max), -beyond, beyond)
-    origin = (product + beyond) - beyond
+    rounder = constant(ROUNDER, row_max)
+    rounder = select(row_max < spread(0.0, row_max), -rounder, rounder)
+    origin = fma(row_max, high, rounder) - rounder
     rest = fma(row_max, low, fma(row_max, high, -origin))
     return Scale(row_max, high, low, row_max - spread(rate.depth, row_max), origin, rest)
 
@@ -404,7 +425,7 @@ def terms(x, scale, guard):
     if guard is not None:
         return guarded_terms(x, scale, guard)
     exponent, fraction, small, product = split_product(x, scale)
-    power, excess = exponential(exponent, fraction, small, table_of(x))
+    power, excess = exponential(exponent, fraction, small)
     return power, excess, product
 
 
@@ -417,7 +438,7 @@ def guarded_terms(x, scale, guard):
             return limit_terms(x, scale, guard), zero, zero
     exponent, fraction, small, product, distance = split_distance(x, scale, guard)
     exponent, fraction, small, product = or_plain(exponent, fraction, small, product, x, scale, guard.plain)
-    power, excess = exponential(exponent, fraction, small, table_of(x))
+    power, excess = exponential(exponent, fraction, small)
     dropped = distance < spread(guard.cutoff, x)
     power, excess = select(dropped, zero, power), select(dropped, zero, excess)
     return power, excess, select(dropped, zero, product)
@@ -459,26 +480,20 @@ def split_product(x, scale):
     x = at_least(x, spread(scale.lowest, x))
     high, origin = spread(scale.high, x), spread(scale.origin, x)
     small = fma(x, spread(scale.low, x), -spread(scale.rest, x))
-    exponent, whole, fraction, small = split(x, high, origin, small, table_of(x))
+    exponent, whole, fraction, small = split(x, high, origin, small)
     return exponent, fraction, small, whole + (fraction + small)
 
 
 @jit(forceinline=True)
-def split(x, high, origin, small, table):
-    """Exponent, its value, and the fraction of x high - origin; what is rounded goes to the small part."""
-    zero = constant(ZERO, x)
-    if table is not None:
-        exponent = fma(x, high, -origin) + zero
-        whole = exponent - zero
-        return exponent, whole, fma(x, high, -(whole + origin)), small
-    # What rounds a fraction near 1/2 would cost 0.2 to 0.4 ulp. Near + fraction is exact, so the small part
-    # takes all of it.
-    rounded = x * high
-    exponent = (rounded - (origin + spread(SEAM, x))) + zero
-    whole = exponent - zero
-    near = whole + origin
-    fraction = rounded - near
-    return exponent, whole, fraction, small + fma(x, high, -(fraction + near))
+def split(x, high, origin, small):
+    """Exponent, its value, and the fraction of x high - origin, with its small part.
+
+    The value, and what it is beside the origin, are multiples of 1/steps, and exact.
+    """
+    zero = constant(ZERO, x) - origin
+    exponent = abreast(whole_steps(fma(x, high, zero + constant(MIDDLE, x))))
+    near = exponent - zero
+    return exponent, near - origin, fma(x, high, -near), small
 
 
 @jit(forceinline=True)
@@ -493,21 +508,18 @@ def split_distance(x, scale, guard):
     distance_lost = (distance_lost * spread(guard.factor, x)) * spread(guard.factor2, x)
     high = spread(scale.high, x)
     small = fma(distance, spread(scale.low, x), distance_lost * high)
-    exponent, whole, fraction, small = split(distance, high, spread(0.0, x), small, table_of(x))
+    exponent, whole, fraction, small = split(distance, high, spread(0.0, x), small)
     return exponent, fraction, small, whole + (fraction + small), distance
 
 
 @jit(forceinline=True)
-def exponential(exponent, fraction, small, table):
+def exponential(exponent, fraction, small):
     """2**exponent (1 + excess), where fraction + small is that part of an exponent which it does not show."""
-    f = fraction + small
-    slope, curvature = constant(SLOPE, exponent), polynomial(f, CURVATURE)
+    f = abreast(fraction + small)
+    slope, curvature = constant(SLOPE, exponent), abreast(polynomial(f, CURVATURE))
+    power, low = table_power(exponent)
     # 2**f - 1 = c1 f + f**2 r(f): adding the larger part last keeps it increasing in f.
-    if table is not None:
-        power, low = table_power(exponent)
-        return power, fma(f, slope, fma(f * f, curvature, low))
-    # What rounds f would cost as much as what rounds the fraction, so the small part goes its own way.
-    return power_of_two(exponent), fma(fraction, slope, fma(small, slope, (f * f) * curvature))
+    return power, abreast(fma(f, slope, fma(f * f, curvature, low)))
 
 
 @jit(inline="always")
@@ -520,6 +532,44 @@ def term_of(power, excess):
 def top_term(like):
     """Term of the maximum, 2**BIAS; no term is larger."""
     return constant(TOP_TERM, like)
+
+
+# -- terms without a table, for a GPU ---------------------------------------------------------------
+
+# n changes where 2**f is 3/4 or 3/2: with |f| <= 1/2 errors would be largest below log2(3/4), where what
+# rounds 2**f - 1 doubles while 2**f is small.
+SEAM = math.log2(1.5) - 0.5
+
+
+@jit(forceinline=True)
+def split_without_table(x, high, origin, small):
+    """`split` where what rounds a fraction near 1/2 would cost 0.2 to 0.4 ulp: the small part takes it."""
+    zero = constant(ZERO, x)
+    rounded = x * high
+    exponent = (rounded - (origin + spread(SEAM, x))) + zero
+    whole = exponent - zero
+    near = whole + origin
+    fraction = rounded - near  # near + fraction is exact
+    return exponent, whole, fraction, small + fma(x, high, -(fraction + near))
+
+
+@jit(forceinline=True)
+def exponential_without_table(exponent, fraction, small):
+    """`exponential` where what rounds f would cost as much: the small part goes its own way."""
+    f = fraction + small
+    slope, curvature = constant(SLOPE, exponent), polynomial(f, CURVATURE)
+    return power_of_two(exponent), fma(fraction, slope, fma(small, slope, (f * f) * curvature))
+
+
+# What takes the place of names above. The rounder is above DEPTH, so the sum of an origin and an n is exact.
+WITHOUT_TABLE = {
+    "ZERO": form_of(1).zero,
+    "SLOPE": form_of(1).slope,
+    "CURVATURE": form_of(1).curvature,
+    "ROUNDER": (256.0, 2048.0),
+    "split": split_without_table,
+    "exponential": exponential_without_table,
+}
 
 
 # -- sums: a pair total + error, as in Ogita, Rump & Oishi (2005) -------------------------------------

@@ -1,9 +1,9 @@
 """One slice on one thread: the passes over its entries that the schedules put together.
 
 A pass takes entries ``start`` to ``stop`` of a 1-d array, many lanes at a time if the array's type is
-C-contiguous, else one by one. Entry i is summed in lane i mod lanes, those of a last vector that is not full
-in the last lanes, lanes are merged by halves, and chunks of `CHUNK` entries a lane in order, so a sum does
-not depend on who computes which chunk.
+C-contiguous, else one by one. They are summed in the lanes of one register, to which those of a vector are
+added in turn: what sums do not take of the registers keeps terms out of memory. Lanes are merged by halves,
+and chunks of `CHUNK` vectors in order, so a sum does not depend on who computes which chunk.
 
 Where the last vector would not be full, it is the last that is, and overlaps the one before: what is written
 twice is the same, and what would be summed twice is dropped from its first lanes. To read and write a part of
@@ -13,12 +13,15 @@ without AVX-512: 140 ns a row, as much as 100 entries.
 
 import math
 from collections import namedtuple
+from typing import Any
 
 import numpy as np
+from numba.extending import overload
 
 from fastmax._jit import jit, plain_kernel
 from fastmax._lanes import (
     REGISTERS,
+    abreast,
     drop_first,
     fma,
     fold,
@@ -32,6 +35,7 @@ from fastmax._lanes import (
     prefetch,
     present,
     read,
+    register_zeros,
     select,
     settle,
     spread,
@@ -48,7 +52,6 @@ from fastmax._math import (
     entropy_value,
     guarded_gap,
     guarded_scale,
-    halve,
     is_plain,
     larger,
     log_of_sum,
@@ -68,10 +71,10 @@ from fastmax._math import (
     top_term,
 )
 
-# Entries per lane whose sum is one link of the chain, enough to make a task for a thread.
+# Vectors whose sum is one link of the chain, enough to make a task for a thread.
 CHUNK = 512
-# Entries per lane whose errors are summed plainly, before the total takes what it can: many terms that are
-# each below half an ulp of the total would otherwise be rounded one way, by 22 ulp of their sum for 2**20.
+# Terms in a lane of a sum whose errors are summed plainly, before the total takes what it can: many terms
+# that are each below half an ulp of it would otherwise be rounded one way, by 22 ulp of their sum for 2**20.
 SETTLING = 16
 
 
@@ -131,43 +134,59 @@ def read_stored(stored, i, count):
 
 
 @jit
-def lane_sums(x, start, stop, scale, guard, stored, at, soon):
+def lane_sums(x, start, stop, scale, guard, stored, at, soon, zero):
     """Sum of the terms as a pair; the terms are written to ``stored`` from ``at`` on, unless that is None.
 
-    The sum starts from a number that no term exceeds, for which `add_smaller` does. ``soon`` is None or what
-    to fetch from memory meanwhile.
+    It has the lanes of ``zero``. It starts from a number that no term exceeds, for which `add_smaller` does.
+    ``soon`` is None or what to fetch from memory meanwhile.
     """
     lanes = lane_count(x)
-    total = top_term(x)
-    error = spread(0.0, x)
+    total, error = top_term(zero), zero
     # Read before ``stored`` is written, which may be x.
     last, first = last_lanes(x, start, stop), max(start, stop - lanes)
     at -= start
     i = start
     while i <= stop - lanes:
-        pause = min(stop - lanes, i + (SETTLING - 1) * lanes)
+        # Never for a narrow row, whose bits `narrow_sums` shall have.
+        total, error = settled(total, error)
+        pause = min(stop - lanes, i + SETTLING * lane_count(zero) - lanes)
         while i <= pause:
             fetch(soon, (i - start) // lanes)
             term, total, error = add_terms(load(x, i), 0, scale, guard, total, error)
             if stored is not None:
                 store(stored, at + i, term)
             i += lanes
-        total, error = settled(total, error)
     if i < stop:
         fetch(soon, (i - start) // lanes)
         term, total, error = add_terms(last, i - first, scale, guard, total, error)
         if stored is not None:
             write_stored(stored, at + first, stop - first, term)
-    return total - top_term(x), error
+    return total - top_term(zero), error
 
 
 @jit
 def add_terms(x, counted, scale, guard, total, error):
     """Terms, and the sum to which those after the first ``counted`` are added."""
     power, excess, _ = terms(x, scale, guard)
-    term = term_of(power, excess)
-    total, error = add_smaller(total, error, drop_first(power, counted, spread(0.0, x)), excess)
+    term = abreast(term_of(power, excess))
+    total, error = add_in_turn(total, error, drop_first(power, counted, spread(0.0, x)), excess)
     return term, total, error
+
+
+def add_in_turn(total, error, power, excess) -> Any:
+    """`add_smaller`, where sums of fewer lanes take the terms part by part; only for jitted code."""
+
+
+@overload(add_in_turn)
+def _add_in_turn(total, error, power, excess):
+    if total == power:
+        return lambda total, error, power, excess: add_smaller(total, error, power, excess)
+
+    def add_halves(total, error, power, excess):
+        total, error = add_in_turn(total, error, lower_half(power), lower_half(excess))
+        return add_in_turn(total, error, upper_half(power), upper_half(excess))
+
+    return add_halves
 
 
 @jit
@@ -265,13 +284,12 @@ def write_log_terms(x, start, stop, gap, guard, out, shift, far):
 
 
 @jit
-def lane_split_sums(x, start, stop, row_max, scale, guard, weighted, soon):
+def lane_split_sums(x, start, stop, row_max, scale, guard, weighted, soon, zero):
     """Return ties, sum of the other terms (a pair), their sum times (x - max) c (a pair).
 
-    The last is 0 if ``weighted`` is None; ``soon`` is as in `lane_sums`.
+    The last is 0 if ``weighted`` is None; ``soon`` and ``zero`` are as in `lane_sums`.
     """
     lanes = lane_count(x)
-    zero = spread(0.0, x)
     sums = zero, zero, zero, zero, zero
     i = start
     while i <= stop - lanes:
@@ -289,16 +307,45 @@ def lane_split_sums(x, start, stop, row_max, scale, guard, weighted, soon):
 @jit
 def add_split(sums, x, row_max, scale, guard, weighted):
     """Add entries to the five sums of `lane_split_sums`."""
-    ties, rest, error, moment, moment_error = sums
     zero, one, top = spread(0.0, x), spread(1.0, x), spread(row_max, x)
     power, excess, product = terms(x, scale, guard)
     # Where nothing is read, -inf is no tie, unless all are, and then nobody asks for ties.
-    ties = ties + select(x == top, one, zero)
+    tie = select(x == top, one, zero)
     power = select(x == top, zero, power)
-    rest, error = add(rest, error, power, excess)
-    if weighted is not None:
-        moment, moment_error = merge(moment, moment_error, term_of(power, excess) * product, zero)
-    return ties, rest, error, moment, moment_error
+    if weighted is None:
+        return add_split_in_turn(sums, tie, power, excess, None)
+    return add_split_in_turn(sums, tie, power, excess, term_of(power, excess) * product)
+
+
+def add_split_in_turn(sums, tie, power, excess, moment) -> Any:
+    """Add to the five sums part by part, as `add_in_turn` does; only for jitted code."""
+
+
+@overload(add_split_in_turn)
+def _add_split_in_turn(sums, tie, power, excess, moment):
+    if sums[0] == tie:
+
+        def add_all(sums, tie, power, excess, moment):
+            rest, error = add(sums[1], sums[2], power, excess)
+            if moment is None:
+                return sums[0] + tie, rest, error, sums[3], sums[4]
+            total, total_error = merge(sums[3], sums[4], moment, spread(0.0, moment))
+            return sums[0] + tie, rest, error, total, total_error
+
+        return add_all
+
+    def add_halves(sums, tie, power, excess, moment):
+        if moment is None:
+            sums = add_split_in_turn(sums, lower_half(tie), lower_half(power), lower_half(excess), None)
+            return add_split_in_turn(sums, upper_half(tie), upper_half(power), upper_half(excess), None)
+        sums = add_split_in_turn(
+            sums, lower_half(tie), lower_half(power), lower_half(excess), lower_half(moment)
+        )
+        return add_split_in_turn(
+            sums, upper_half(tie), upper_half(power), upper_half(excess), upper_half(moment)
+        )
+
+    return add_halves
 
 
 # -- merging --------------------------------------------------------------------------------------
@@ -327,7 +374,8 @@ def sum_terms(x, start, stop, scale, guard, stored, at, soon):
     for first in range(start, stop, chunk):
         last = min(stop, first + chunk)
         ahead = later(soon, (first - start) // lane_count(x))
-        part, part_error = lane_sums(x, first, last, scale, guard, stored, at + first - start, ahead)
+        to = at + first - start
+        part, part_error = lane_sums(x, first, last, scale, guard, stored, to, ahead, register_zeros(x))
         part, part_error = sum_lanes(part, part_error)
         total, error = merge(total, error, part, part_error)
     return total, error
@@ -342,8 +390,9 @@ def sum_split_terms(x, start, stop, row_max, scale, guard, weighted, soon):
     for first in range(start, stop, chunk):
         last = min(stop, first + chunk)
         ahead = later(soon, (first - start) // lane_count(x))
-        part = lane_split_sums(x, first, last, row_max, scale, guard, weighted, ahead)
-        ties, _ = sum_lanes(part[0], spread(0.0, x))
+        none = register_zeros(x)
+        part = lane_split_sums(x, first, last, row_max, scale, guard, weighted, ahead, none)
+        ties, _ = sum_lanes(part[0], none)
         rest, error = sum_lanes(part[1], part[2])
         moment, moment_error = sum_lanes(part[3], part[4])
         sums = merge_split(sums, (ties, rest, error, moment, moment_error))
@@ -370,15 +419,8 @@ def quarter_maxima(x):
     return larger_half(larger_half(x))
 
 
-@jit
-def quarter(total, error):
-    """`halve` twice."""
-    total, error = halve(total, error)
-    return halve(total, error)
-
-
 # What lanes of several registers have found, in those of one.
-register_maxima, register_sums = {2: (larger_half, halve), 4: (quarter_maxima, quarter)}[REGISTERS]
+register_maxima = {2: larger_half, 4: quarter_maxima}[REGISTERS]
 
 
 @jit
@@ -395,7 +437,7 @@ def maxima_of(work, at, count):
 
 @jit
 def sums_of(work, totals, errors, count):
-    """Sums of up to as many slices as there are lanes, from the `register_sums` of each; one per lane.
+    """Sums of up to as many slices as there are lanes, from one register of each; one per lane.
 
     Pairs are merged in the order of `sum_lanes`, which takes one slice and six times the instructions.
     """
@@ -421,12 +463,13 @@ def softmax_of_few(x, start, count, rate, out, shift):
     zero, lowest = spread(0.0, x), spread(-math.inf, x)
     entries = load_first(x, start, count, lowest)
     row_max = max_lanes(larger(entries, lowest))
-    top = top_term(x)
+    none = register_zeros(x)
+    top = top_term(none)
     if is_plain(row_max, rate):
-        term, total, error = add_terms(entries, 0, plain_scale(row_max, rate), None, top, zero)
+        term, total, error = add_terms(entries, 0, plain_scale(row_max, rate), None, top, none)
     else:
         scale, guard = guarded_scale(row_max, rate.temperature)
-        term, total, error = add_terms(entries, 0, scale, guard, top, zero)
+        term, total, error = add_terms(entries, 0, scale, guard, top, none)
     total, error = sum_lanes(total - top, error)
     high, low = reciprocal(total, error)
     value = times_pair(term, spread(high, x), spread(low, x))

@@ -1,9 +1,10 @@
 """Derive the polynomials for 2**f that the kernels use, in float32 and float64, and measure them.
 
-The kernels reduce an exponential to 2**n * 2**(j/m) * 2**f with 0 <= j < m and |f| <= 1/(2m), up to rounding,
-where m is the number of powers in a table that registers hold: 16, 4, or 1, which is none. Without a table
-it is 3/4 <= 2**f <= 3/2, as with |f| <= 1/2 errors are largest below log2(3/4): there what rounds 2**f - 1
-doubles while 2**f is small.
+The kernels reduce an exponential to 2**n * 2**(j/m) * 2**f with 0 <= j < m, where m is the number of powers
+in a table that registers hold: 16, 2, or 1, which is none. With 2 powers |f| is hardly above 1/4, with 16 it
+is up to 1/16, as the exponent is rounded to a multiple of 1/16 before that of the maximum is subtracted.
+Without a table it is 3/4 <= 2**f <= 3/2, as with |f| <= 1/2 errors are largest below log2(3/4): there what
+rounds 2**f - 1 doubles while 2**f is small.
 
 This script fits 2**f by 1 + c1*f + ... + cd*f**d in two steps:
 
@@ -18,7 +19,8 @@ f**2 * (c2 + ...) by less than 0.4 ulp of f while 2**f - 1 increases by more tha
 keeps that order. The script counts the decreases all the same, and fails if it finds one.
 
 At a seam, where j changes, f and f - 1/m both stand for the same power or nearly, and rounding can make the
-value at f the larger one by an ulp; the script says how often.
+value at f the larger one by an ulp; the script says how often where that f is 1/(2m), though it depends on
+the maximum.
 
 It prints the constants for fastmax/_math.py and writes no file.
 """
@@ -55,7 +57,7 @@ class Form(NamedTuple):
 
 
 def form(dtype, precision, entries, degree, margin):
-    """Form of which f can lie outside its range by a margin, for rounding."""
+    """Form of which |f| can be larger than half the step of its table by a margin."""
     middle = SEAM - 0.5 if entries == 1 else 0.0
     radius = 0.5 / entries + margin
     return Form(dtype, precision, entries, degree, middle - radius, middle + radius)
@@ -63,10 +65,11 @@ def form(dtype, precision, entries, degree, margin):
 
 FORMS = (
     form(np.float32, 24, 1, 6, 2.0**-8),
-    form(np.float32, 24, 4, 4, 2.0**-8),
-    form(np.float32, 24, 16, 3, 2.0**-8),
+    form(np.float32, 24, 2, 5, 2.0**-6 + 2.0**-8),
+    form(np.float32, 24, 16, 4, 2.0**-5 + 2.0**-8),
     form(np.float64, 53, 1, 11, 2.0**-12),
-    form(np.float64, 53, 16, 6, 2.0**-12),
+    form(np.float64, 53, 2, 10, 2.0**-9),
+    form(np.float64, 53, 16, 7, 2.0**-5 + 2.0**-12),
 )
 # For float32 on a GPU, where n is the nearest integer.
 HALVES = Form(np.float32, 24, 1, 6, -0.5 - 2.0**-8, 0.5 + 2.0**-8)
@@ -202,7 +205,7 @@ def larger_errors(ulp, relative, this, f, j, precision, table):
     """Return the larger of two errors and those of a value at f, each with its f."""
     head, tail = exp2(np.float64(f), j, table)
     error = abs((this - head) - tail) * 2.0**precision
-    in_ulp = error if head < 1.0 else 0.5 * error
+    in_ulp = error if head < 1.0 else 0.5 * error if head < 2.0 else 0.25 * error
     if in_ulp > ulp[0]:
         ulp = in_ulp, np.float64(f)
     if error / head > relative[0]:

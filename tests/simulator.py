@@ -20,7 +20,7 @@ import numba
 import numpy as np
 
 from fastmax import _cuda_plan, _cuda_target, _lanes
-from fastmax._math import WITHOUT_TABLES
+from fastmax._math import WITHOUT_TABLE
 
 DTYPES = {
     "float16": np.dtype(np.float16),
@@ -486,7 +486,7 @@ class _Target:
     """What `_cuda_plan.names` asks of a target."""
 
     PRIMITIVES: ClassVar[dict[str, Any]] = {
-        **WITHOUT_TABLES,
+        **WITHOUT_TABLE,
         "LIMITS_APART": False,
         "across": across,
         "anyone_in_block": anyone_in_block,
@@ -522,7 +522,6 @@ class _Target:
         "spread": spread,
         "store_one": store_one,
         "store_part": store_part,
-        "table_of": lambda x: None,
         "singles": singles,
         "together": together,
         "small": int,

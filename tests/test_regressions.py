@@ -86,6 +86,20 @@ def test_converted_slices_have_the_same_bits_alone_and_in_a_batch(k):
             assert np.array_equal(alone, batch[:, j])
 
 
+def test_a_narrow_row_has_the_same_bits_alone_and_in_a_batch():
+    # fmt: off
+    x = np.array([
+        -0.6260652, -0.27663696, -0.56794024, -0.10004708, -0.46018118, -0.15957637, -0.21813466, -0.47586685,
+        -0.5344806, -0.59623796, -0.2881562, -0.11081152, -0.23281942, -0.54480743, -0.31122634, -0.04370748,
+        -0.10488898, -0.5441281, -0.5007863, -0.24895565, -0.4649864, -0.5049004, -0.43679592, -0.63156945,
+        -0.25645283, -0.36596373, -0.44642478, -0.63969004, -0.5401571, -0.29269025, -0.4628082, -0.49755606,
+        -0.13867666, -0.3661588, -0.6263342, -0.26642004,
+    ], np.float32)
+    # fmt: on
+    batch = fastmax.softmax(np.stack([x, x]), axis=1)
+    assert np.array_equal(batch[0], fastmax.softmax(x))
+
+
 def test_nan_has_the_same_bits_alone_and_in_a_batch():
     x = np.array([[1.0, 1.0], [np.nan, 2.0], [3.0, 4.0]])
     alone = fastmax.log_softmax(x[:, 0])
