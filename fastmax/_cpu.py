@@ -279,9 +279,10 @@ def group_split_sums(x, n, step, first, count, temperature, weighted, work, resu
         store(work, sums_at(work, 0) + at, sums[0])
         store(work, sums_at(work, 1) + at, sums[1])
         store(work, sums_at(work, 2) + at, sums[2])
-        store(work, sums_at(work, 3) + at, sums[3])
-        store(work, sums_at(work, 4) + at, sums[4])
         store(work, sums_at(work, 5) + at, zero)
+        if weighted is not None:
+            store(work, sums_at(work, 3) + at, sums[3])
+            store(work, sums_at(work, 4) + at, sums[4])
     sums_of(work, sums_at(work, 0), sums_at(work, 5), count)
     sums_of(work, sums_at(work, 1), sums_at(work, 2), count)
     if weighted is not None:

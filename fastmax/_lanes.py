@@ -105,6 +105,11 @@ def _lanes_of(like: Any) -> Any:
     return like
 
 
+def _register_count(dtype):
+    """Number of lanes of a register."""
+    return 8 * REGISTER_BYTES // dtype.bitwidth
+
+
 def _constant(llvm_type, value):
     if isinstance(llvm_type, ir.VectorType):
         return ir.Constant(llvm_type, [value] * llvm_type.count)
@@ -239,10 +244,10 @@ def abreast(typingctx, x):
 
     def codegen(context, builder, sig, args):
         (x,) = args
-        count = 8 * REGISTER_BYTES // _dtype(sig.args[0]).bitwidth
+        count = _register_count(_dtype(sig.args[0]))
         if REGISTER_BYTES != 32 or not isinstance(x.type, ir.VectorType) or x.type.count <= count:
             return x
-        parts = [_picked(builder, x, x, range(i, i + count)) for i in range(0, x.type.count, count)]
+        parts = _parted(builder, x, count)
         constraints = ["=x" for _ in parts] + [str(i) for i in range(len(parts))]
         together = ir.LiteralStructType([part.type for part in parts])
         function_type = ir.FunctionType(together, [part.type for part in parts])
@@ -318,16 +323,13 @@ def _looked_up(builder, index, table, dtype):
     if len(table) == 2:
         second = builder.sext(builder.icmp_unsigned("!=", index, _constant(index.type, 0)), index.type)
         return builder.and_(second, _constant(index.type, table[1]))
-    count = 8 * REGISTER_BYTES // dtype.bitwidth
+    count = _register_count(dtype)
     if not isinstance(index.type, ir.VectorType):
         undefined = ir.Constant(ir.VectorType(index.type, count), ir.Undefined)
         part = builder.insert_element(undefined, index, _INDEX(0))
         return builder.extract_element(_permuted(builder, part, table, dtype), _INDEX(0))
-    parts = []
-    for start in range(0, index.type.count, count):
-        part = _picked(builder, index, index, range(start, start + count))
-        parts.append(_permuted(builder, part, table, dtype))
-    return _joined(builder, parts)
+    parts = _parted(builder, index, count)
+    return _joined(builder, [_permuted(builder, part, table, dtype) for part in parts])
 
 
 def _permuted(builder, index, table, dtype):
@@ -338,6 +340,11 @@ def _permuted(builder, index, table, dtype):
     function_type = ir.FunctionType(integers, [integers for _ in (index, *registers)])
     function = get_or_insert_function(builder.module, function_type, f"llvm.x86.avx512.{name}")
     return builder.call(function, [registers[0], index, *registers[1:]])
+
+
+def _parted(builder, x, count):
+    """Vectors of so many lanes, which `_joined` makes one again."""
+    return [_picked(builder, x, x, range(i, i + count)) for i in range(0, x.type.count, count)]
 
 
 def _joined(builder, parts):
@@ -360,10 +367,8 @@ def split_power(typingctx, x):
 
     def codegen(context, builder, sig, args):
         (x,) = args
-        integer = ir.IntType(64)
-        if isinstance(x.type, ir.VectorType):
-            integer = ir.VectorType(integer, x.type.count)
-        bits = builder.bitcast(x, integer)
+        bits = _as_integers(builder, x)
+        integer = bits.type
         shift = _constant(integer, 52)
         # To the exponent field 1 is added where the fraction is that of sqrt(2) or more.
         biased = builder.lshr(builder.add(bits, _constant(integer, 0x3FF0000000000000 - _SQRT_HALF)), shift)
@@ -460,7 +465,7 @@ def constant(typingctx, values, like):
 def register_zeros(typingctx, like):
     """0 in the lanes of one register, or in a float, of the dtype of ``like``."""
     lanes = _lanes_of(like)
-    count = min(lanes.count, 8 * REGISTER_BYTES // lanes.dtype.bitwidth) if isinstance(lanes, Lanes) else 1
+    count = min(lanes.count, _register_count(lanes.dtype)) if isinstance(lanes, Lanes) else 1
     register = _lanes(_dtype(lanes), count)
 
     def codegen(context, builder, sig, args):
@@ -842,7 +847,7 @@ def present(typingctx, array, index, count, value, absent):
 
 def _square(lanes):
     """LLVM type of a row of a square."""
-    return ir.VectorType(_SCALAR[lanes.dtype], 8 * REGISTER_BYTES // lanes.dtype.bitwidth)
+    return ir.VectorType(_SCALAR[lanes.dtype], _register_count(lanes.dtype))
 
 
 @intrinsic
