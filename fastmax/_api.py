@@ -339,7 +339,7 @@ def _transformed(operation, x, temperature, axis, where, out) -> Any:
                 fits = operation.vector[dtype](x, temperature, result)
             elif ndim == 2 and size <= _FEW[0] and axis % 2 and x.shape[1] <= _FEW[1]:
                 fits = operation.few_rows[dtype](x, temperature, result)
-            elif fits := result.shape == x.shape and not _overlaps_in_part(result, x):
+            elif fits := out is None or (out.shape == x.shape and not _overlaps_in_part(out, x)):
                 one = _as_array_of_one(temperature)
                 if ndim == 2 and axis % 2:
                     operation.schedule(x, None, one, result)

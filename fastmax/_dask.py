@@ -388,7 +388,7 @@ def sums_of_rows(x, mask, temperature, weighted, tied):
         start, stop = row * pitch, row * pitch + n
         maxima[row] = _slice.maximum(entries, start, stop)
         own = _cpu.temperature_at(temperature, row)
-        soon = _slice.Soon(entries, start + pitch, None, 0, lane_count(entries))
+        soon = _slice.Soon(entries, min(row + 1, rows - 1) * pitch, None, 0, lane_count(entries))
         found = sums_of_row(entries, start, stop, maxima[row], own, weighted, tied, soon)
         for quantity in range(5):
             sums[row, quantity] = found[quantity]

@@ -22,7 +22,7 @@ import numpy as np
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba.core import config, types
-from numba.core.cgutils import get_or_insert_function
+from numba.core.cgutils import for_range_slice, get_or_insert_function
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, overload, register_model
 
@@ -42,6 +42,9 @@ def _register_bytes():
 REGISTER_BYTES = _register_bytes()
 REGISTERS = 2 if REGISTER_BYTES == 64 else 4
 LANE_BYTES = REGISTERS * REGISTER_BYTES
+
+# Bytes of the smallest pages of memory.
+PAGE_BYTES = 4096
 
 # Entries of the tables from which `make_table` picks: as many as registers of AVX-512 hold and an instruction
 # finds, or two, which a mask tells apart. AVX2 finds four float32s by vpermilps, of which a register takes 4
@@ -678,6 +681,32 @@ def prefetch(typingctx, array, index):
         return context.get_dummy_value()
 
     return types.none(array, types.intp), codegen
+
+
+@intrinsic
+def touch(typingctx, array, start, stop):
+    """Have memory given to all pages of the entries from ``start`` to ``stop``, which stay as they are.
+
+    A page is given when something is written: a zero, where there is one. There is at least one entry.
+    """
+
+    def codegen(context, builder, sig, args):
+        array, start, stop = args
+        byte = ir.IntType(8)
+        first = _pointer(context, builder, sig.args[0], array, start, byte)
+        end = _pointer(context, builder, sig.args[0], array, stop, byte)
+        size = builder.sub(builder.ptrtoint(end, _SIZE), builder.ptrtoint(first, _SIZE))
+
+        def touch_byte(offset):
+            place = builder.gep(first, [offset])
+            builder.cmpxchg(place, byte(0), byte(0), "monotonic", "monotonic")
+
+        with for_range_slice(builder, _SIZE(0), size, _SIZE(PAGE_BYTES), _SIZE) as (offset, _):
+            touch_byte(offset)
+        touch_byte(builder.sub(size, _SIZE(1)))
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, types.intp), codegen
 
 
 @intrinsic

@@ -36,7 +36,9 @@ from fastmax._cpu import (
     read_guard,
     read_scale,
     temperature_at,
+    touch_rows,
     unpack_rows,
+    workspaces,
     write_scales,
 )
 from fastmax._jit import jit
@@ -59,6 +61,7 @@ from fastmax._lanes import (
     square_size,
     store,
     store_first,
+    touch,
     workspace,
     write,
 )
@@ -84,7 +87,7 @@ from fastmax._math import (
     times_pair,
     top_term,
 )
-from fastmax._slice import CHUNK, Soon, fetch, lane_maxima, later
+from fastmax._slice import CHUNK, Soon, fetch, is_new, lane_maxima, later
 
 # Rows up to so many entries are taken many at a time, transposed, one in each lane.
 SHORT = 96
@@ -453,7 +456,7 @@ def gradient_rate_at(rate, temperature, i, like):
 def cross_entropy_rows(x, classes, probs, temperature, samples, losses, out, parts):
     """Losses and gradients of rows whose terms a thread keeps."""
     rows, n = x.shape
-    work = workspace(parts * padded_size(n, x), x)
+    work = workspaces(parts, padded_size(n, x), x)
     for k in prange(parts):
         part = np.intp(k)
         own = pointer(part_of(work, part, parts))
@@ -497,7 +500,9 @@ def row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, temperat
     n = x.shape[1]
     entries, start, stop, lanes = pointer(x), i * n, i * n + n, lane_count(x)
     results, labels = pointer_to(out), labels_at(pointer_to(probs), start, lanes)
-    soon = Soon(entries, stop, results, start, lanes)
+    soon = Soon(entries, min(stop, (len(x) - 1) * n), results, start, lanes)
+    if results is not None and is_new(results, stop):
+        touch(results, start, stop)
     sums = sum_rests(entries, start, stop, lanes, lanes, row_max, scale, guard, stored, 0, soon)
     ties, _ = sum_lanes(sums[0], spread(0.0, x))
     rest, error = sum_lanes(sums[1], sums[2])
@@ -602,18 +607,19 @@ def cross_entropy_tiles(x, classes, probs, shape, temperature, samples, losses, 
     lanes = lane_count(x)
     width = tile_size(shape.n, shape.inner, parts, tiles, workspace(1, x))
     count = -(-shape.inner // width)
-    work = workspace(parts * ((_FIELDS + square_size(x)) * lanes + tiles * shape.n * width), x)
+    work = workspaces(parts, (_FIELDS + square_size(x)) * lanes + tiles * shape.n * width, x)
+    new = out is not None and is_new(pointer_to(out), out.size)
     for part in prange(parts):
         own = pointer(part_of(work, np.intp(part), parts))
         for task in range(np.intp(part), shape.outer * count, parts):
             i, first = task // count, task % count * width
             tile_losses(
-                x, classes, probs, shape, temperature, samples, losses, out, i, first, width, parts, own
+                x, classes, probs, shape, temperature, samples, losses, out, new, i, first, width, parts, own
             )
 
 
 @jit
-def tile_losses(x, classes, probs, shape, temperature, samples, losses, out, i, first, width, parts, w):
+def tile_losses(x, classes, probs, shape, temperature, samples, losses, out, new, i, first, width, parts, w):
     """Losses and gradients of one tile."""
     entries, lanes, n = pointer(x), lane_count(w), shape.n
     count = min(width, shape.inner - first)
@@ -623,6 +629,9 @@ def tile_losses(x, classes, probs, shape, temperature, samples, losses, out, i, 
     if probs is not None:
         pack(pointer(probs), base, shape, count, w, tile + width * n)
     across = shape.sample_step == 1
+    if new:
+        rows, columns = (n, count) if across else (1, count * n)
+        touch_rows(pointer_to(out), base, shape.class_step, rows, columns)
     for j in range(0, count, lanes):
         at = tile + j * n
         place = base + (j if across else j * n)
@@ -646,7 +655,7 @@ def cross_entropy_tall(x, classes, probs, shape, temperature, samples, losses, o
     """Losses of columns and, unless out is None, gradients; each vector of columns is read where it lies."""
     lanes = lane_count(x)
     vectors = -(-shape.inner // lanes)
-    work = workspace(parts * _FIELDS * lanes, x)
+    work = workspaces(parts, _FIELDS * lanes, x)
     for part in prange(parts):
         own = pointer(part_of(work, np.intp(part), parts))
         for task in range(np.intp(part), shape.outer * vectors, parts):
@@ -924,7 +933,7 @@ def vjp_columns(probs, cotangent, temperature, out, log, parts):
     outer, n, inner = probs.shape
     lanes = lane_count(probs)
     vectors = -(-inner // lanes)
-    work = workspace(parts * 3 * lanes, probs)
+    work = workspaces(parts, 3 * lanes, probs)
     for k in prange(parts):
         part = np.intp(k)
         w = pointer(part_of(work, part, parts))
@@ -1066,7 +1075,7 @@ def fit_start_columns(x, classes, probs, factor, table, parts):
     lanes = lane_count(table)
     vectors = -(-inner // lanes)
     tasks = outer * vectors
-    work = np.empty(parts * 6 * lanes)
+    work = workspaces(parts, 6 * lanes, table)
     for k in prange(parts):
         part = np.intp(k)
         entries, w = pointer(x), pointer(part_of(work, part, parts))
@@ -1156,7 +1165,7 @@ def fit_columns(x, table, temperature, moments, parts):
     lanes = lane_count(table)
     vectors = -(-inner // lanes)
     tasks = outer * vectors
-    work = np.empty(parts * 11 * lanes)
+    work = workspaces(parts, 11 * lanes, table)
     for k in prange(parts):
         part = np.intp(k)
         entries, w = pointer(x), pointer(part_of(work, part, parts))
@@ -1362,7 +1371,7 @@ def solve_slices(x, entropies, at_limit, temperatures, found, parts):
     """Solve for the temperature of each slice over axis 1 of an array (outer, n, inner)."""
     outer, n, inner = x.shape
     slices = outer * inner
-    work = np.empty(parts * max(n, 1))
+    work = workspaces(parts, n, 0.0)
     for k in prange(parts):
         part = np.intp(k)
         w = pointer(part_of(work, part, parts))

@@ -82,6 +82,8 @@ Soon = namedtuple("Soon", "x at out to step")
 Soon.__doc__ = """What will be needed next: x from ``at`` and out from ``to`` on, by steps of so many entries.
 
 The out may be None. To fetch it while terms are computed makes slices in memory take 0.6 to 0.8 of the time.
+Nothing past the end of an array is asked for: each prefetch from a page that is not there takes 160 cycles on
+Zen 1.
 """
 
 
@@ -187,6 +189,17 @@ def _add_in_turn(total, error, power, excess):
         return add_in_turn(total, error, upper_half(power), upper_half(excess))
 
     return add_halves
+
+
+@jit
+def is_new(out, stop):
+    """Whether the entries before ``stop`` may lie in new memory, which reads as 0.
+
+    Pages are given to a process when it writes to them. To fetch from them before is as slow as past the
+    end: touched first, new results of 20000 x 1000 float32 take 39 ms and not 81, in pages of 4 KB, and
+    those of 64 x 128256 float64 29 and not 38, in pages of 2 MB.
+    """
+    return get(out, stop - 1) == 0.0
 
 
 @jit

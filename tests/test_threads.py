@@ -179,6 +179,26 @@ def test_results_written_past_the_caches_have_the_bits_of_those_in_place(name, d
         assert (buffer[offset + k :] == 9).all()
 
 
+@pytest.mark.parametrize("name", oracle.ELEMENTWISE)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((999, 10), 1), ((300, 700), 1), ((40, 21001), 1), ((5, 9001), 0)]
+)
+def test_results_in_new_memory_have_the_bits_of_those_elsewhere(name, dtype, shape, axis):
+    """Memory that ends with a 0 counts as new, and zeros are written to its zeros beforehand."""
+    function = getattr(fastmax, name)
+    x = draw(np.prod(shape), dtype).reshape(shape)
+    x[:, ::3] = 0.0
+    x[-1, -1] = 0.0
+    elsewhere = np.full(shape, 9, dtype)
+    function(x, 0.7, axis=axis, out=elsewhere)
+    new = np.zeros(shape, dtype)
+    function(x, 0.7, axis=axis, out=new)
+    np.testing.assert_array_equal(bits(new), bits(elsewhere))
+    function(x, 0.7, axis=axis, out=x)
+    np.testing.assert_array_equal(bits(x), bits(elsewhere))
+
+
 # --- layouts --------------------------------------------------------------------------------------
 
 
