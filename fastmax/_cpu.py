@@ -1065,8 +1065,10 @@ def pack(x, base, inner, n, count, work, at, further):
 
 @jit
 def touch_rows(out, base, inner, n, count):
-    """`touch` n rows of ``count`` columns, unless many tiles share their pages, or there is no ``out``."""
-    if out is not None and count // lane_count(out) * LANE_BYTES > PAGE_BYTES // 2:
+    """`touch` n rows of ``count`` columns, if any, unless many tiles share their pages."""
+    if out is None:
+        return
+    if count // lane_count(out) * LANE_BYTES > PAGE_BYTES // 2:
         for i in range(n):
             touch(out, base + i * inner, base + i * inner + count)
 

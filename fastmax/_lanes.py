@@ -687,11 +687,14 @@ def prefetch(typingctx, array, index):
 def touch(typingctx, array, start, stop):
     """Have memory given to all pages of the entries from ``start`` to ``stop``, which stay as they are.
 
-    A page is given when something is written: a zero, where there is one. There is at least one entry.
+    A page is given when something is written: a zero, where there is one. There is at least one entry, or the
+    array is None.
     """
 
     def codegen(context, builder, sig, args):
         array, start, stop = args
+        if isinstance(sig.args[0], types.NoneType):
+            return context.get_dummy_value()
         byte = ir.IntType(8)
         first = _pointer(context, builder, sig.args[0], array, start, byte)
         end = _pointer(context, builder, sig.args[0], array, stop, byte)

@@ -501,7 +501,7 @@ def row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, temperat
     entries, start, stop, lanes = pointer(x), i * n, i * n + n, lane_count(x)
     results, labels = pointer_to(out), labels_at(pointer_to(probs), start, lanes)
     soon = Soon(entries, min(stop, (len(x) - 1) * n), results, start, lanes)
-    if results is not None and is_new(results, stop):
+    if is_new(results, stop):
         touch(results, start, stop)
     sums = sum_rests(entries, start, stop, lanes, lanes, row_max, scale, guard, stored, 0, soon)
     ties, _ = sum_lanes(sums[0], spread(0.0, x))
@@ -608,7 +608,7 @@ def cross_entropy_tiles(x, classes, probs, shape, temperature, samples, losses, 
     width = tile_size(shape.n, shape.inner, parts, tiles, workspace(1, x))
     count = -(-shape.inner // width)
     work = workspaces(parts, (_FIELDS + square_size(x)) * lanes + tiles * shape.n * width, x)
-    new = out is not None and is_new(pointer_to(out), out.size)
+    new = is_new(pointer_to(out), x.size)
     for part in prange(parts):
         own = pointer(part_of(work, np.intp(part), parts))
         for task in range(np.intp(part), shape.outer * count, parts):

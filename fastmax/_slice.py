@@ -193,12 +193,14 @@ def _add_in_turn(total, error, power, excess):
 
 @jit
 def is_new(out, stop):
-    """Whether the entries before ``stop`` may lie in new memory, which reads as 0.
+    """Whether the entries of ``out``, if any, before ``stop`` may lie in new memory, which reads as 0.
 
     Pages are given to a process when it writes to them. To fetch from them before is as slow as past the
     end: touched first, new results of 20000 x 1000 float32 take 39 ms and not 81, in pages of 4 KB, and
     those of 64 x 128256 float64 29 and not 38, in pages of 2 MB.
     """
+    if out is None:
+        return False
     return get(out, stop - 1) == 0.0
 
 
