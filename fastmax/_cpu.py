@@ -31,21 +31,21 @@ from fastmax._lanes import (
     lane_count,
     load,
     load_as,
+    piece_size,
     pointer,
     prefetch,
     present,
     put,
     read,
-    read_square,
+    read_pieces,
     register_zeros,
     select,
     spread,
-    square_size,
     store,
     touch,
     workspace,
     write,
-    write_square,
+    write_pieces,
 )
 from fastmax._math import (
     Gap,
@@ -96,11 +96,6 @@ from fastmax._slice import (
 PARALLEL_ROWS = 2**14
 PARALLEL_COLUMNS = 2**16
 PARALLEL_SLICE = 2**17
-
-# Vectors of a row below which it is narrow, unless it fills them. With AVX-512 and 32 lanes 33 entries take
-# 40 ns against 60, 97 as long, and 64 entries 45 against 40; with AVX2 36 take 138 against 143, and 48 170
-# against 143.
-NARROW = 3.0 if REGISTER_BYTES == 64 else 1.25
 
 # Terms of rows that a thread takes at a time: they and the rows themselves fit the first cache.
 GROUP = 2**11
@@ -462,7 +457,7 @@ def value_groups(x, mask, temperature, out, first, stop, weighted, work):
 
 
 # -- narrow rows ----------------------------------------------------------------------------------
-# As many rows as there are lanes are transposed, square by square, into a tile: a lane then has a whole row,
+# As many rows as there are lanes are transposed, piece by piece, into a tile: a lane then has a whole row,
 # no vector is filled in part, and nothing is merged across lanes. Ten entries take 11 ns (float32), of which
 # the two transpositions are 5, and 33 as a row of `softmax_rows`. Entries are summed in chains, which are the
 # lanes there, and chains are merged by halves.
@@ -475,40 +470,40 @@ _CHAIN_SUMS = 5
 def narrow_work_size(n, like):
     """Entries of working memory for as many rows as there are lanes."""
     lanes = lane_count(like)
-    return (_FIELDS + _CHAIN_SUMS * chain_count(n, like) + n + square_size(like)) * lanes
+    return (_FIELDS + _CHAIN_SUMS * chain_count(n, like) + n + piece_size(like)) * lanes
 
 
 @jit
 def chain_sums_at(n, work):
     """Where the sums of the chains stand in working memory; the tile comes before them."""
-    return (_FIELDS + n + square_size(work)) * lane_count(work)
+    return (_FIELDS + n + piece_size(work)) * lane_count(work)
 
 
 @jit
 def pack_rows(x, row, step, n, count, work, at):
     """Write rows to a tile, one in each lane; lanes without one get the last, to be as plain as the others.
 
-    The last square overlaps the one before, for whole squares are read and written without a mask. Where a
-    row is shorter than a square, columns that it does not have are written too.
+    The last piece of a row overlaps the one before. Where a row is shorter than a piece, columns that it does
+    not have are written too.
     """
-    size, lanes = square_size(work), lane_count(work)
+    size, lanes, register = piece_size(work), lane_count(work), lane_count(register_zeros(work))
     for start in range(0, n, size):
         first, columns = max(min(start, n - size), 0), min(size, n)
-        for i in range(0, lanes, size):
+        for i in range(0, lanes, register):
             to = at + first * lanes + i
             entry = row + min(i, count - 1) * step + first
-            read_square(x, entry, step, min(size, max(count - i, 1)), columns, work, to)
+            read_pieces(x, entry, step, max(count - i, 1), columns, work, to)
 
 
 @jit
 def unpack_rows(work, at, out, row, n, count, x, absent):
     """Write a tile to rows; entries that the mask of x leaves out become ``absent``."""
-    size, lanes = square_size(work), lane_count(work)
+    size, lanes, register = piece_size(work), lane_count(work), lane_count(register_zeros(work))
     for start in range(0, n, size):
         first, columns = max(min(start, n - size), 0), min(size, n)
-        for i in range(0, count, size):
+        for i in range(0, count, register):
             tile, entry = at + first * lanes + i, row + i * n + first
-            write_square(work, tile, out, entry, n, min(size, count - i), columns, x, absent)
+            write_pieces(work, tile, out, entry, n, count - i, columns, x, absent)
 
 
 @jit
@@ -1859,10 +1854,22 @@ def _choice(schedules, shape, itemsize, temperatures, threads):
     size, lanes = slices * n, LANE_BYTES // max(itemsize, 4)
     if slices > 1 and n <= CHUNK * lanes:
         threads = min(threads, slices) if size >= PARALLEL_ROWS else 1
-        is_narrow = n % lanes > 0 and n < NARROW * lanes
-        return schedules.narrow_rows if is_narrow else schedules.rows, threads, (threads,)
+        schedule = schedules.narrow_rows if _is_narrow(n, lanes) else schedules.rows
+        return schedule, threads, (threads,)
     threads = threads if size >= PARALLEL_SLICE else 1
     if slices > outer or (n * itemsize <= STORED_BYTES and slices >= 10 * threads):
         threads = min(threads, slices)
         return schedules.wide_rows, threads, (threads,)
     return schedules.long_rows, threads, ()
+
+
+def _is_narrow(n, lanes):
+    """Whether rows take less time as narrow ones, of less than five vectors.
+
+    With AVX2 a row takes as long as 0.65 vectors more than it fills, a narrow one 1.4 times its vectors: 63
+    float32 144 ns against 149, 64 as long, 65 149 against 200, 96 210 against 193, float64 alike. With
+    AVX-512 33 float32 took 40 against 60, 64 45 against 40, and 97 as long.
+    """
+    if REGISTER_BYTES == 64:
+        return n % lanes > 0 and n < 3 * lanes
+    return 1.4 * n < (-(-n // lanes) + 0.65) * lanes

@@ -52,13 +52,13 @@ from fastmax._lanes import (
     lane_count,
     load,
     load_as,
+    piece_size,
     pointer,
     put,
     read,
     read_wide,
     select,
     spread,
-    square_size,
     store,
     store_first,
     touch,
@@ -607,7 +607,7 @@ def cross_entropy_tiles(x, classes, probs, shape, temperature, samples, losses, 
     lanes = lane_count(x)
     width = tile_size(shape.n, shape.inner, parts, tiles, workspace(1, x))
     count = -(-shape.inner // width)
-    work = workspaces(parts, (_FIELDS + square_size(x)) * lanes + tiles * shape.n * width, x)
+    work = workspaces(parts, (_FIELDS + piece_size(x)) * lanes + tiles * shape.n * width, x)
     new = is_new(pointer_to(out), x.size)
     for part in prange(parts):
         own = pointer(part_of(work, np.intp(part), parts))

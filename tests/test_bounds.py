@@ -1,0 +1,68 @@
+"""No byte beside an array is read or written: here memory that must not be touched lies beside them."""
+
+import ctypes
+import mmap
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import fastmax
+
+SHAPES = [
+    *((rows, n) for rows in (1, 2, 9, 33) for n in (1, 2, 3, 4, 5, 7, 8, 9, 10, 15, 17, 31, 33, 63, 64, 65)),
+    *((70, 3), (2000, 5), (2000, 10), (300, 100), (1, 700), (40, 700), (3, 40_000), (1, 300_000), (3000, 40)),
+]
+
+
+def guarded(shape, dtype, at_end):
+    """Array that ends, or begins, at the border of its pages, and what keeps them; others are beside them."""
+    size, page = int(np.prod(shape)) * np.dtype(dtype).itemsize, mmap.PAGESIZE
+    pages = -(-size // page)
+    memory = mmap.mmap(-1, (pages + 2) * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for border in (start, start + (pages + 1) * page):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(border), ctypes.c_size_t(page), 0) == 0
+    offset = page + (pages * page - size if at_end else 0)
+    return np.frombuffer(memory, dtype, int(np.prod(shape)), offset).reshape(shape)
+
+
+def check(dtype):
+    """Compare results in such arrays with those in others."""
+    functions = [fastmax.softmax, fastmax.log_softmax, fastmax.logsumexp, fastmax.entropy]
+    for shape in SHAPES:
+        x = np.random.default_rng(shape).normal(scale=4.0, size=shape).astype(dtype)
+        mask = np.random.default_rng(shape).random(shape) < 0.7
+        for at_end in (False, True):
+            own, own_mask = guarded(shape, dtype, at_end), guarded(shape, bool, at_end)
+            own[...], own_mask[...] = x, mask
+            for axis in (0, 1):
+                for function in functions:
+                    expected = function(x, 0.9, axis=axis)
+                    out = guarded(expected.shape, dtype, at_end)
+                    function(own, 0.9, axis=axis, out=out)
+                    np.testing.assert_array_equal(out, expected, f"{function.__name__} {shape} {axis}")
+                if dtype == "float32":
+                    expected = fastmax.softmax(x, 0.9, axis=axis, where=mask)
+                    out = guarded(shape, dtype, at_end)
+                    fastmax.softmax(own, 0.9, axis=axis, where=own_mask, out=out)
+                    np.testing.assert_array_equal(out, expected, f"where {shape} {axis}")
+            temperatures = np.linspace(0.3, 2.0, 41)
+            expected = fastmax.softmax(x[0], temperatures, axis=-1)
+            out = guarded(expected.shape, dtype, at_end)
+            fastmax.softmax(own[0], temperatures, axis=-1, out=out)
+            np.testing.assert_array_equal(out, expected, f"temperatures {shape}")
+            fastmax.softmax(own, 0.9, axis=1, out=own)
+            np.testing.assert_array_equal(own, fastmax.softmax(x, 0.9, axis=1), f"in place {shape}")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pages are protected by mprotect")
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_nothing_beside_an_array_is_touched(dtype):
+    run = subprocess.run([sys.executable, __file__, dtype], capture_output=True, text=True)
+    assert run.returncode == 0, f"exit status {run.returncode}\n{run.stderr}"
+
+
+if __name__ == "__main__":
+    check(sys.argv[1])
