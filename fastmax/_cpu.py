@@ -32,6 +32,7 @@ from fastmax._lanes import (
     load,
     load_as,
     piece_size,
+    piece_zeros,
     pointer,
     prefetch,
     present,
@@ -507,29 +508,35 @@ def unpack_rows(work, at, out, row, n, count, x, absent):
 
 
 @jit
+def sum_lane_count(n, like):
+    """Number of lanes in which n entries are summed."""
+    return lane_count(register_zeros(like)) if n >= lane_count(like) else lane_count(piece_zeros(like))
+
+
+@jit
 def chain_count(n, like):
-    """Number of chains: the lanes in which `lane_sums` sums n entries."""
-    return min(n, lane_count(register_zeros(like)))
+    """Number of chains: one for each lane that has entries."""
+    return min(n, sum_lane_count(n, like))
 
 
 @jit
 def chain_length(chain, n, like):
     """Number of entries that `lane_sums` of n sums in a lane."""
-    lanes, register = lane_count(like), lane_count(register_zeros(like))
+    lanes, step = lane_count(like), sum_lane_count(n, like)
     whole = n // lanes * lanes
     if whole == 0:
-        return -(-(n - chain) // register)
-    return whole // register + (n - whole + chain) // register
+        return -(-(n - chain) // step)
+    return whole // step + (n - whole + chain) // step
 
 
 @jit
 def entry_of_chain(k, chain, n, like):
     """The k-th of them: a last vector that would not be full is the last that is."""
-    lanes, register = lane_count(like), lane_count(register_zeros(like))
-    entry = chain + k * register
+    lanes, step = lane_count(like), sum_lane_count(n, like)
+    entry = chain + k * step
     if n < lanes or entry < n // lanes * lanes:
         return entry
-    return n + chain - (chain_length(chain, n, like) - k) * register
+    return n + chain - (chain_length(chain, n, like) - k) * step
 
 
 @jit
@@ -547,15 +554,15 @@ def narrow_sums(work, at, n, scale, guard):
             total, error = add_smaller(total, error, power, excess)
         store(work, totals + chain * lanes, total - top_term(work))
         store(work, errors + chain * lanes, error)
-    merge_chains(work, totals, errors, chains)
+    merge_chains(work, totals, errors, n)
     return load(work, totals), load(work, errors)
 
 
 @jit
-def merge_chains(work, totals, errors, count):
-    """Merge the sums of chains into those of the first."""
-    lanes = lane_count(work)
-    half = lane_count(register_zeros(work)) // 2
+def merge_chains(work, totals, errors, n):
+    """Merge the sums of the chains of n entries into those of the first."""
+    lanes, count = lane_count(work), chain_count(n, work)
+    half = sum_lane_count(n, work) // 2
     while half > 0:
         for chain in range(half, count):
             at, to = totals + chain * lanes, errors + chain * lanes
@@ -643,9 +650,9 @@ def narrow_split_sums(work, at, n, row_max, scale, guard, weighted):
         store(work, to + 2 * size, sums[2])
         store(work, to + 3 * size, sums[3])
         store(work, to + 4 * size, sums[4])
-    merge_chains(work, ties + size, ties + 2 * size, chains)
+    merge_chains(work, ties + size, ties + 2 * size, n)
     if weighted is not None:
-        merge_chains(work, ties + 3 * size, ties + 4 * size, chains)
+        merge_chains(work, ties + 3 * size, ties + 4 * size, n)
     return (
         count,
         load(work, ties + size),
@@ -1852,7 +1859,7 @@ def _choice(schedules, shape, itemsize, temperatures, threads):
             return schedules.tall_columns, threads, ()
         return schedules.columns, threads, (threads,)
     size, lanes = slices * n, LANE_BYTES // max(itemsize, 4)
-    if slices > 1 and n <= CHUNK * lanes:
+    if n < lanes or (slices > 1 and n <= CHUNK * lanes):
         threads = min(threads, slices) if size >= PARALLEL_ROWS else 1
         schedule = schedules.narrow_rows if _is_narrow(n, lanes) else schedules.rows
         return schedule, threads, (threads,)

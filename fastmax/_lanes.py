@@ -464,17 +464,20 @@ def constant(typingctx, values, like):
     return lanes(values, like), codegen
 
 
-@intrinsic
-def register_zeros(typingctx, like):
-    """0 in the lanes of one register, or in a float, of the dtype of ``like``."""
-    lanes = _lanes_of(like)
-    count = min(lanes.count, _register_count(lanes.dtype)) if isinstance(lanes, Lanes) else 1
-    register = _lanes(_dtype(lanes), count)
+def _zeros(size):
+    @intrinsic
+    def zeros(typingctx, like):
+        lanes = _lanes_of(like)
+        count = min(lanes.count, 8 * size // lanes.dtype.bitwidth) if isinstance(lanes, Lanes) else 1
+        fewer = _lanes(_dtype(lanes), count)
+        return fewer(like), lambda context, builder, sig, args: _constant(_llvm_type(fewer), 0.0)
 
-    def codegen(context, builder, sig, args):
-        return _constant(_llvm_type(register), 0.0)
+    return zeros
 
-    return register(like), codegen
+
+# 0 in the lanes of one register, or of the smallest kind of register; in a float, where lanes are one.
+register_zeros = _zeros(REGISTER_BYTES)
+piece_zeros = _zeros(16)
 
 
 @intrinsic

@@ -81,13 +81,12 @@ from fastmax._math import (
     plain_scale,
     rate_of,
     reciprocal,
-    sum_lanes,
     term_of,
     terms,
     times_pair,
     top_term,
 )
-from fastmax._slice import CHUNK, Soon, fetch, is_new, lane_maxima, later
+from fastmax._slice import CHUNK, Soon, fetch, is_new, lane_maxima, later, sum_lanes
 
 # Rows up to so many entries are taken many at a time, transposed, one in each lane.
 SHORT = 96

@@ -47,14 +47,12 @@ from fastmax._lanes import (
     constant,
     fma,
     log1p,
-    lower_half,
     make_table,
     polynomial,
     power_of_two,
     select,
     split_power,
     spread,
-    upper_half,
 )
 
 LOG2_E_HIGH = 1.4426950408889634
@@ -606,22 +604,6 @@ def settled(total, error):
     """The same sum with as much as possible in the total, which is the larger part."""
     result = total + error
     return result, (total - result) + error
-
-
-@jit(inline="always")
-def halve(total, error):
-    """Merge the pairs of the upper half of the lanes into those of the lower half."""
-    return merge(lower_half(total), lower_half(error), upper_half(total), upper_half(error))
-
-
-@jit
-def sum_lanes(total, error):
-    """Merge the pairs of all lanes into one; there are at most 32."""
-    total, error = halve(total, error)
-    total, error = halve(total, error)
-    total, error = halve(total, error)
-    total, error = halve(total, error)
-    return halve(total, error)
 
 
 @jit(inline="always")

@@ -2,7 +2,8 @@
 
 A pass takes entries ``start`` to ``stop`` of a 1-d array, many lanes at a time if the array's type is
 C-contiguous, else one by one. They are summed in the lanes of one register, to which those of a vector are
-added in turn: what sums do not take of the registers keeps terms out of memory. Lanes are merged by halves,
+added in turn: what sums do not take of the registers keeps terms out of memory. Fewer entries than a vector
+has are summed in 128 bits, for short rows spend more on merging than on adding. Lanes are merged by halves,
 and chunks of `CHUNK` vectors in order, so a sum does not depend on who computes which chunk.
 
 Where the last vector would not be full, it is the last that is, and overlaps the one before: what is written
@@ -16,6 +17,7 @@ from collections import namedtuple
 from typing import Any
 
 import numpy as np
+from numba import types
 from numba.extending import overload
 
 from fastmax._jit import jit, plain_kernel
@@ -32,6 +34,7 @@ from fastmax._lanes import (
     load_first,
     lower_half,
     max_lanes,
+    piece_zeros,
     prefetch,
     present,
     read,
@@ -64,7 +67,6 @@ from fastmax._math import (
     rate_of,
     reciprocal,
     settled,
-    sum_lanes,
     term_of,
     terms,
     times_pair,
@@ -366,6 +368,23 @@ def _add_split_in_turn(sums, tie, power, excess, moment):
 # -- merging --------------------------------------------------------------------------------------
 
 
+def sum_lanes(total, error) -> Any:
+    """Merge the pairs of all lanes into one, by halves; only for jitted code."""
+
+
+@overload(sum_lanes)
+def _sum_lanes(total, error):
+    if isinstance(total, types.Float):
+        return lambda total, error: (total, error)
+
+    def sum_halves(total, error):
+        upper, upper_error = upper_half(total), upper_half(error)
+        total, error = merge(lower_half(total), lower_half(error), upper, upper_error)
+        return sum_lanes(total, error)
+
+    return sum_halves
+
+
 @jit
 def maximum(x, start, stop):
     """Largest entry, NaN left out; -inf if there is none."""
@@ -404,14 +423,26 @@ def sum_split_terms(x, start, stop, row_max, scale, guard, weighted, soon):
     sums = zero, zero, zero, zero, zero
     for first in range(start, stop, chunk):
         last = min(stop, first + chunk)
-        ahead = later(soon, (first - start) // lane_count(x))
-        none = register_zeros(x)
-        part = lane_split_sums(x, first, last, row_max, scale, guard, weighted, ahead, none)
-        ties, _ = sum_lanes(part[0], none)
-        rest, error = sum_lanes(part[1], part[2])
-        moment, moment_error = sum_lanes(part[3], part[4])
-        sums = merge_split(sums, (ties, rest, error, moment, moment_error))
+        if last - first < lane_count(x):
+            few = piece_zeros(x)
+            entries = last_lanes(x, first, last)
+            part = add_split((few, few, few, few, few), entries, row_max, scale, guard, weighted)
+            sums = merge_split(sums, sum_split_lanes(part))
+        else:
+            ahead = later(soon, (first - start) // lane_count(x))
+            none = register_zeros(x)
+            part = lane_split_sums(x, first, last, row_max, scale, guard, weighted, ahead, none)
+            sums = merge_split(sums, sum_split_lanes(part))
     return sums
+
+
+@jit
+def sum_split_lanes(sums):
+    """`lane_split_sums` of all lanes as one."""
+    ties, _ = sum_lanes(sums[0], spread(0.0, sums[0]))
+    rest, error = sum_lanes(sums[1], sums[2])
+    moment, moment_error = sum_lanes(sums[3], sums[4])
+    return ties, rest, error, moment, moment_error
 
 
 @jit
@@ -454,7 +485,7 @@ def maxima_of(work, at, count):
 def sums_of(work, totals, errors, count):
     """Sums of up to as many slices as there are lanes, from one register of each; one per lane.
 
-    Pairs are merged in the order of `sum_lanes`, which takes one slice and six times the instructions.
+    Pairs are merged in the order of `sum_lanes`, which takes one slice and many more instructions.
     """
     lanes = lane_count(work)
     group, count = lanes // REGISTERS, -(-count // REGISTERS)
@@ -478,7 +509,7 @@ def softmax_of_few(x, start, count, rate, out, shift):
     zero, lowest = spread(0.0, x), spread(-math.inf, x)
     entries = load_first(x, start, count, lowest)
     row_max = max_lanes(larger(entries, lowest))
-    none = register_zeros(x)
+    none = piece_zeros(x)
     top = top_term(none)
     if is_plain(row_max, rate):
         term, total, error = add_terms(entries, 0, plain_scale(row_max, rate), None, top, none)
