@@ -176,7 +176,8 @@ def row_work_size(n, like):
 def workspaces(parts, size, like):
     """Working memory of so many entries for each thread, allocated by the calling one, which keeps its pages.
 
-    The shares are a page apart, beyond which prefetchers do not go: 1024 x 64 float32 takes 0.93 of the time.
+    The shares are at least a page apart, beyond which prefetchers do not go: 1024 x 64 float32 takes 0.93 of
+    the time.
     """
     return workspace(parts * (size + PAGE_BYTES // 4), like)
 
@@ -617,7 +618,8 @@ def softmax_narrow_group(x, mask, temperature, out, first, count, work):
     rate = rate_of(temperature_at(temperature, 0), get(w, tile))
     following = min(first + count, len(out) - count) * step
     for i in range(0, count * n, lanes):
-        prefetch(entries, following + i)
+        if step > 0:
+            prefetch(entries, following + i)
         prefetch(pointer(out), first * n + i)
     rates = lane_rates(temperature, first, count, rate, w)
     if are_plain(row_max, rates):
@@ -1053,6 +1055,12 @@ def steps_ahead(count, inner, work):
 
 
 @jit
+def next_tile(base, first, distance, inner):
+    """Where a tile so many columns further on begins; if there is none beside it, the tile itself."""
+    return base + distance if first + distance < inner else base
+
+
+@jit
 def pack(x, base, inner, n, count, work, at, further):
     """Copy n rows of ``count`` columns to working memory, vector by vector of columns."""
     lanes = lane_count(work)
@@ -1257,6 +1265,7 @@ def softmax_tile(x, mask, temperature, out, new, i, first, width, parts, work):
     base = i * n * inner + first
     tile = _FIELDS * width
     further, step = steps_ahead(count, inner, work)
+    following = next_tile(base, first, parts * width, inner)
     if new:
         touch_rows(results, base, inner, n, count)
     pack(entries, base, inner, n, count, w, tile, further)
@@ -1264,7 +1273,7 @@ def softmax_tile(x, mask, temperature, out, new, i, first, width, parts, work):
     for j in range(0, count, lanes):
         at = tile + j * n
         row_max = lane_maxima(w, at, at + n * lanes)
-        soon = Soon(entries, base + parts * width + j, results, base + j, step)
+        soon = Soon(entries, following + j, results, base + j, step)
         number = i * inner + first + j
         rates = lane_rates(temperature, number, count - j, rate, w)
         if are_plain(row_max, rates):
@@ -1312,6 +1321,7 @@ def log_softmax_tile(x, mask, temperature, out, new, i, first, width, parts, wor
     base = i * n * inner + first
     tile = _FIELDS * width
     further, step = steps_ahead(count, inner, work)
+    following = next_tile(base, first, parts * width, inner)
     if new:
         touch_rows(results, base, inner, n, count)
     pack(entries, base, inner, n, count, w, tile, further)
@@ -1319,7 +1329,7 @@ def log_softmax_tile(x, mask, temperature, out, new, i, first, width, parts, wor
     plain = True
     for j in range(0, count, lanes):
         row_max = lane_maxima(w, tile + j * n, tile + j * n + n * lanes)
-        soon = Soon(entries, base + parts * width + j, results, base + j, step)
+        soon = Soon(entries, following + j, results, base + j, step)
         number = i * inner + first + j
         rates = lane_rates(temperature, number, count - j, rate, w)
         own = split_tile_sums(w, tile + j * n, n, row_max, temperature, number, rates, None, j, width, soon)
@@ -1436,12 +1446,13 @@ def value_tile(x, mask, temperature, out, i, first, width, parts, weighted, work
     base = i * n * inner + first
     tile = _FIELDS * width
     further, step = steps_ahead(count, inner, work)
+    following = next_tile(base, first, parts * width, inner)
     pack(entries, base, inner, n, count, w, tile, further)
     rate = rate_of(temperature_at(temperature, 0), get(w, 0))
     for j in range(0, count, lanes):
         at, number = tile + j * n, i * inner + first + j
         row_max = lane_maxima(w, at, at + n * lanes)
-        soon = Soon(entries, base + parts * width + j, None, 0, step)
+        soon = Soon(entries, following + j, None, 0, step)
         rates = lane_rates(temperature, number, count - j, rate, w)
         plain = split_tile_sums(w, at, n, row_max, temperature, number, rates, weighted, j, width, soon)
         row_max, sums = read_split(w, j, width)
@@ -1839,44 +1850,49 @@ def _threads(size, enough):
 
 def _run(schedules, x, mask, temperature, out, *options):
     """Run the schedule that suits the shape: (outer, n), or (outer, n, inner)."""
-    temperatures = len(temperature)
-    usable = _threads(x.size * temperatures, PARALLEL_ROWS)
-    schedule, threads, parts = _choice(schedules, x.shape, x.itemsize, temperatures, usable)
+    key = schedules, x.shape, x.itemsize, len(temperature)
+    schedule, is_large, threads, parts = _choice(*key, 1)
+    if is_large and (usable := _process.usable_threads()) > 1:
+        schedule, _, threads, parts = _choice(*key, usable)
     schedule(threads, x, mask, temperature, out, *parts, *options)
 
 
 @functools.lru_cache(maxsize=256)
 def _choice(schedules, shape, itemsize, temperatures, threads):
-    """Schedule for a shape, its number of threads, and that again for a schedule that asks for it.
+    """Schedule for a shape, if it is worth so many threads, how many, and that again if it asks for it.
 
     To choose anew takes 2 us.
     """
     outer, n = shape[:2]
     slices = max(outer, temperatures)
     if len(shape) == 3:
-        threads = threads if max(math.prod(shape), slices * n) >= PARALLEL_COLUMNS else 1
+        is_large = max(math.prod(shape), slices * n) >= PARALLEL_COLUMNS
         if n > TALL:
-            return schedules.tall_columns, threads, ()
-        return schedules.columns, threads, (threads,)
+            return schedules.tall_columns, is_large, threads, ()
+        return schedules.columns, is_large, threads, (threads,)
     size, lanes = slices * n, LANE_BYTES // max(itemsize, 4)
     if n < lanes or (slices > 1 and n <= CHUNK * lanes):
-        threads = min(threads, slices) if size >= PARALLEL_ROWS else 1
+        threads = min(threads, slices)
         schedule = schedules.narrow_rows if _is_narrow(n, lanes) else schedules.rows
-        return schedule, threads, (threads,)
-    threads = threads if size >= PARALLEL_SLICE else 1
+        return schedule, size >= PARALLEL_ROWS, threads, (threads,)
     if slices > outer or (n * itemsize <= STORED_BYTES and slices >= 10 * threads):
         threads = min(threads, slices)
-        return schedules.wide_rows, threads, (threads,)
-    return schedules.long_rows, threads, ()
+        return schedules.wide_rows, size >= PARALLEL_SLICE, threads, (threads,)
+    return schedules.long_rows, size >= PARALLEL_SLICE, threads, ()
 
 
 def _is_narrow(n, lanes):
-    """Whether rows take less time as narrow ones, of less than five vectors.
+    """Whether rows take less time as narrow ones.
 
-    With AVX2 a row takes as long as 0.65 vectors more than it fills, a narrow one 1.4 times its vectors: 63
-    float32 144 ns against 149, 64 as long, 65 149 against 200, 96 210 against 193, float64 alike. With
-    AVX-512 33 float32 took 40 against 60, 64 45 against 40, and 97 as long.
+    With AVX2 on Zen 1 a row takes as long as 0.65 vectors more than it fills, a narrow one 1.4 times its
+    vectors: 63 float32 144 ns against 149, 64 as long, 65 149 against 200, 96 210 against 193, float64 alike.
+    With AVX-512 33 float32 took 40 against 60, 64 45 against 40, and 97 as long.
+
+    Both give the same bits from one vector on, where `lane_sums` takes lanes of a register, too, and below
+    five, from which on it settles.
     """
+    if n < lanes:
+        return True
     if REGISTER_BYTES == 64:
         return n % lanes > 0 and n < 3 * lanes
     return 1.4 * n < (-(-n // lanes) + 0.65) * lanes

@@ -662,9 +662,9 @@ def put(typingctx, array, index, value):
 
 @intrinsic
 def prefetch(typingctx, array, index):
-    """Ask for the lanes from entry ``index`` on to be in the second cache; they may be beyond the array.
+    """Ask for the lanes from entry ``index`` on to be in the second cache.
 
-    Nothing is asked for where the array is None.
+    Nothing is asked for where the array is None. Beyond an array it costs time (see `_slice.Soon`), no more.
     """
 
     def codegen(context, builder, sig, args):

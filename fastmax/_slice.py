@@ -2,9 +2,9 @@
 
 A pass takes entries ``start`` to ``stop`` of a 1-d array, many lanes at a time if the array's type is
 C-contiguous, else one by one. They are summed in the lanes of one register, to which those of a vector are
-added in turn: what sums do not take of the registers keeps terms out of memory. Fewer entries than a vector
-has are summed in 128 bits, for short rows spend more on merging than on adding. Lanes are merged by halves,
-and chunks of `CHUNK` vectors in order, so a sum does not depend on who computes which chunk.
+added in turn: what sums do not take of the registers keeps terms out of memory. A slice of fewer entries than
+a vector has is summed in 128 bits, as short ones spend more on merging than on adding. Lanes are merged by
+halves, and chunks of `CHUNK` vectors in order, so a sum does not depend on who computes which chunk.
 
 Where the last vector would not be full, it is the last that is, and overlaps the one before: what is written
 twice is the same, and what would be summed twice is dropped from its first lanes. To read and write a part of
@@ -46,6 +46,7 @@ from fastmax._lanes import (
     store_first,
     stream,
     to_stream,
+    touch,
     upper_half,
     write,
 )
@@ -203,6 +204,7 @@ def is_new(out, stop):
     """
     if out is None:
         return False
+    touch(out, stop - 1, stop)  # to read it first would have the page given twice
     return get(out, stop - 1) == 0.0
 
 

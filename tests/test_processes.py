@@ -119,6 +119,22 @@ assert not any(key.startswith(("OMP_", "KMP_", "GOMP_")) for key in os.environ)
     )
 
 
+def test_calls_too_small_for_threads_start_none():
+    """A fork after them is as safe as before: one slice, rows and columns, each below its own threshold."""
+    run("""
+from fastmax import _process
+
+x = x.astype(np.float32)
+fastmax.softmax(x[:100, :20].copy(), np.linspace(1.0, 2.0, 100), axis=1)
+fastmax.softmax(x[:1, :20].copy(), np.linspace(1.0, 2.0, 100), axis=-1)
+fastmax.softmax(x[:150].reshape(150, 20, 20), axis=1)
+fastmax.softmax(x[:300].reshape(1, -1), axis=1)
+assert _process._launched() is None
+fastmax.softmax(x, axis=1)
+assert _process._launched() is not None
+""")
+
+
 def test_threads_that_python_did_not_start_are_forgotten():
     run("""
 import _thread, time
