@@ -428,13 +428,14 @@ def sum_split_terms(x, start, stop, row_max, scale, guard, weighted, soon):
         if last - first < lane_count(x):
             few = piece_zeros(x)
             entries = last_lanes(x, first, last)
-            part = add_split((few, few, few, few, few), entries, row_max, scale, guard, weighted)
-            sums = merge_split(sums, sum_split_lanes(part))
+            own = add_split((few, few, few, few, few), entries, row_max, scale, guard, weighted)
+            part = sum_split_lanes(own)
         else:
             ahead = later(soon, (first - start) // lane_count(x))
             none = register_zeros(x)
-            part = lane_split_sums(x, first, last, row_max, scale, guard, weighted, ahead, none)
-            sums = merge_split(sums, sum_split_lanes(part))
+            many = lane_split_sums(x, first, last, row_max, scale, guard, weighted, ahead, none)
+            part = sum_split_lanes(many)
+        sums = merge_split(sums, part)
     return sums
 
 
