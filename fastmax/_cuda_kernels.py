@@ -16,11 +16,14 @@ the tables at the end, get their values when a kernel is built (see `_cuda_plan.
 from fastmax._cuda_target import (
     across,
     anyone_in_block,
+    arrive,
     as_lanes,
+    await_all,
     barrier,
     block,
     blocks_of_grid,
     byte,
+    commit,
     copies_done,
     copy_in,
     copy_out,
@@ -36,15 +39,18 @@ from fastmax._cuda_target import (
     load_part,
     number,
     offset,
+    one_left,
     part,
     peek,
     put,
+    put_in,
     scanned,
     select,
     shuffle,
     shuffle_from,
     singles,
     slots,
+    slots_of_cluster,
     small,
     spread,
     store,
@@ -53,8 +59,10 @@ from fastmax._cuda_target import (
     store_part,
     tell,
     thread,
+    three_left,
     tile_for,
     together,
+    two_left,
 )
 from fastmax._math import (
     BIAS,
@@ -104,13 +112,16 @@ CHUNKS = (0,)  # one entry for each piece of 128 bits that a thread copies of a 
 LANES = 4  # in a piece
 WIDE = 4  # entries of 128 bits
 PARTS = 4  # accesses of 128 bits to a line
+PORTIONS = 4  # of a tile, each of which is waited for
 ACCESS = 4  # entries read at a time
 THREADS = 128  # in a block
 GROUP = 32  # threads of a block that share a slice
 SLICES = 4  # in a block
 CAPACITY = LANES * GROUP  # entries that a group holds
 FIELDS = 3  # numbers that a part of a slice leaves in memory
-AREAS, ROOM = 4, 3  # exchanges of which the blocks of a team keep the states, and words for each state
+STATES = 1  # that a block tells others
+AREAS, RARE_AREA, ROOM = 4, 2, 3  # exchanges whose states are kept, where rare ones begin, words of a state
+MOST_IN_CLUSTER = 16  # blocks
 KEPT = True  # whether terms take the place of entries in a tile
 SHIFTED = False  # whether a row is read from the multiple of 128 bits before it on
 MASKED = False
@@ -256,39 +267,55 @@ def in_column(combine, state, empty, board):
 among = in_block
 
 
-def in_team(area, combine, state, empty, board):
+def in_grid(area, combine, state, empty, board):
     """The blocks of a team leave their states in memory, and each combines all of them.
 
     No area is written again before all have read it, as exchanges by way of different ones lie between.
     """
     told, number, first_area, team, rank, blocks = board
     state = among(combine, state, empty, None)
-    member = thread() // SLICES
-    first = (team * AREAS + first_area + area) * blocks * SLICES + thread() % SLICES
+    own, member = thread() % STATES, thread() // STATES
+    first = (team * AREAS + first_area + area) * blocks * STATES + own
     if member == 0:
-        tell(told, (first + rank * SLICES) * ROOM, number, state)
+        tell(told, (first + rank * STATES) * ROOM, number, singles(state))
     result = empty
-    if SLICES == 1:
-        # One warp hears for all: if each did, they would stand in each other's way.
-        room = slots(state)
-        if thread() < 32:
-            for i in range(thread(), blocks, 32):
-                result = combine(result, hear(told, (first + i) * ROOM, number, empty))
-            result = in_lanes(combine, result, 32)
-            if thread() == 0:
-                put(room, 0, result)
-        barrier()
-        return get(room, 0)
-    for i in range(member, blocks, GROUP):
-        result = combine(result, hear(told, (first + i * SLICES) * ROOM, number, empty))
+    for i in range(member, blocks, THREADS // STATES):
+        other = hear(told, (first + i * STATES) * ROOM, number, singles(empty))
+        result = combine(result, together(other, empty))
     barrier()
     return among(combine, result, empty, None)
 
 
+def in_cluster(combine, state, empty, board):
+    """The blocks of a cluster leave their states in each other's shared memory."""
+    _, _, first_area, _, rank, blocks = board
+    state = singles(among(combine, state, empty, None))
+    room = slots_of_cluster(state)
+    own = first_area * MOST_IN_CLUSTER * STATES + thread() % STATES
+    for other in range(thread() // STATES, blocks, THREADS // STATES):
+        put_in(room, own + rank * STATES, state, other)
+    arrive()
+    await_all()
+    if STATES == 1:
+        lane = thread() % 32
+        result = empty
+        if lane < blocks:
+            result = get(room, own + lane)
+        return in_lanes(combine, result, 32)
+    result = together(get(room, own), empty)
+    for i in range(1, blocks):
+        result = combine(result, together(get(room, own + i * STATES), empty))
+    return result
+
+
 def other_board(board):
-    """Two more areas for the rare exchanges after the usual ones."""
+    """Other areas for the rare exchanges after the usual ones."""
     told, number, _, team, rank, blocks = board
-    return told, number, 2, team, rank, blocks
+    return told, number, RARE_AREA, team, rank, blocks
+
+
+def nothing():
+    """Blocks without a cluster wait for nobody."""
 
 
 def same_board(board):
@@ -298,15 +325,21 @@ def same_board(board):
 second_board = same_board
 
 
-def top_in_team(combine, state, empty, board):
-    return in_team(0, combine, state, empty, board)
+def top_in_grid(combine, state, empty, board):
+    return in_grid(0, combine, state, empty, board)
 
 
-def sums_in_team(combine, state, empty, board):
-    return in_team(1, combine, state, empty, board)
+def sums_in_grid(combine, state, empty, board):
+    return in_grid(1, combine, state, empty, board)
+
+
+def parts_in_grid(combine, state, empty, board):
+    """The only exchange for most slices: a second one lies between those that use the same area."""
+    return in_grid(board[1] % 2, combine, state, empty, board)
 
 
 exchange = exchange_top = in_warp  # the second one for maxima
+exchange_parts = in_cluster
 
 
 def my_own(flag):
@@ -490,13 +523,21 @@ def coarse_rescaled(part_max, sums, scale, guard, row_max):
     return (power * (sums[0] / top_term(part_max)),)
 
 
-def coarse_softmax_piece(state, term):
-    return state, term * spread(state, term)
+def units_of_coarse(sums, rest):
+    """Sums whose unit is 2**origin, from those beside the maximum."""
+    return (sums[0] * exp2(rest),)
 
 
-def coarse_softmax_results(row, row_max, sums, law):
-    _, row = scanned(coarse_softmax_piece, first_inverse(sums[0]), row)
-    return row
+def shifted_coarse(sums, distance):
+    return (sums[0] * shift(distance),)
+
+
+def coarse_factor(sums):
+    return first_inverse(sums[0])
+
+
+def times_coarse_factor(factor, term):
+    return factor, term * spread(factor, term)
 
 
 # -- softmax of float32, where a kernel has the whole slice at once -----------------------------------------
@@ -509,11 +550,17 @@ MAGIC = 1.5 * 2.0**23  # above which float32s are integers
 BRIEF_ZERO = MAGIC + 127.0 + BIAS[0]
 
 
+def origin_of(row_max, rate):
+    """The integer nearest to max c, but for rounding, and what is left of that."""
+    high, magic = spread(rate.high, row_max), spread(MAGIC, row_max)
+    origin = (row_max * high + magic) - magic
+    return origin, fma(row_max, spread(rate.low, row_max), fma(row_max, high, -origin))
+
+
 def brief_scale(row_max, rate):
     """Scale of a plain slice; rest is what n plus the exponent's own zero is from the exponent."""
     high, low = spread(rate.high, row_max), spread(rate.low, row_max)
-    magic = spread(MAGIC, row_max)
-    origin = (row_max * high + magic) - magic
+    origin, _ = origin_of(row_max, rate)
     lowest = row_max - spread(rate.depth, row_max)
     return Scale(row_max, high, low, lowest, origin, spread(BRIEF_ZERO, row_max) - origin)
 
@@ -535,6 +582,19 @@ def brief_add_smaller(total, error, power, excess):
     """A term has at most the exponent of the total, which is enough."""
     result = total + power
     return result, error + ((total - result) + power)
+
+
+def units_of_brief(sums, rest):
+    """Sums whose unit is 2**origin: those of brief terms."""
+    return sums
+
+
+def shifted_brief(sums, distance):
+    factor = shift(distance)
+    return sums[0] * factor, sums[1] * factor
+
+
+in_units, shifted = units_of_brief, shifted_brief
 
 
 # -- what each function makes of them -------------------------------------------------------------------
@@ -561,14 +621,21 @@ def entries_as_they_are(row, row_max, law):
     return row
 
 
-def softmax_piece(state, term):
-    high, low = state
-    return state, times_pair(term, spread(high, term), spread(low, term))
+def pair_factor(sums):
+    return reciprocal(sums[0], sums[1])
+
+
+def times_pair_factor(factor, term):
+    high, low = factor
+    return factor, times_pair(term, spread(high, term), spread(low, term))
+
+
+factor_of, times_factor = pair_factor, times_pair_factor
 
 
 def softmax_results(row, row_max, sums, law):
     """Terms times the reciprocal of their sum."""
-    _, row = scanned(softmax_piece, reciprocal(sums[0], sums[1]), row)
+    _, row = scanned(times_factor, factor_of(sums), row)
     return row
 
 
@@ -844,25 +911,35 @@ def places_of(base, skew, n, share, rank):
 
 
 def bring_row(tile, x, base, places):
-    """Bring a block's share of a row; what the tile holds before and behind the row becomes -inf.
-
-    A thread reads only what it has itself brought, until the next barrier.
-    """
+    """Begin to bring a block's share of a row. A thread reads only what it has itself brought."""
     before, stop, size = places
-    at, last = small(LANES * thread()), small(stop // LANES * LANES)
-    while at < last:
-        copy_in(tile, at, x, base - before + at, LANES)
-        at = further(at, LANES * THREADS)
-    is_last = thread() == stop // LANES % THREADS
-    if is_last:
-        whole = stop // LANES * LANES
+    arrive()
+    whole = stop // LANES * LANES
+    if thread() == stop // LANES % THREADS:
         copy_in(tile, whole, x, base - before + whole, stop - whole)
-    copies_done()
+    at, last = small(LANES * thread()), small(whole)
+    step = portion_of(size)
+    for i in range(1, PORTIONS + 1):
+        end = last if i == PORTIONS else min(small(i * step), last)
+        while at < end:
+            copy_in(tile, at, x, base - before + at, LANES)
+            at = further(at, LANES * THREADS)
+        commit()
+
+
+def portion_of(size):
+    """Entries of a portion of a tile, of which computation begins when it is there."""
+    return -(-size // (PORTIONS * LANES * THREADS)) * (LANES * THREADS)
+
+
+def clear_around(tile, places):
+    """Make -inf of what a tile holds before and behind a row, in the pieces of those who have its ends."""
+    before, stop, size = places
     lowest = spread(-INFINITY, load_one(tile, 0))
     if thread() == 0:
         for i in range(before):
             store_one(tile, i, lowest)
-    if is_last:
+    if thread() == stop // LANES % THREADS:
         for i in range(stop, size):
             store_one(tile, i, lowest)
 
@@ -870,6 +947,7 @@ def bring_row(tile, x, base, places):
 def bring_columns(tile, x, base, inner, width, rows):
     """Bring so many rows of a group of columns, of which ``width`` are there; return the size of the tile."""
     lines = SLICES // LANES
+    arrive()
     for i in range(thread(), rows * lines, THREADS):
         at = i % lines * LANES
         if at < width:
@@ -883,39 +961,139 @@ def bring_columns(tile, x, base, inner, width, rows):
     return size
 
 
-def reduce_tile(tile, size, board, law):
-    """Maximum and sums of slices whose entries are in a tile, where terms take their place if KEPT."""
-    like = spread(-INFINITY, peek(tile, 0))
-    top = like
-    last = small(size)
-    at = small(first_in_tile())
+def top_of_tile(tile, first, stop):
+    """Maximum of what a thread has between two places of a tile."""
+    top = spread(-INFINITY, peek(tile, 0))
+    at, last = small(first + first_in_tile()), small(stop)
     while at < last:
         top = larger(peek(tile, at), top)
         at = further(at, LANES * THREADS)
-    (top,) = across_tile(largest, (top,))
-    (row_max,) = exchange_top(largest, (top,), (spread(-INFINITY, top),), board)
+    return across_tile(largest, (top,))
+
+
+def sum_tile(tile, first, stop, row_max, scale, guard, spoil):
+    """Sums of what a thread has there, where terms take the place of entries if KEPT."""
+    state = (zero_sums(peek(tile, 0)), row_max, scale, guard)
+    at, last = small(first + first_in_tile()), small(stop)
+    while at < last:
+        state, term = add_piece(state, peek(tile, at))
+        if KEPT:
+            keep(tile, at, term)
+        at = further(at, LANES * THREADS)
+    return across_tile(merge_sums, close_sums(state[0], spoil))
+
+
+def sums_of_tile(tile, size, row_max, law):
     rate = rate_from(law)
     if everywhere(is_plain(row_max, rate)):
-        state = (zero_sums(like), row_max, plain_scale(row_max, rate), None)
-        at = small(first_in_tile())
-        while at < last:
-            state, term = add_piece(state, peek(tile, at))
-            if KEPT:
-                keep(tile, at, term)
-            at = further(at, LANES * THREADS)
-        sums = close_sums(state[0], spread(0.0, row_max))
+        return sum_tile(tile, 0, size, row_max, plain_scale(row_max, rate), None, spread(0.0, row_max))
+    high, low, guard, spoil = guard_from(law)
+    scale, own = bounded_scale(row_max, high, low, guard)
+    return sum_tile(tile, 0, size, row_max, scale, own, spoil)
+
+
+def reduce_tile(tile, places, board, law):
+    """Maximum and sums of slices that are on their way to a tile."""
+    size = places[2]
+    copies_done()
+    clear_around(tile, places)
+    (top,) = top_of_tile(tile, 0, size)
+    await_all()
+    (row_max,) = exchange_top(largest, (top,), (spread(-INFINITY, top),), board)
+    sums = sums_of_tile(tile, size, row_max, law)
+    return row_max, exchange(merge_sums, sums, empty_sums(row_max), board)
+
+
+# Blocks of a team wait for each other until the slowest has its entries, and while they wait nothing is
+# loaded: on an H100 one exchange more costs rows of 128256 entries 4 % of their speed. So each thread sums
+# each portion of its entries, as soon as it is there, beside a maximum of its own, in units of a power of two.
+# Then there is one exchange, of maxima and sums. This is for softmax of up to 32 bits.
+
+# A slice is as usual if its origin is finite and not so low that parts that are not plain count beside it.
+USUAL_ORIGINS = 128.0, 2.0**15 - 128.0  # middle and distance
+LEAST_SHIFT = -126.0
+
+
+def parts_of_tile(tile, places, rate):
+    """Parts, as `part_of_tile` has them, of what a thread has in a tile, by portions."""
+    size = places[2]
+    step = portion_of(size)
+    three_left()
+    clear_around(tile, places)
+    first = part_of_tile(tile, 0, min(step, size), rate)
+    two_left()
+    second = part_of_tile(tile, step, min(2 * step, size), rate)
+    one_left()
+    third = part_of_tile(tile, 2 * step, min(3 * step, size), rate)
+    copies_done()
+    return first, second, third, part_of_tile(tile, 3 * step, size, rate)
+
+
+def all_together(parts, board):
+    """Maximum, origin and sums of a slice, and whether it is as usual, which all its threads agree on."""
+    first, second, third, fourth = parts
+    part = merge_beside(merge_beside(first, second), merge_beside(third, fourth))
+    lowest = spread(-INFINITY, part[0])
+    await_all()
+    whole = exchange_parts(merge_beside, part, (lowest, lowest, *empty_sums(lowest)), board)
+    middle, distance = USUAL_ORIGINS
+    return whole, abs(whole[1] - spread(middle, lowest)) <= spread(distance, lowest)
+
+
+def finish_again(tile, places, board, law, source, target):
+    """`finish` of softmax of 16 bits: terms are worked out twice, as a tile has no room for them."""
+    whole, is_usual = all_together(parts_of_tile(tile, places, rate_from(law)), board)
+    row_max = whole[0]
+    if is_usual:
+        _, rest = origin_of(row_max, rate_from(law))
+        write_again(write_row, target, row_max, in_units(whole[2:], -rest), law)
     else:
-        high, low, guard, spoil = guard_from(law)
-        scale, guard = bounded_scale(row_max, high, low, guard)
-        guarded_state = (zero_sums(like), row_max, scale, guard)
-        at = small(first_in_tile())
-        while at < last:
-            guarded_state, term = add_piece(guarded_state, peek(tile, at))
-            if KEPT:
-                keep(tile, at, term)
-            at = further(at, LANES * THREADS)
-        sums = close_sums(guarded_state[0], spoil)
-    return row_max, exchange(merge_sums, across_tile(merge_sums, sums), empty_sums(row_max), board)
+        sums = sums_of_tile(tile, places[2], row_max, law)
+        sums = exchange(merge_sums, sums, empty_sums(row_max), second_board(board))
+        write_again(write_row, target, row_max, sums, law)
+
+
+def finish_kept(tile, places, board, law, source, target):
+    """`finish` of softmax of float32: terms take the place of entries, and each portion has its own unit."""
+    parts = parts_of_tile(tile, places, rate_from(law))
+    whole, is_usual = all_together(parts, board)
+    if is_usual:
+        first, second, third, fourth = parts
+        origins = first[1], second[1], third[1], fourth[1]
+        write_portions(target, origins, whole[1], factor_of(whole[2:]))
+    else:
+        x, base = source
+        bring_row(tile, x, base, places)
+        row_max, sums = reduce_tile(tile, places, second_board(board), law)
+        write_results(write_row, target, row_max, sums, law)
+
+
+def part_of_tile(tile, first, stop, rate):
+    """Maximum, origin and sums of what a thread has between two places of a tile.
+
+    A part that is not plain counts for nothing (origin -inf), or the slice is not as usual (inf).
+    """
+    (top,) = top_of_tile(tile, first, stop)
+    lowest, zero = spread(-INFINITY, top), spread(0.0, top)
+    plain = is_plain(top, rate)
+    inside = select(plain, top, zero)
+    sums = sum_tile(tile, first, stop, inside, plain_scale(inside, rate), None, zero)
+    origin, rest = origin_of(inside, rate)
+    origin = select(plain, origin, select(top < zero, lowest, -lowest))
+    return (top, origin, *in_units(sums, rest))
+
+
+def merge_beside(a, b):
+    """Maximum, origin and sums of two parts together."""
+    origin = larger(a[1], b[1])
+    sums = merge_sums(shifted(a[2:], a[1] - origin), shifted(b[2:], b[1] - origin))
+    return (larger(a[0], b[0]), origin, *sums)
+
+
+def shift(distance):
+    """Power of two for a distance of origins, at most 0; NaN if neither part has anything."""
+    least = larger(distance, spread(LEAST_SHIFT, distance))
+    return power_of_two(least + spread(MAGIC + 127.0, distance))
 
 
 def lanes_apart(combine, state):
@@ -939,7 +1117,7 @@ first_in_tile = first_in_row
 
 def write_row(step, state, target):
     """Write what a step makes of the entries of a tile to a row, from ``base`` on."""
-    tile, out, base, before, stop, _ = target
+    tile, out, base, (before, stop, _) = target
     start, end = stop, stop
     if ACCESS == LANES:
         start = min(stop, max(0, (before + LANES - 1) // LANES * LANES))
@@ -958,6 +1136,46 @@ def write_row(step, state, target):
         store_one(out, base - before + i, single)
 
 
+def write_portions(target, origins, origin, factor):
+    """Write the terms of a tile to a row, each portion from its own origin; all threads have what they made."""
+    places = target[3]
+    step = portion_of(places[2])
+    first, second, third, fourth = origins
+    write_portion(target, 0, step, moved(factor, first - origin))
+    write_portion(target, step, 2 * step, moved(factor, second - origin))
+    write_portion(target, 2 * step, 3 * step, moved(factor, third - origin))
+    write_portion(target, 3 * step, places[2], moved(factor, fourth - origin))
+
+
+def moved(factor, distance):
+    """Two factors for terms whose origin is so far below: both are normal where a result is."""
+    high, low = factor
+    far = shift(distance - larger(distance, spread(LEAST_SHIFT, distance)))
+    return shift(distance), high * far, low * far
+
+
+def moved_piece(factors, term):
+    near, high, low = factors
+    _, share = times_factor((high, low), term * spread(near, term))
+    return share
+
+
+def write_portion(target, first, stop, factors):
+    tile, out, base, (before, end, _) = target
+    begin = max(before, 0)
+    at, last = small(first + LANES * thread()), small(min(stop, end // LANES * LANES))
+    while at < last:
+        share = moved_piece(factors, peek(tile, at))
+        if at >= begin:
+            store_lanes(out, base - before + at, share)
+        else:
+            store_part(out, base - before + begin, at - begin, end - begin, share)
+        at = further(at, LANES * THREADS)
+    if at < min(stop, end):
+        share = moved_piece(factors, peek(tile, at))
+        store_part(out, base - before + begin, at - begin, end - begin, share)
+
+
 def write_columns(step, state, target):
     """Write what a step makes of the entries of a tile to columns; this thread's begins at ``base``."""
     tile, out, base, inner, width, size = target
@@ -970,12 +1188,12 @@ def write_columns(step, state, target):
 
 def write_kept(write, target, row_max, sums, law):
     """Softmax, from terms in the tile."""
-    write(softmax_piece, reciprocal(sums[0], sums[1]), target)
+    write(times_factor, factor_of(sums), target)
 
 
 def write_again(write, target, row_max, sums, law):
-    """Softmax of 16 bits, from entries in the tile."""
-    factor = first_inverse(sums[0])
+    """Softmax, from entries in the tile."""
+    factor = factor_of(sums)
     rate = rate_from(law)
     if everywhere(is_plain(row_max, rate)):
         write(share_piece, (plain_scale(row_max, rate), None, factor), target)
@@ -987,8 +1205,9 @@ def write_again(write, target, row_max, sums, law):
 
 def share_piece(state, x):
     scale, guard, factor = state
-    power, _, _ = terms(x, scale, guard)
-    return state, power * spread(factor, power)
+    power, excess, _ = terms(x, scale, guard)
+    _, share = times_factor(factor, term_of(power, excess))
+    return state, share
 
 
 def write_logs(write, target, row_max, sums, law):
@@ -1004,6 +1223,12 @@ def write_logs(write, target, row_max, sums, law):
 write_results = write_kept
 
 
+def finish(tile, places, board, law, source, target):
+    """Write a row that is on its way to a tile; ``source`` is where it comes from."""
+    row_max, sums = reduce_tile(tile, places, board, law)
+    write_results(write_row, target, row_max, sums, law)
+
+
 def board_of(told, number, blocks):
     """What `exchange` needs to know."""
     return told, number, 0, block() // blocks, block() % blocks, blocks
@@ -1017,10 +1242,9 @@ def transform_rows(x, out, told, laws, law, count, n, share, blocks, skew, x_pit
         board = board_of(told, index // teams + 1, blocks)
         places = places_of(index * x_pitch, skew, n, share, block() % blocks)
         bring_row(tile, x, index * x_pitch, places)
-        before, stop, size = places
         own = law_at(laws, law, index)
-        row_max, sums = reduce_tile(tile, size, board, own)
-        write_results(write_row, (tile, out, index * out_pitch, before, stop, size), row_max, sums, own)
+        target = tile, out, index * out_pitch, places
+        finish(tile, places, board, own, (x, index * x_pitch), target)
         barrier()
 
 
@@ -1034,7 +1258,7 @@ def reduce_rows(x, out, told, laws, law, count, n, share, blocks, skew, x_pitch,
         bring_row(tile, x, index * x_pitch, places)
         size = places[2]
         own = law_at(laws, law, index)
-        row_max, sums = reduce_tile(tile, size, board, own)
+        row_max, sums = reduce_tile(tile, places, board, own)
         value = value_of(tile, (thread(), size, THREADS), board, row_max, sums, own)
         if thread() == 0 and block() % blocks == 0:
             store_one(out, index, value)
@@ -1060,7 +1284,7 @@ def transform_columns(x, out, told, laws, law, count, n, share, blocks, inner, x
         size = bring_columns(tile, x, outer * x_pitch + base, inner, width, rows)
         slot = thread() % SLICES
         own = law_at(laws, law, outer * inner + first + min(slot, width - 1))
-        row_max, sums = reduce_tile(tile, size, board, own)
+        row_max, sums = reduce_tile(tile, (0, size, size), board, own)
         base += outer * out_pitch + slot
         write_results(write_columns, (tile, out, base, inner, width, rows * SLICES), row_max, sums, own)
         barrier()
@@ -1076,7 +1300,7 @@ def reduce_columns(x, out, told, laws, law, count, n, share, blocks, inner, x_pi
         size = bring_columns(tile, x, outer * x_pitch + start * inner + first, inner, width, rows)
         slice_ = outer * inner + first + min(thread() % SLICES, width - 1)
         own = law_at(laws, law, slice_)
-        row_max, sums = reduce_tile(tile, size, board, own)
+        row_max, sums = reduce_tile(tile, (0, size, size), board, own)
         value = value_of(tile, (thread(), size, THREADS), board, row_max, sums, own)
         if thread() < width and block() % blocks == 0:
             store_one(out, slice_, value)
@@ -1088,14 +1312,18 @@ def reduce_columns(x, out, told, laws, law, count, n, share, blocks, inner, x_pi
 
 
 def bring_lines(tile, x, base, inner, size):
-    """Bring some rows of SLICES columns; a thread reads only what it has itself brought."""
+    """Begin to bring some rows of SLICES columns; a thread reads only what it has itself brought."""
+    arrive()
     at, last = small(LANES * thread()), small(size)
     from_ = base + thread() % PARTS * LANES + thread() // PARTS * inner
-    while at < last:
-        copy_in(tile, at, x, from_, LANES)
-        from_ += THREADS // PARTS * inner
-        at = further(at, LANES * THREADS)
-    copies_done()
+    step = portion_of(size)
+    for i in range(1, PORTIONS + 1):
+        end = last if i == PORTIONS else min(small(i * step), last)
+        while at < end:
+            copy_in(tile, at, x, from_, LANES)
+            from_ += THREADS // PARTS * inner
+            at = further(at, LANES * THREADS)
+        commit()
 
 
 def among_lines(combine, state, empty, board):
@@ -1113,30 +1341,6 @@ def among_lines(combine, state, empty, board):
     for i in range(1, THREADS // 32):
         result = combine(result, together(get(room, thread() % PARTS + i * PARTS), state))
     return result
-
-
-def lines_in_team(area, combine, state, empty, board):
-    """`in_team` for lines, of which each state is that of LANES slices."""
-    told, number, first_area, team, rank, blocks = board
-    state = among_lines(combine, state, empty, None)
-    part, member = thread() % PARTS, thread() // PARTS
-    first = (team * AREAS + first_area + area) * blocks * PARTS + part
-    if member == 0:
-        tell(told, (first + rank * PARTS) * ROOM, number, singles(state))
-    result = empty
-    for i in range(member, blocks, THREADS // PARTS):
-        own = hear(told, (first + i * PARTS) * ROOM, number, singles(empty))
-        result = combine(result, together(own, empty))
-    barrier()
-    return among_lines(combine, result, empty, None)
-
-
-def top_of_lines(combine, state, empty, board):
-    return lines_in_team(0, combine, state, empty, board)
-
-
-def sums_of_lines(combine, state, empty, board):
-    return lines_in_team(1, combine, state, empty, board)
 
 
 def write_lines(step, state, target):
@@ -1161,7 +1365,7 @@ def transform_lines(x, out, told, laws, law, count, n, share, blocks, inner, x_p
         size = rows * SLICES if thread() % PARTS * LANES < width else 0  # 0 for threads without columns
         base = start * inner + first
         bring_lines(tile, x, outer * x_pitch + base, inner, size)
-        row_max, sums = reduce_tile(tile, size, board, own)
+        row_max, sums = reduce_tile(tile, (0, size, size), board, own)
         base += outer * out_pitch + thread() % PARTS * LANES
         write_results(write_lines, (tile, out, base, inner, size), row_max, sums, own)
         barrier()
@@ -1410,9 +1614,15 @@ COARSE_SOFTMAX = {
     "merge_sums": coarse_softmax_merge,
     "empty_sums": coarse_zero,
     "rescale_sums": coarse_rescaled,
-    "results_of": coarse_softmax_results,
+    "factor_of": coarse_factor,
+    "times_factor": times_coarse_factor,
+    "in_units": units_of_coarse,
+    "shifted": shifted_coarse,
     "write_results": write_again,
 }
+
+# Softmax of long rows, by the bytes of their entries.
+AT_ONCE = {2: {"finish": finish_again}, 4: {"finish": finish_kept}}
 
 # A thread of a strided kernel may sum so many terms that the error of the pair cannot hold the small ones.
 FROM_NOTHING = {"zero_sums": softmax_empty, "add_smaller": add, "close_sums": pair_close}
@@ -1430,7 +1640,23 @@ GROUPS = {
     },
 }
 
-TEAM = {"exchange": sums_in_team, "exchange_top": top_in_team, "second_board": other_board}
+WITHOUT_CLUSTER = {"arrive": nothing, "await_all": nothing}
+TEAMS = {
+    "": WITHOUT_CLUSTER,
+    "grid": WITHOUT_CLUSTER
+    | {
+        "exchange": sums_in_grid,
+        "exchange_top": top_in_grid,
+        "exchange_parts": parts_in_grid,
+        "second_board": other_board,
+    },
+    "cluster": {
+        "exchange": in_cluster,
+        "exchange_top": in_cluster,
+        "exchange_parts": in_cluster,
+        "second_board": other_board,
+    },
+}
 
 LAWS = {
     False: {},

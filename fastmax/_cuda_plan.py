@@ -19,7 +19,7 @@ class Spec(NamedTuple):
     group: str = "thread"  # who shares a slice, in `_cuda_kernels.GROUPS`
     threads: int = 128  # in a block
     members: int = 1  # threads of a block that share a slice
-    team: bool = False  # whether blocks share a slice
+    team: str = ""  # what blocks that share a slice tell each other by way of, in `_cuda_kernels.TEAMS`
     pieces: int = 1  # that a thread holds
     access: int = 1  # entries read at a time
     shifted: bool = False  # whether a row is read from the multiple of 128 bits before it on
@@ -70,6 +70,7 @@ class Gpu(NamedTuple):
     capability: tuple[int, int]
     multiprocessors: int
     shared: int = 99 * 2**10  # bytes of shared memory that a block may ask for
+    cluster: int = 1  # most blocks of a cluster
 
 
 # Short rows that are not aligned to 128 bits: a thread has up to 32 words of its own row in registers (64
@@ -118,6 +119,13 @@ TEAM_RESIDENT = 3
 COLUMN_TEAM_BYTES = 216 * 2**10
 MOST_IN_COLUMN_TEAM = 40
 TILES_FROM = (8, 0)  # compute capability that copies to shared memory in the background
+
+# A cluster
+CLUSTER_BYTES = 110 * 2**10
+CLUSTER_THREADS = 256
+CLUSTER_RESIDENT = 2
+MOST_IN_CLUSTER = 16
+CLUSTERS_FROM = (9, 0)  # compute capability
 
 # What is longer still is split into small parts, as are slices on older GPUs.
 SPLIT_ROWS = Class("block", 256, 256, 16, 4)
@@ -183,7 +191,7 @@ def _spec(function, operation, dtype, class_, pieces, access, per_slice, shifted
     if operation != "softmax" or dtype == "float64":
         resident = 1
     return Spec(
-        *(function, operation, dtype, group, threads, members, False, pieces, access, shifted),
+        *(function, operation, dtype, group, threads, members, "", pieces, access, shifted),
         *(resident, per_slice),
     )
 
@@ -207,22 +215,32 @@ def tile_spec(verb, operation, dtype, n, is_columns, access, alignment, per_slic
     threads, resident = (TILE_THREADS, 3) if size <= HALF_BYTES or is_columns else (2 * TILE_THREADS, 1)
     if is_columns and ITEMSIZE[dtype] == 2:
         resident = min(2, resident)
-    team = n > tile_entries(dtype, is_columns, min(TILE_BYTES, gpu.shared))
-    if team:
+    team = ""
+    if n > tile_entries(dtype, is_columns, min(TILE_BYTES, gpu.shared)):
+        team = "grid"
         threads, resident = TILE_THREADS, 2 if is_columns else TEAM_RESIDENT
+        if blocks_needed(dtype, n, "cluster", is_columns, gpu) <= gpu.cluster:
+            team = "cluster"
+            threads, resident = CLUSTER_THREADS, CLUSTER_RESIDENT
     class_ = Class(group, threads, threads // lines, 0, resident)
     spec = _spec(name, operation, dtype, class_, 1, access, per_slice)
-    if team:
-        size = team_bytes(is_columns, gpu)
-        most = gpu.multiprocessors * min(spec.resident, gpu.shared // size)
+    if team == "grid":
+        most = gpu.multiprocessors * min(spec.resident, gpu.shared // team_bytes(team, is_columns, gpu))
         most = min(most, MOST_IN_COLUMN_TEAM) if is_columns else most
-        if -(-n // tile_entries(dtype, is_columns, size)) > most:
+        if blocks_needed(dtype, n, team, is_columns, gpu) > most:
             return None
     return spec._replace(team=team)
 
 
-def team_bytes(is_columns, gpu):
-    """Size of the tile of a block of a team."""
+def blocks_needed(dtype, n, team, is_columns, gpu):
+    """How many blocks of a team hold n entries."""
+    return -(-n // tile_entries(dtype, is_columns, team_bytes(team, is_columns, gpu)))
+
+
+def team_bytes(team, is_columns, gpu):
+    """Size of the tile of a block of a team, at most."""
+    if team == "cluster":
+        return min(CLUSTER_BYTES, gpu.shared)
     return min(COLUMN_TEAM_BYTES if is_columns else TEAM_BYTES, gpu.shared)
 
 
@@ -277,23 +295,32 @@ def plan(operation, dtype, n, is_columns, is_packed, alignment, per_slice, gpu) 
     return first, _spec("merge_slices", operation, dtype, merging, 1, 1, per_slice), last
 
 
+def states(spec):
+    """States that a block of a team tells the others; that of a line has those of its lanes."""
+    return spec.slices // spec.lanes if spec.function.endswith("_lines") else spec.slices
+
+
 def room(spec):
-    """Words of 64 bits, of which half is told, for what blocks of a team tell each other at a time."""
-    lanes = spec.lanes if spec.function.endswith("_lines") else 1
-    return FIELDS[spec.operation] * (2 if spec.dtype == "float64" else 1) * lanes
+    """Words of 64 bits, of which half is told, for one state."""
+    lanes = spec.slices // states(spec)
+    return (FIELDS[spec.operation] + 1) * (2 if spec.dtype == "float64" else 1) * lanes  # and an origin
 
 
 def board_words(spec):
-    """Words of 64 bits that a block of a team leaves for the others."""
-    places = spec.slices // spec.lanes if spec.function.endswith("_lines") else spec.slices
-    return AREAS * places * room(spec)
+    """Words of 64 bits that a block of a team leaves for the others, by way of the grid's memory."""
+    return AREAS * states(spec) * room(spec)
 
 
 def slots_needed(spec):
     """States that a block exchanges by way of shared memory."""
     if spec.function.endswith("_lines"):
-        return spec.threads // 32 * (spec.slices // spec.lanes)
+        return spec.threads // 32 * states(spec)
     return spec.threads if spec.group == "column" else 32
+
+
+def slots_of_cluster(spec):
+    """States that the blocks of a cluster leave for each of them; rare ones have room of their own."""
+    return (2 if spec.operation == "logsumexp" else 1) * MOST_IN_CLUSTER * states(spec)
 
 
 def line_entries(dtype):
@@ -308,6 +335,19 @@ def tile_entries(dtype, is_columns, size):
         whole = 2 * TILE_THREADS * 16
         return size // whole * whole // LINE_BYTES[ITEMSIZE[dtype]]
     return size // ITEMSIZE[dtype] - 16 // ITEMSIZE[dtype]
+
+
+def shares(spec, n, blocks):
+    """How many of n entries each of some blocks has at most, and the size of its tile in bytes."""
+    size = ITEMSIZE[spec.dtype]
+    lanes = 16 // size
+    share = -(-n // blocks)
+    if spec.group == "column":
+        # A column is filled up to a multiple of the entries that its threads take at a time.
+        whole = lanes * spec.members
+        return share, -(-share // whole) * whole * LINE_BYTES[size]
+    share = -(-(share + lanes - 1) // lanes) * lanes
+    return share, share * size
 
 
 def strided_plan(operation, dtype, n, is_across, per_slice, masked, ranks):
@@ -362,6 +402,9 @@ def names(spec, target):
         "MASKED": spec.masked,
         "FIELDS": FIELDS[spec.operation],
         "AREAS": AREAS,
+        "RARE_AREA": AREAS // 2 if spec.team == "grid" else int(spec.operation == "logsumexp"),
+        "STATES": states(spec),
+        "MOST_IN_CLUSTER": MOST_IN_CLUSTER,
         "ROOM": room(spec),
         "KEPT": spec.operation == "softmax" and ITEMSIZE[spec.dtype] > 2,
         "ABSENT": 0.0 if spec.operation in ("softmax", "entropy") else -math.inf,
@@ -370,6 +413,7 @@ def names(spec, target):
         "peek": target.peeker(spec.lanes, apart),
         "keep": target.keeper(spec.lanes, apart),
         "slots": target.slots_for(slots_needed(spec)),
+        "slots_of_cluster": target.slots_for(slots_of_cluster(spec)),
     }
     if ITEMSIZE[spec.dtype] == 2:
         replaced |= kernels.COARSE
@@ -381,6 +425,7 @@ def names(spec, target):
         replaced |= {"exchange": kernels.alone, "exchange_top": kernels.alone, "anyone": kernels.my_own}
     if tiled:
         replaced |= {"entry_of": kernels.tile_entry, "among": replaced["exchange"]}
+        replaced["exchange_parts"] = replaced["exchange"]
         if spec.group == "column":
             replaced["first_in_tile"] = kernels.first_in_columns
     if lines:
@@ -388,11 +433,15 @@ def names(spec, target):
         replaced |= {
             "across_tile": kernels.lanes_apart,
             "first_in_tile": kernels.first_in_row,
-            "exchange": kernels.sums_of_lines if spec.team else kernels.among_lines,
-            "exchange_top": kernels.top_of_lines if spec.team else kernels.among_lines,
+            "among": kernels.among_lines,
+            "exchange": kernels.among_lines,
+            "exchange_top": kernels.among_lines,
         }
-    elif spec.team:
-        replaced |= kernels.TEAM
+    replaced |= kernels.TEAMS[spec.team]
+    if spec.function == "transform_rows" and spec.operation == "softmax":
+        # Terms that are kept in units of their own must be written by those who made them, in whole pieces.
+        if ITEMSIZE[spec.dtype] == 2 or (spec.dtype == "float32" and spec.access == spec.lanes):
+            replaced |= kernels.AT_ONCE[ITEMSIZE[spec.dtype]]
     if spec.function.endswith("strided"):
         replaced["entry_of"] = kernels.strided_entry
         if spec.operation == "softmax" and ITEMSIZE[spec.dtype] > 2:

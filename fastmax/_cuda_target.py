@@ -663,7 +663,7 @@ def _named(*arguments) -> Any:
     raise NotImplementedError(arguments)
 
 
-load = store = peek = keep = slots = _named
+load = store = peek = keep = slots = slots_of_cluster = _named
 
 
 def loader(lanes, access, whole=False):
@@ -1027,6 +1027,28 @@ def get(typingctx, slots, index):
     return state(slots, types.int64), codegen
 
 
+@intrinsic
+def put_in(typingctx, slots, index, state, other):
+    """Write state ``index`` in the shared memory of another block of the cluster."""
+
+    def codegen(context, builder, sig, args):
+        slots, index, state, other = args
+        count = len(sig.args[2])
+        first = builder.ptrtoint(builder.gep(slots, [builder.mul(index, _I64(count))]), _I32)
+        code = "mapa.shared::cluster.u32 $0, $1, $2;"
+        there = _asm(builder, _I32, code, "=r,r,r", first, builder.trunc(other, _I32))
+        for i in range(count):
+            value = _only(builder, builder.extract_value(state, i))
+            is_single = isinstance(value.type, ir.FloatType)
+            size, kind = (4, "f") if is_single else (8, "d")
+            code = f"st.shared::cluster.f{8 * size} [$0], $1;"
+            at = builder.add(there, _I32(size * i))
+            _asm(builder, ir.VoidType(), code, f"r,{kind},~{{memory}}", at, value, effect=True)
+        return context.get_dummy_value()
+
+    return types.none(slots, types.int64, state, types.int64), codegen
+
+
 # -- what blocks that share a slice tell each other, by way of global memory ---------------------------
 # All of them run at once, as the launch is cooperative. With each 32 bits, 32 others say to which exchange
 # they belong, so what is read is known to be there, and no counter or fence takes its time.
@@ -1198,8 +1220,14 @@ def _effect(code):
     return run
 
 
+# What a thread has written before it arrives is there for all of its cluster that have waited for all.
+arrive = _effect("barrier.cluster.arrive.release;")
+await_all = _effect("barrier.cluster.wait.acquire;")
 # Wait until what this thread began to copy is there, for this thread.
 copies_done = _effect("cp.async.wait_all;")
+# What it has begun since the last time is a group; wait until only so many groups are on their way.
+commit = _effect("cp.async.commit_group;")
+three_left, two_left, one_left = (_effect(f"cp.async.wait_group {count};") for count in (3, 2, 1))
 nothing_to_wait_for = _effect("")  # where copies are done at once
 
 

@@ -29,7 +29,7 @@ DTYPES = {
     "float64": np.dtype(np.float64),
     "bool": np.dtype(np.uint8),
 }
-GPU = _cuda_plan.Gpu((9, 0), 4, 227 * 2**10)
+GPU = _cuda_plan.Gpu((9, 0), 4, 227 * 2**10, 16)
 
 
 # -- memory -----------------------------------------------------------------------------------------
@@ -104,8 +104,19 @@ class Thread(greenlet.greenlet):
     rank: int  # of the block in its team
     blocks: int  # of the grid
     shared: dict[Any, np.ndarray]
+    team: "Team"
+    arrivals: int  # of this thread, for its cluster
     tile: np.ndarray
-    copies: list[tuple[np.ndarray, np.ndarray]]  # that have begun: to, from
+    copies: list[tuple[np.ndarray, np.ndarray] | None]  # that have begun: to, from; None ends a group
+
+
+class Team:
+    """What blocks that run together know of each other."""
+
+    def __init__(self, blocks, threads):
+        self.shared = [{} for _ in range(blocks)]  # memory of each block
+        self.threads = blocks * threads
+        self.arrivals = 0  # of all threads together
 
 
 def _current() -> Any:
@@ -155,13 +166,14 @@ def launch(spec, grid, arguments, shared=0):
 
     for y in range(grid[1]):
         for first in range(0, grid[0], team):
-            threads = []
+            threads, together = [], Team(team, spec.threads)
             for rank in range(team):
-                own, tile = {}, np.full(shared, 0xFF, np.uint8)
+                tile = np.full(shared, 0xFF, np.uint8)
                 for number in range(spec.threads):
                     thread = Thread(body)
                     thread.number, thread.block, thread.rank = number, (first + rank, y), rank
-                    thread.shared, thread.tile, thread.copies = own, tile, []
+                    thread.team, thread.shared, thread.arrivals = together, together.shared[rank], 0
+                    thread.tile, thread.copies = tile, []
                     thread.count, thread.blocks = spec.threads, grid[0]
                     threads.append(thread)
             _run_together(threads)
@@ -255,7 +267,7 @@ def _slots_for(count):
         fields = state if isinstance(state, tuple) else (state,)
         name = len(fields), count, _caller()
         shared = _current().shared
-        if name not in shared:
+        if name not in shared:  # another block may have written there
             shared[name] = np.full((count, len(fields)), np.nan, np.asarray(fields[0]).dtype)
         return name
 
@@ -270,6 +282,26 @@ def _caller():
 
 def put(slots, index, state):
     _current().shared[slots][index] = state
+
+
+def put_in(slots, index, state, other):
+    team = _current().team
+    assert team.arrivals >= team.threads, "a block may not have begun yet"
+    values = team.shared[other].setdefault(slots, np.full_like(_current().shared[slots], np.nan))
+    values[index] = state
+
+
+def arrive():
+    me = _current()
+    me.arrivals += 1
+    me.team.arrivals += 1
+
+
+def await_all():
+    """Wait until all have arrived as often as this thread."""
+    me = _current()
+    while me.team.arrivals < me.arrivals * me.team.threads:
+        me.parent.switch(None)
 
 
 def get(slots, index):
@@ -294,7 +326,7 @@ def spread(value, like):
 
 
 def constant(values, like):
-    return _dtype(like).type(values[_dtype(like).itemsize // 4 - 1])
+    return spread(values[_dtype(like).itemsize // 4 - 1], like)
 
 
 def polynomial(x, coefficients):
@@ -415,10 +447,25 @@ def copy_in(tile, at, pointer, index, count):
         _current().copies.append((tile.view(at, most), entries))
 
 
-def copies_done():
-    for to, entries in _current().copies:
-        to[...] = entries
-    _current().copies.clear()
+def commit():
+    _current().copies.append(None)
+
+
+def _copies_left(count):
+    """Make the primitive that waits until so many groups are on their way."""
+
+    def wait():
+        copies = _current().copies
+        while copies and copies.count(None) + (copies[-1] is not None) > count:
+            copy = copies.pop(0)
+            if copy is not None:
+                to, entries = copy
+                to[...] = entries
+
+    return wait
+
+
+copies_done = _copies_left(0)
 
 
 def copy_out(tile, at, pointer, base, first, stop):
@@ -470,11 +517,13 @@ def number(pointer, index):
 
 
 def singles(state):
-    return tuple(lane for field in state for lane in np.asarray(field))
+    return tuple(lane for field in state for lane in np.ravel(field))
 
 
 def together(values, like):
-    count = len(like[0])
+    count = np.size(like[0])
+    if np.ndim(like[0]) == 0:
+        return values
     return tuple(np.array(values[i : i + count]) for i in range(0, len(values), count))
 
 
@@ -490,12 +539,18 @@ class _Target:
         "LIMITS_APART": False,
         "across": across,
         "anyone_in_block": anyone_in_block,
+        "arrive": arrive,
         "as_lanes": as_lanes,
+        "await_all": await_all,
         "barrier": barrier,
         "block": block,
         "byte": byte,
         "blocks_of_grid": blocks_of_grid,
+        "commit": commit,
         "copies_done": copies_done,
+        "one_left": _copies_left(1),
+        "two_left": _copies_left(2),
+        "three_left": _copies_left(3),
         "copy_in": copy_in,
         "copy_out": copy_out,
         "constant": constant,
@@ -515,6 +570,7 @@ class _Target:
         "polynomial": polynomial,
         "power_of_two": power_of_two,
         "put": put,
+        "put_in": put_in,
         "scanned": scanned,
         "select": select,
         "shuffle": shuffle,
@@ -597,7 +653,7 @@ class Array:
         self.memory[...] = array
 
 
-def run(spec, device, grid, stream, arguments, shared=0):
+def run(spec, device, grid, stream, arguments, shared=0, cluster=1):
     """What takes the place of `_cuda_launch.run`."""
 
     def again(stream, *leading):
@@ -633,12 +689,14 @@ def install(monkeypatch, gpu=GPU):
         monkeypatch.setattr(_cuda_plan, name, class_._replace(threads=small[class_[:2]]))
     monkeypatch.setattr(_cuda_plan, "SHORT_THREADS", 32)
     monkeypatch.setattr(_cuda_plan, "TILE_THREADS", 64)
+    monkeypatch.setattr(_cuda_plan, "CLUSTER_THREADS", 64)
     monkeypatch.setattr(_cuda_plan, "plan", functools.cache(_cuda_plan.plan.__wrapped__))
     monkeypatch.setattr(_cuda_launch, "run", run)
     monkeypatch.setattr(_cuda_launch, "upload", upload)
     monkeypatch.setattr(_cuda_launch, "clear", clear)
     monkeypatch.setattr(_cuda_launch, "gpu", lambda device: gpu)
     monkeypatch.setattr(_cuda_launch, "most_blocks", lambda spec, device, shared: gpu.multiprocessors)
+    monkeypatch.setattr(_cuda_launch, "most_clusters", lambda *_: 1)
     monkeypatch.setattr(
         cuda, "_empty_of_numba", lambda shape, dtype, device, stream: Array.empty(shape, dtype)
     )

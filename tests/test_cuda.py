@@ -1,5 +1,7 @@
 """The CUDA kernels without a GPU: their logic in a simulator, every class against the exact values."""
 
+import math
+
 import ml_dtypes
 import numpy as np
 import oracle
@@ -114,7 +116,9 @@ def small_classes(monkeypatch):
     monkeypatch.setattr(_cuda_plan, "TILE_BYTES", 4096)
     monkeypatch.setattr(_cuda_plan, "HALF_BYTES", 3000)
     monkeypatch.setattr(_cuda_plan, "TEAM_BYTES", 4096)
-    monkeypatch.setattr(_cuda_launch, "gpu", lambda device: simulator.GPU._replace(shared=4096))
+    monkeypatch.setattr(_cuda_plan, "CLUSTER_BYTES", 2048)
+    small = simulator.GPU._replace(shared=4096, cluster=4)
+    monkeypatch.setattr(_cuda_launch, "gpu", lambda device: small)
     monkeypatch.setattr(_cuda_plan, "WARP_ENTRIES_OF_16_BITS", 8)
     monkeypatch.setattr(_cuda_plan, "WAVE_BYTES", 4 * 4096)
 
@@ -137,7 +141,7 @@ def check(name, n, axis, dtype=np.float32, count=3, temperature=0.7):
 
 
 @pytest.mark.usefixtures("_small")
-@pytest.mark.parametrize("n", [32, 33, 64, 65, 256, 257, 512, 513, 1020, 1021, 2041, 4080, 4081])
+@pytest.mark.parametrize("n", [32, 33, 64, 65, 256, 257, 512, 513, 1020, 1021, 2032, 2033, 4080, 4081])
 @pytest.mark.parametrize("name", oracle.FUNCTIONS)
 def test_rows_on_both_sides_of_thresholds(name, n):
     check(name, n, 1)
@@ -208,6 +212,64 @@ def test_one_temperature_on_the_gpu_serves_all_slices(shape, name):
     found = getattr(cuda, name)(Array.like(x), Array.like(np.array([0.7])), axis=1).memory
     for i in (0, shape[0] - 1):
         oracle.assert_close(name, found[i], x[i], 0.7)
+
+
+def unlike_parts(n):
+    """Return slices whose parts, in the blocks of a team, are unlike each other: by name, (entries, T)."""
+    x = np.random.default_rng(n).normal(scale=3.0, size=n).astype(np.float32)
+    first, last = slice(0, n // 3), slice(-(n // 3), None)
+    border = np.float32(2.0**15 * math.log(2))  # |max c| of plain slices is at most 2**15
+
+    def with_part(part, value):
+        result = x.copy()
+        result[part] = value
+        return result
+
+    return {
+        "nothing in the first": (with_part(first, -np.inf), 1.0),
+        "nothing in the last": (with_part(last, -np.inf), 1.0),
+        "nothing at all": (np.full_like(x, -np.inf), 1.0),
+        "masked by the lowest number": (with_part(last, np.finfo(np.float32).min), 1.0),
+        "masked by -1e9": (with_part(first, -1e9), 0.5),
+        "far below": (with_part(first, x[first] - 100), 1.0),
+        "below what shows": (with_part(last, x[last] - 300), 1.0),
+        "infinite in one": (with_part(slice(n - 5, n - 3), np.inf), 1.0),
+        "NaN in one": (with_part(slice(3, 4), np.nan), 1.0),
+        "NaN where nothing counts": (with_part(first, np.where(np.arange(n // 3) == 7, np.nan, -1e9)), 1.0),
+        "ties in all": (np.where(np.arange(n) % 97 == 3, np.float32(11.5), x), 1.0),
+        "too high": (x + np.float32(2 * border), 1.0),
+        "too low": (x - np.float32(2 * border), 1.0),
+        "on both sides of the border": (np.where(np.arange(n) < n // 2, 0, np.float32(0.3)) - border, 1.0),
+        "just below it": (np.where(np.arange(n) < n // 2, 60, 0).astype(np.float32) - border - 61, 1.0),
+        "T = 0": (np.where(np.arange(n) % 97 == 3, np.float32(11.5), x), 0.0),
+        "T = inf": (x, np.inf),
+        "tiny T": (x, 1e-30),
+        "huge T": (x, 1e30),
+    }
+
+
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("n", [700, 1500, 3000])
+def test_parts_of_a_team_may_be_unlike_each_other(n, dtype):
+    """In a tile of one block, in a cluster and in blocks of the grid, by rows and by columns."""
+    cases_ = unlike_parts(n)
+    x = np.stack([entries.astype(dtype) for entries, _ in cases_.values()])
+    temperatures = np.array([temperature for _, temperature in cases_.values()])
+    found = [on_gpu(fastmax.softmax)(x, temperatures, axis=1)]
+    if n == 700:
+        found += [on_gpu(fastmax.softmax)(np.ascontiguousarray(x.T[:, [*range(19), 0]]), 1.0, axis=0).T]
+        temperatures = [temperatures, np.ones(19)]
+    else:
+        temperatures = [temperatures]
+    allowed = 3.0 if dtype is np.float32 else 0.01 * 2**16  # ulp of float32; 0.01 of one of bfloat16
+    wrong = []
+    for result, degrees in zip(found, temperatures, strict=True):
+        for i, case in enumerate(cases_):
+            error = oracle.errors("softmax", result[i], oracle.expect(x[i], degrees[i])).max()
+            if not error <= allowed:
+                wrong.append((case, degrees[i], error))
+    assert not wrong
 
 
 def test_faint_terms_beside_a_maximum_of_zero():
