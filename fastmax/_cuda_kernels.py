@@ -1006,8 +1006,10 @@ def reduce_tile(tile, places, board, law):
 
 # Blocks of a team wait for each other until the slowest has its entries, and while they wait nothing is
 # loaded: on an H100 one exchange more costs rows of 128256 entries 4 % of their speed. So each thread sums
-# each portion of its entries, as soon as it is there, beside a maximum of its own, in units of a power of two.
-# Then there is one exchange, of maxima and sums. This is for softmax of up to 32 bits.
+# each portion of its entries, as soon as it is there, beside a maximum of its own, in units of a power of
+# two, and there is one exchange, of maxima and sums. This is for softmax of up to 32 bits. The rest of what
+# is lost is that blocks wait for the slowest: without any exchange such rows have a copy's speed, and neither
+# blocks that stay for the next row nor bringing that while this one is written gained.
 
 # A slice is as usual if its origin is finite and not so low that parts that are not plain count beside it.
 USUAL_ORIGINS = 128.0, 2.0**15 - 128.0  # middle and distance
@@ -1137,7 +1139,7 @@ def write_row(step, state, target):
 
 
 def write_portions(target, origins, origin, factor):
-    """Write the terms of a tile to a row, each portion from its own origin; all threads have what they made."""
+    """Write terms to a row, each portion from its own origin; a thread writes those that it has made."""
     places = target[3]
     step = portion_of(places[2])
     first, second, third, fourth = origins

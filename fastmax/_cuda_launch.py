@@ -106,7 +106,7 @@ def gpu(device):
         numbers.append(value.value)
     capability = numbers[0], numbers[1]
     cluster = _cuda_plan.MOST_IN_CLUSTER if capability >= _cuda_plan.CLUSTERS_FROM else 1
-    return _cuda_plan.Gpu(capability, *numbers[2:], cluster)
+    return _cuda_plan.Gpu(capability, numbers[2], numbers[3], cluster)
 
 
 def device_of(address):
@@ -258,7 +258,7 @@ def _function(spec, device, shared, cluster=1):
 
 
 def _prepared(spec, device, shared, cluster):
-    """A kernel that is loaded and may have so many bytes of shared memory, and so many blocks in a cluster."""
+    """A loaded kernel that may have so many bytes of shared memory, and so many blocks in a cluster."""
     kernel = _load(spec, gpu(device).capability)
     handle = ctypes.c_int()
     _check(_library().cuDeviceGet(ctypes.byref(handle), device))

@@ -26,6 +26,7 @@ class Spec(NamedTuple):
     resident: int = 1  # blocks that a multiprocessor shall hold at once, by the registers of their threads
     per_slice: bool = False  # whether each slice has a law of its own
     masked: bool = False
+    tile: int = 0  # bytes of a slice that a block of a team holds, at most
     source: str = "float64"  # dtype of the temperatures that laws are worked out of
     ranks: tuple[int, int] = (1, 1)  # axes over slices and over entries of a slice, for any strides
 
@@ -54,13 +55,23 @@ class Class(NamedTuple):
     """Groups of one kind, and how many words of 32 bits of a slice each of their threads may hold.
 
     With ``resident`` blocks at once on a multiprocessor, some load and store while others compute. It is
-    asked of softmax of up to 32 bits alone, which does not spill then; the others have more sums to hold.
+    asked of softmax alone, of float64 in short rows; the others have more to hold, and would spill.
     """
 
     group: str
     threads: int
     members: int
     words: int
+    resident: int = 1
+
+
+class Tile(NamedTuple):
+    """Memory of a block for slices, and how many blocks of a team have one each."""
+
+    team: str
+    kilobytes: float
+    blocks: int
+    threads: int
     resident: int = 1
 
 
@@ -82,15 +93,32 @@ SHORT_BYTES = 24  # for a thread, at least
 # Rows, by length. With 16 words, four 128-bit loads of each thread are on their way, and what a group does
 # once is shared by many entries. The choice never depends on the number of rows, as the bits of a slice must
 # not.
-ROWS = (
+SHORT_ROWS = (
     Class("warp", 128, 1, 4, 8),
     Class("warp", 128, 2, 16, 8),
     Class("warp", 128, 4, 16, 8),  # up to 64 words: whole sectors of 32 bytes for each row
     Class("warp", 128, 8, 16, 8),
     Class("warp", 128, 16, 16, 8),
-    Class("warp", 128, 32, 40, 5),  # to 1280: no barrier; 96 registers for five blocks
 )
-WARP_ENTRIES_OF_16_BITS = 64  # to 2048: what a thread of a warp holds, in 128 registers for four blocks
+ROWS = {  # by the size of entries; a warp needs no barrier
+    2: (
+        *SHORT_ROWS,
+        Class("warp", 128, 32, 32, 5),
+        # To 1152, as a warp leaves more places empty: 0.97 of a copy's speed on an H100 at 1025, else 0.90.
+        Class("warp", 128, 16, 72, 4),
+        Class("warp", 128, 32, 64, 4),  # to 2048
+    ),
+    4: (
+        *SHORT_ROWS,
+        Class("warp", 128, 32, 32, 5),
+        Class("warp", 128, 32, 40, 4),  # to 1280
+    ),
+    8: (
+        *SHORT_ROWS,
+        Class("warp", 128, 32, 16, 8),
+        Class("warp", 128, 32, 40),  # to 640
+    ),
+}
 # From here on one row needs more threads than a warp: as many warps as leave the fewest entries idle. Entries
 # that a thread holds, and threads, at most, by the size of entries.
 BLOCK_ENTRIES = {2: 32, 4: 16, 8: 8}
@@ -104,28 +132,57 @@ COLUMNS = (
     Class("column", 512, 32, 24),  # to 768
 )
 
-# Longer slices lie in shared memory: a row, or as many columns as fill a line of so many bytes, by the size
-# of entries, in a tile of one block as long as it has room for them. With up to half of what a multiprocessor
-# of an H100 has, a row has 256 threads, as two or more are there at once, else 512.
-TILE_BYTES = 220 * 2**10
-TILE_THREADS = 256
-HALF_BYTES = 110 * 2**10
-LINE_BYTES = {2: 64, 4: 128, 8: 64}
-# Else a team of blocks takes a slice: a row with three blocks at once on a multiprocessor, 0.72 to 0.86 of a
-# copy's speed, where one or two, or a second tile for the next row, gave less. Columns have more to tell, so
-# they have the largest tiles and no teams of many blocks: 0.54 to 0.59 with 10 blocks, 0.06 with 228.
-TEAM_BYTES = 72 * 2**10
-TEAM_RESIDENT = 3
-COLUMN_TEAM_BYTES = 216 * 2**10
-MOST_IN_COLUMN_TEAM = 40
+# Longer slices lie in shared memory, in tiles: a row, or as many columns as fill a line of so many bytes. The
+# first tile of a list that has room takes a slice, in one block or in as few blocks of a team as hold it.
+# What follows are shares of a copy's speed on an H100, with 1 GB to read and write.
+# Softmax of rows, summed at once: float32 0.96 with 50257 entries, 0.96 with 65536 in a cluster of six, 0.93
+# with 128256 in one of seven; bfloat16 0.97 and 0.94 with 128256 and 262144. A cluster is as slow as the
+# slowest of its multiprocessors, which are neighbours, a team of the grid as the slowest of all: 0.82 with a
+# million, where clusters, of 16 blocks that each need a multiprocessor for themselves, have 0.71.
+LINE_BYTES = 64
+AT_ONCE_TILES = {
+    2: (
+        Tile("", 220, 1, 256, 3),
+        Tile("cluster", 54, 16, 256, 4),
+        Tile("cluster", 72, 16, 256, 3),
+        Tile("grid", 72, 1000, 256, 3),
+    ),
+    4: (
+        Tile("", 220, 1, 256, 3),
+        Tile("cluster", 43.5, 6, 128, 5),
+        Tile("cluster", 72, 16, 256, 3),
+        Tile("grid", 108, 1000, 256, 2),
+    ),
+}
+# Other rows have more to compute. Of float64: 0.85, 0.80 and 0.75 with 16384, 32768 and 128256.
+ROW_TILES = (
+    Tile("", 110, 1, 256),
+    Tile("", 220, 1, 512),
+    Tile("cluster", 108, 16, 256),
+    Tile("grid", 108, 1000, 256),
+)
+# Columns tell each other more, so a grid of many blocks is no use (0.06 with 228): 0.86, 0.80 and 0.71 with
+# 1000, 2000 and 16384 entries, and 0.34 with 131072 in the grid.
+COLUMN_TILES = {
+    2: (
+        Tile("", 72, 1, 256, 2),
+        Tile("cluster", 72, 16, 128, 4),
+        Tile("cluster", 200, 16, 512),
+        Tile("", 220, 1, 256, 2),  # without clusters
+        Tile("grid", 216, 40, 512),
+    ),
+    4: (
+        Tile("", 72, 1, 256, 3),
+        Tile("cluster", 72, 16, 128, 5),
+        Tile("cluster", 200, 16, 512),
+        Tile("", 220, 1, 256, 3),
+        Tile("grid", 216, 40, 512),
+    ),
+}
+COLUMN_TILES[8] = COLUMN_TILES[4]
 TILES_FROM = (8, 0)  # compute capability that copies to shared memory in the background
-
-# A cluster
-CLUSTER_BYTES = 110 * 2**10
-CLUSTER_THREADS = 256
-CLUSTER_RESIDENT = 2
-MOST_IN_CLUSTER = 16
-CLUSTERS_FROM = (9, 0)  # compute capability
+CLUSTERS_FROM = (9, 0)
+MOST_IN_CLUSTER = 16  # of which the driver grants 8 at any rate
 
 # What is longer still is split into small parts, as are slices on older GPUs.
 SPLIT_ROWS = Class("block", 256, 256, 16, 4)
@@ -161,11 +218,8 @@ def _fit(classes, dtype, n):
     lanes = 16 // ITEMSIZE[dtype]
     for class_ in classes:
         pieces = -(-n // (class_.members * lanes))
-        most = class_.words
-        if ITEMSIZE[dtype] == 2 and class_.group == "warp" and class_.members == 32:
-            most = WARP_ENTRIES_OF_16_BITS
-        if pieces * lanes * words <= max(most, lanes * words):
-            return (class_._replace(resident=4) if pieces * lanes * words > 32 else class_), pieces
+        if pieces * lanes * words <= max(class_.words, lanes * words):
+            return class_, pieces
     return None
 
 
@@ -188,7 +242,7 @@ def _fit_block(dtype, n):
 
 def _spec(function, operation, dtype, class_, pieces, access, per_slice, shifted=False):
     group, threads, members, _, resident = class_
-    if operation != "softmax" or dtype == "float64":
+    if operation != "softmax" or (dtype == "float64" and (function != "transform" or group == "column")):
         resident = 1
     return Spec(
         *(function, operation, dtype, group, threads, members, "", pieces, access, shifted),
@@ -205,43 +259,46 @@ def tile_spec(verb, operation, dtype, n, is_columns, access, alignment, per_slic
     """Spec of the kernel that keeps slices in shared memory; None if they do not fit there."""
     if gpu.capability < TILES_FROM or (is_columns and alignment != "aligned"):
         return None
+    size = ITEMSIZE[dtype]
     name, group, lines = f"{verb}_rows", "block", 1
+    tiles = AT_ONCE_TILES[size] if is_at_once(name, operation, dtype, access) else ROW_TILES
     if is_columns:
-        group, lines = "column", line_entries(dtype)
+        group, lines, tiles = "column", LINE_BYTES // size, COLUMN_TILES[size]
         is_simple = operation == "softmax" and not per_slice
         name = "transform_lines" if is_simple else f"{verb}_columns"
-        access = 16 // ITEMSIZE[dtype] if is_simple else 1
-    size = n * ITEMSIZE[dtype] * lines
-    threads, resident = (TILE_THREADS, 3) if size <= HALF_BYTES or is_columns else (2 * TILE_THREADS, 1)
-    if is_columns and ITEMSIZE[dtype] == 2:
-        resident = min(2, resident)
-    team = ""
-    if n > tile_entries(dtype, is_columns, min(TILE_BYTES, gpu.shared)):
-        team = "grid"
-        threads, resident = TILE_THREADS, 2 if is_columns else TEAM_RESIDENT
-        if blocks_needed(dtype, n, "cluster", is_columns, gpu) <= gpu.cluster:
-            team = "cluster"
-            threads, resident = CLUSTER_THREADS, CLUSTER_RESIDENT
-    class_ = Class(group, threads, threads // lines, 0, resident)
-    spec = _spec(name, operation, dtype, class_, 1, access, per_slice)
-    if team == "grid":
-        most = gpu.multiprocessors * min(spec.resident, gpu.shared // team_bytes(team, is_columns, gpu))
-        most = min(most, MOST_IN_COLUMN_TEAM) if is_columns else most
-        if blocks_needed(dtype, n, team, is_columns, gpu) > most:
-            return None
-    return spec._replace(team=team)
+        access = 16 // size if is_simple else 1
+    for tile in tiles:
+        class_ = Class(group, tile.threads, tile.threads // lines, 0, tile.resident)
+        spec = _spec(name, operation, dtype, class_, 1, access, per_slice)
+        spec = spec._replace(team=tile.team, tile=int(min(tile.kilobytes * 2**10, gpu.shared)))
+        most = tile.blocks
+        if tile.team == "cluster":
+            most = min(most, gpu.cluster) if gpu.cluster > 1 else 0
+        elif tile.team == "grid":
+            most = min(most, gpu.multiprocessors * min(spec.resident, gpu.shared // spec.tile))
+        if blocks_needed(spec, n) <= most:
+            return spec
+    return None
 
 
-def blocks_needed(dtype, n, team, is_columns, gpu):
-    """How many blocks of a team hold n entries."""
-    return -(-n // tile_entries(dtype, is_columns, team_bytes(team, is_columns, gpu)))
+def is_at_once(function, operation, dtype, access):
+    """Whether a kernel sums portions of rows as they arrive, and blocks of a team have one exchange.
+
+    Terms that take the place of float32s must be written by those who made them, 128 bits at a time.
+    """
+    size = ITEMSIZE[dtype]
+    return (
+        function == "transform_rows" and operation == "softmax" and (size == 2 or 4 == size == 16 // access)
+    )
 
 
-def team_bytes(team, is_columns, gpu):
-    """Size of the tile of a block of a team, at most."""
-    if team == "cluster":
-        return min(CLUSTER_BYTES, gpu.shared)
-    return min(COLUMN_TEAM_BYTES if is_columns else TEAM_BYTES, gpu.shared)
+def blocks_needed(spec, n):
+    """How many tiles hold slices of n entries; a row may begin anywhere in its first piece."""
+    size = ITEMSIZE[spec.dtype]
+    if spec.group == "column":
+        whole = 16 * spec.threads  # a column is filled up to a multiple of what its threads take at a time
+        return -(-n // max(1, spec.tile // whole * whole // LINE_BYTES))
+    return -(-n // (spec.tile // size - 16 // size))
 
 
 def alignment_of(dtype, x, out, n, inner, x_pitch, out_pitch):
@@ -277,7 +334,7 @@ def plan(operation, dtype, n, is_columns, is_packed, alignment, per_slice, gpu) 
         return (_spec(f"{verb}_short", operation, dtype, class_, n, access, per_slice),)
     else:
         places = n + (lanes - 1 if shifted else 0)
-        found = _fit(ROWS, dtype, places) or _fit_block(dtype, places)
+        found = _fit(ROWS[ITEMSIZE[dtype]], dtype, places) or _fit_block(dtype, places)
     if found is not None:
         return (_spec(verb, operation, dtype, *found, access, per_slice, shifted),)
     tile = tile_spec(verb, operation, dtype, n, is_columns, access, alignment, per_slice, gpu)
@@ -323,29 +380,14 @@ def slots_of_cluster(spec):
     return (2 if spec.operation == "logsumexp" else 1) * MOST_IN_CLUSTER * states(spec)
 
 
-def line_entries(dtype):
-    """Neighbouring columns that a tile holds."""
-    return LINE_BYTES[ITEMSIZE[dtype]] // ITEMSIZE[dtype]
-
-
-def tile_entries(dtype, is_columns, size):
-    """Entries of one slice in a tile of so many bytes; a row may begin anywhere in its first piece."""
-    if is_columns:
-        # Columns are filled up to a multiple of LANES rows for each thread.
-        whole = 2 * TILE_THREADS * 16
-        return size // whole * whole // LINE_BYTES[ITEMSIZE[dtype]]
-    return size // ITEMSIZE[dtype] - 16 // ITEMSIZE[dtype]
-
-
 def shares(spec, n, blocks):
     """How many of n entries each of some blocks has at most, and the size of its tile in bytes."""
     size = ITEMSIZE[spec.dtype]
     lanes = 16 // size
     share = -(-n // blocks)
     if spec.group == "column":
-        # A column is filled up to a multiple of the entries that its threads take at a time.
         whole = lanes * spec.members
-        return share, -(-share // whole) * whole * LINE_BYTES[size]
+        return share, -(-share // whole) * whole * LINE_BYTES
     share = -(-(share + lanes - 1) // lanes) * lanes
     return share, share * size
 
@@ -438,10 +480,8 @@ def names(spec, target):
             "exchange_top": kernels.among_lines,
         }
     replaced |= kernels.TEAMS[spec.team]
-    if spec.function == "transform_rows" and spec.operation == "softmax":
-        # Terms that are kept in units of their own must be written by those who made them, in whole pieces.
-        if ITEMSIZE[spec.dtype] == 2 or (spec.dtype == "float32" and spec.access == spec.lanes):
-            replaced |= kernels.AT_ONCE[ITEMSIZE[spec.dtype]]
+    if is_at_once(spec.function, spec.operation, spec.dtype, spec.access):
+        replaced |= kernels.AT_ONCE[ITEMSIZE[spec.dtype]]
     if spec.function.endswith("strided"):
         replaced["entry_of"] = kernels.strided_entry
         if spec.operation == "softmax" and ITEMSIZE[spec.dtype] > 2:

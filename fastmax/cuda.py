@@ -682,7 +682,7 @@ def _run_packed(task, x, out, count, n, inner, x_pitch, out_pitch, laws):
     )
     gpu = driver.gpu(task.device)
     specs = _cuda_plan.plan(*how, gpu)
-    if specs[0].team == "cluster" and not _fits(task, specs[0], n, gpu):
+    if specs[0].team == "cluster" and not _fits(task, specs[0], n):
         specs = _cuda_plan.plan(*how, gpu._replace(cluster=1))
     spec, *others = specs
     if others:
@@ -697,25 +697,22 @@ def _run_packed(task, x, out, count, n, inner, x_pitch, out_pitch, laws):
     return task.launch(spec, (-(-count // at_a_time), 1), *arguments, shared=shared), 0
 
 
-def _fits(task, spec, n, gpu):
+def _fits(task, spec, n):
     """Whether a device has room for a cluster; that of a part of one may have none for a large cluster."""
-    is_columns = spec.group == "column"
-    blocks = _cuda_plan.blocks_needed(task.dtype, n, spec.team, is_columns, gpu)
+    blocks = _cuda_plan.blocks_needed(spec, n)
     _, shared = _cuda_plan.shares(spec, n, blocks)
     return driver.most_clusters(spec, task.device, shared, blocks) > 0
 
 
 def _run_tiles(task, spec, x, out, count, n, inner, skew, x_pitch, out_pitch, laws):
     """Run slices that lie in shared memory, each in that of one block or of a team of blocks."""
-    gpu, is_columns = driver.gpu(task.device), spec.group == "column"
+    is_columns = spec.group == "column"
     groups = count // inner * -(-inner // spec.slices)
-    blocks, teams, told, words, memory = 1, groups, 0, 0, None
-    if spec.team:
-        blocks = _cuda_plan.blocks_needed(task.dtype, n, spec.team, is_columns, gpu)
+    blocks, told, words, memory = _cuda_plan.blocks_needed(spec, n), 0, 0, None
+    teams = groups
     if spec.team == "grid":
         # As many blocks for each as keep all multiprocessors busy, where there are enough slices.
-        size = _cuda_plan.team_bytes(spec.team, is_columns, gpu)
-        running = driver.most_blocks(spec, task.device, size)
+        running = driver.most_blocks(spec, task.device, spec.tile)
         blocks = running // (running // blocks)
         teams = min(groups, running // blocks)
         words = _cuda_plan.board_words(spec) * blocks * teams

@@ -39,6 +39,7 @@ LENGTHS = (3, 10, 32, 64, 128, 256, 1000, 1024, 1025, 2048, 4096, 8192, 16384, 3
 LONG = (2**18, 10**6)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # rows of 128256
 INNER = (1, 8, 64, 1024, 8192)  # columns of COLUMN entries
+MIDDLE_INNER = (1024, 8192)  # neighbours of such columns in as many groups as fill the traffic
 LONG_INNER = (1, 1024, 8192)  # columns of as many entries as fill the traffic
 COLUMN = 1000
 SPREAD = 3  # entries between rows that are neither packed nor aligned
@@ -67,9 +68,22 @@ def lengths_to_check(operation: str, dtype: str) -> list[int]:
     if operation != "softmax":
         return [3, 33, 1025, 20000, 40000, 300000] if dtype == "float32" else [33, 1025]
     if dtype != "float32":
-        return [3, 33, 129, 1025, 20000, 128256, 300000]
-    thresholds = [32, 64, 128, 256, 768, *(2**i for i in range(10, 18))]
-    return [1, 3, 12, 16, 31, *(m for n in thresholds for m in (n, n + 1)), 50257, 128256, 300000]
+        return [3, 33, 129, 1025, 1153, 20000, 40000, 128256, 300000, 600000]
+    thresholds = [32, 64, 128, 256, 768, *(2**i for i in range(10, 18)), *tile_limits()]
+    return [1, 3, 12, 16, 31, *(m for n in thresholds for m in (n, n + 1)), 50257, 128256]
+
+
+def tile_limits() -> list[int]:
+    """Return the most entries of float32 that tiles for rows and for columns hold, but for those of grids."""
+    found = []
+    for tile in (*_cuda_plan.AT_ONCE_TILES[4], *_cuda_plan.COLUMN_TILES[4]):
+        size = int(tile.kilobytes * 2**10)
+        whole = 16 * tile.threads
+        is_row = tile in _cuda_plan.AT_ONCE_TILES[4]
+        entries = size // 4 - 4 if is_row else size // whole * whole // _cuda_plan.LINE_BYTES
+        if tile.team != "grid":
+            found.append(tile.blocks * entries)
+    return sorted(found)
 
 
 def make_rows(n: int, dtype: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -233,16 +247,17 @@ def host_seconds(torch: Any, function: Callable[[Any], Any], calls: int = 2000) 
     return seconds
 
 
-def cases(dtypes: Sequence[str]) -> list[tuple[str, str, tuple[int, int], int]]:
+def cases(dtypes: Sequence[str]) -> list[tuple[str, str, tuple[int, ...], int]]:
     """Return (group, dtype, shape, axis) of everything that is timed."""
-    groups: dict[str, list[tuple[str, tuple[int, int], int]]] = {}
+    groups: dict[str, list[tuple[str, tuple[int, ...], int]]] = {}
     for dtype in dtypes:
         size = {"float64": 8, "float32": 4}.get(dtype, 2)
         entries = TRAFFIC // (2 * size)
-        shapes = {
+        shapes: dict[str, list[tuple[tuple[int, ...], int]]] = {
             "rows": [((max(1, entries // n), n), 1) for n in (*LENGTHS, *LONG)],
             "one row": [((1, 10**6), 1)],
             "columns": [((COLUMN, inner), 0) for inner in INNER],
+            "middle axis": [((entries // (COLUMN * inner), COLUMN, inner), 1) for inner in MIDDLE_INNER],
             "batch": [((count, 128256), 1) for count in BATCHES],
             "long columns": [((max(1, entries // inner), inner), 0) for inner in LONG_INNER],
         }
@@ -252,7 +267,7 @@ def cases(dtypes: Sequence[str]) -> list[tuple[str, str, tuple[int, int], int]]:
 
 
 def time_case(
-    torch: Any, group: str, dtype: str, shape: tuple[int, int], axis: int, absent: dict[str, str]
+    torch: Any, group: str, dtype: str, shape: tuple[int, ...], axis: int, absent: dict[str, str]
 ) -> list[Row]:
     """Time all contenders on one shape; those that fail are noted as absent there."""
     size = getattr(torch, dtype).itemsize
@@ -336,7 +351,7 @@ def specs_needed(dtypes: Sequence[str], gpu: Any) -> list[Any]:
             if operation == "softmax":
                 add(operation, dtype, n, 1, n, 0, False)
     for _, dtype, shape, axis in cases(dtypes):
-        inner = shape[1] if axis == 0 else 1
+        inner = math.prod(shape[axis:][1:])
         add("softmax", dtype, shape[axis], inner, shape[axis] * inner, 0, False)
     return [(spec, gpu.capability) for spec in found]
 

@@ -1,6 +1,7 @@
 """The cases every code path of every backend must get right, and the list of those it does not."""
 
 import functools
+import math
 
 import ml_dtypes
 import numpy as np
@@ -60,3 +61,38 @@ def failures(function, name, path, dtype):
         if fault:
             found.append(f"{description}: {fault}")
     return found
+
+
+def unlike_parts(n):
+    """Return slices whose parts, in the blocks of a team, are unlike each other: by name, (entries, T)."""
+    rng = np.random.default_rng(n)
+    x = rng.choice(rng.normal(scale=3.0, size=60), size=n).astype(np.float32)
+    first, last = slice(0, n // 3), slice(-(n // 3), None)
+    border = np.float32(2.0**15 * math.log(2))  # |max c| of plain slices is at most 2**15
+
+    def with_part(part, value):
+        result = x.copy()
+        result[part] = value
+        return result
+
+    return {
+        "nothing in the first": (with_part(first, -np.inf), 1.0),
+        "nothing in the last": (with_part(last, -np.inf), 1.0),
+        "nothing at all": (np.full_like(x, -np.inf), 1.0),
+        "masked by the lowest number": (with_part(last, np.finfo(np.float32).min), 1.0),
+        "masked by -1e9": (with_part(first, -1e9), 0.5),
+        "far below": (with_part(first, x[first] - 100), 1.0),
+        "below what shows": (with_part(last, x[last] - 300), 1.0),
+        "infinite in one": (with_part(slice(n - 5, n - 3), np.inf), 1.0),
+        "NaN in one": (with_part(slice(3, 4), np.nan), 1.0),
+        "NaN where nothing counts": (with_part(first, np.where(np.arange(n // 3) == 7, np.nan, -1e9)), 1.0),
+        "ties in all": (np.where(np.arange(n) % 97 == 3, np.float32(11.5), x), 1.0),
+        "too high": (x + np.float32(2 * border), 1.0),
+        "too low": (x - np.float32(2 * border), 1.0),
+        "on both sides of the border": (np.where(np.arange(n) < n // 2, 0, np.float32(0.3)) - border, 1.0),
+        "just below it": (np.where(np.arange(n) < n // 2, 60, 0).astype(np.float32) - border - 61, 1.0),
+        "T = 0": (np.where(np.arange(n) % 97 == 3, np.float32(11.5), x), 0.0),
+        "T = inf": (x, np.inf),
+        "tiny T": (x, 1e-30),
+        "huge T": (x, 1e30),
+    }

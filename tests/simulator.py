@@ -678,18 +678,24 @@ def install(monkeypatch, gpu=GPU):
 
     # Blocks of one or two warps, as the other threads of larger ones would have no slices in most tests.
     small = {("warp", 128): 32, ("column", 128): 32, ("column", 256): 64}
-    shrunk = {
-        name: tuple(c._replace(threads=small.get(c[:2], c.threads)) for c in getattr(_cuda_plan, name))
-        for name in ("ROWS", "COLUMNS")
-    }
-    for name, classes in shrunk.items():
-        monkeypatch.setattr(_cuda_plan, name, classes)
+
+    def narrow(tiles):
+        return tuple(tile._replace(threads=64) for tile in tiles)
+
+    def shrunk(classes):
+        return tuple(c._replace(threads=small.get(c[:2], c.threads)) for c in classes)
+
+    monkeypatch.setattr(_cuda_plan, "COLUMNS", shrunk(_cuda_plan.COLUMNS))
+    rows = {size: shrunk(classes) for size, classes in _cuda_plan.ROWS.items()}
+    monkeypatch.setattr(_cuda_plan, "ROWS", rows)
     for name in ("STRIDED_WARP", "STRIDED_COLUMN"):
         class_ = getattr(_cuda_plan, name)
         monkeypatch.setattr(_cuda_plan, name, class_._replace(threads=small[class_[:2]]))
     monkeypatch.setattr(_cuda_plan, "SHORT_THREADS", 32)
-    monkeypatch.setattr(_cuda_plan, "TILE_THREADS", 64)
-    monkeypatch.setattr(_cuda_plan, "CLUSTER_THREADS", 64)
+    for name in ("AT_ONCE_TILES", "COLUMN_TILES"):
+        tiles = {size: narrow(own) for size, own in getattr(_cuda_plan, name).items()}
+        monkeypatch.setattr(_cuda_plan, name, tiles)
+    monkeypatch.setattr(_cuda_plan, "ROW_TILES", narrow(_cuda_plan.ROW_TILES))
     monkeypatch.setattr(_cuda_plan, "plan", functools.cache(_cuda_plan.plan.__wrapped__))
     monkeypatch.setattr(_cuda_launch, "run", run)
     monkeypatch.setattr(_cuda_launch, "upload", upload)

@@ -1,12 +1,10 @@
 """The CUDA kernels without a GPU: their logic in a simulator, every class against the exact values."""
 
-import math
-
 import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from conformance import TEMPERATURES, cases, slices
+from conformance import TEMPERATURES, cases, slices, unlike_parts
 from paths import IN_PLACE, PATHS
 
 import fastmax
@@ -107,19 +105,23 @@ def small_classes(monkeypatch):
     """Let groups be so small that every class, and the split, have slices that the simulator can run."""
     class_ = _cuda_plan.Class
     rows = (class_("warp", 64, 8, 8), class_("warp", 64, 32, 8))
-    monkeypatch.setattr(_cuda_plan, "ROWS", rows)
+    monkeypatch.setattr(_cuda_plan, "ROWS", dict.fromkeys((2, 4, 8), rows))
     monkeypatch.setattr(_cuda_plan, "BLOCK_ENTRIES", {2: 16, 4: 8, 8: 4})
     monkeypatch.setattr(_cuda_plan, "BLOCK_THREADS", {2: 64, 4: 64, 8: 64})
     monkeypatch.setattr(_cuda_plan, "COLUMNS", (class_("column", 64, 1, 8), class_("column", 64, 4, 8)))
     monkeypatch.setattr(_cuda_plan, "SPLIT_ROWS", class_("block", 64, 64, 8))
     monkeypatch.setattr(_cuda_plan, "SPLIT_COLUMNS", class_("column", 64, 4, 8))
-    monkeypatch.setattr(_cuda_plan, "TILE_BYTES", 4096)
-    monkeypatch.setattr(_cuda_plan, "HALF_BYTES", 3000)
-    monkeypatch.setattr(_cuda_plan, "TEAM_BYTES", 4096)
-    monkeypatch.setattr(_cuda_plan, "CLUSTER_BYTES", 2048)
+    tiles = (
+        _cuda_plan.Tile("", 3, 1, 64),
+        _cuda_plan.Tile("", 4, 1, 32),
+        _cuda_plan.Tile("cluster", 2, 4, 64),
+        _cuda_plan.Tile("grid", 4, 1000, 64),
+    )
+    for name in ("AT_ONCE_TILES", "COLUMN_TILES"):
+        monkeypatch.setattr(_cuda_plan, name, dict.fromkeys((2, 4, 8), tiles))
+    monkeypatch.setattr(_cuda_plan, "ROW_TILES", tiles)
     small = simulator.GPU._replace(shared=4096, cluster=4)
     monkeypatch.setattr(_cuda_launch, "gpu", lambda device: small)
-    monkeypatch.setattr(_cuda_plan, "WARP_ENTRIES_OF_16_BITS", 8)
     monkeypatch.setattr(_cuda_plan, "WAVE_BYTES", 4 * 4096)
 
 
@@ -212,40 +214,6 @@ def test_one_temperature_on_the_gpu_serves_all_slices(shape, name):
     found = getattr(cuda, name)(Array.like(x), Array.like(np.array([0.7])), axis=1).memory
     for i in (0, shape[0] - 1):
         oracle.assert_close(name, found[i], x[i], 0.7)
-
-
-def unlike_parts(n):
-    """Return slices whose parts, in the blocks of a team, are unlike each other: by name, (entries, T)."""
-    x = np.random.default_rng(n).normal(scale=3.0, size=n).astype(np.float32)
-    first, last = slice(0, n // 3), slice(-(n // 3), None)
-    border = np.float32(2.0**15 * math.log(2))  # |max c| of plain slices is at most 2**15
-
-    def with_part(part, value):
-        result = x.copy()
-        result[part] = value
-        return result
-
-    return {
-        "nothing in the first": (with_part(first, -np.inf), 1.0),
-        "nothing in the last": (with_part(last, -np.inf), 1.0),
-        "nothing at all": (np.full_like(x, -np.inf), 1.0),
-        "masked by the lowest number": (with_part(last, np.finfo(np.float32).min), 1.0),
-        "masked by -1e9": (with_part(first, -1e9), 0.5),
-        "far below": (with_part(first, x[first] - 100), 1.0),
-        "below what shows": (with_part(last, x[last] - 300), 1.0),
-        "infinite in one": (with_part(slice(n - 5, n - 3), np.inf), 1.0),
-        "NaN in one": (with_part(slice(3, 4), np.nan), 1.0),
-        "NaN where nothing counts": (with_part(first, np.where(np.arange(n // 3) == 7, np.nan, -1e9)), 1.0),
-        "ties in all": (np.where(np.arange(n) % 97 == 3, np.float32(11.5), x), 1.0),
-        "too high": (x + np.float32(2 * border), 1.0),
-        "too low": (x - np.float32(2 * border), 1.0),
-        "on both sides of the border": (np.where(np.arange(n) < n // 2, 0, np.float32(0.3)) - border, 1.0),
-        "just below it": (np.where(np.arange(n) < n // 2, 60, 0).astype(np.float32) - border - 61, 1.0),
-        "T = 0": (np.where(np.arange(n) % 97 == 3, np.float32(11.5), x), 0.0),
-        "T = inf": (x, np.inf),
-        "tiny T": (x, 1e-30),
-        "huge T": (x, 1e30),
-    }
 
 
 @pytest.mark.usefixtures("_small")

@@ -16,12 +16,13 @@ except Exception as error:  # whatever a missing or old library raises
     pytest.skip(f"the CUDA compiler is not installed: {error}", allow_module_level=True)
 
 HOPPER = _cuda_plan.Gpu((9, 0), 132, 227 * 2**10)
+CLUSTERED = HOPPER._replace(cluster=16)
 
 
-def planned(operation, dtype, n, alignment="aligned", *, columns=False, per_slice=False):
+def planned(operation, dtype, n, alignment="aligned", *, columns=False, per_slice=False, gpu=HOPPER):
     """Return the first spec for slices of n entries."""
     packed = not columns
-    return _cuda_plan.plan(operation, dtype, n, columns, packed, alignment, per_slice, HOPPER)[0]
+    return _cuda_plan.plan(operation, dtype, n, columns, packed, alignment, per_slice, gpu)[0]
 
 
 def parts(function, operation, class_, access, *, per_slice=False):
@@ -40,6 +41,8 @@ SPECS = {
     "warp, shifted": planned("softmax", "float32", 1025, "shifted"),
     "warp bfloat16, shifted": planned("softmax", "bfloat16", 2041, "shifted"),
     "warp float64": planned("entropy", "float64", 640),
+    "warp float64, shifted": planned("softmax", "float64", 253, "shifted"),
+    "half a warp": planned("softmax", "bfloat16", 1145, "shifted"),
     "block": planned("softmax", "float32", 6144),
     "block, not aligned": planned("softmax", "float32", 6144, "apart"),
     "block bfloat16": planned("softmax", "bfloat16", 8192),
@@ -52,6 +55,14 @@ SPECS = {
     "team": planned("softmax", "float32", 100_000),
     "team bfloat16": planned("softmax", "bfloat16", 200_000, "shifted", per_slice=True),
     "team entropy": planned("entropy", "float32", 100_000),
+    "small cluster": planned("softmax", "float32", 60_000, gpu=CLUSTERED),
+    "cluster": planned("softmax", "float32", 128_256, gpu=CLUSTERED),
+    "cluster bfloat16": planned("softmax", "bfloat16", 200_000, "shifted", per_slice=True, gpu=CLUSTERED),
+    "cluster float64": planned("softmax", "float64", 100_000, gpu=CLUSTERED),
+    "cluster log_softmax": planned("log_softmax", "float32", 100_001, "apart", gpu=CLUSTERED),
+    "lines of a cluster": planned("softmax", "float32", 10_000, columns=True, gpu=CLUSTERED),
+    "lines of a cluster float16": planned("softmax", "float16", 10_000, columns=True, gpu=CLUSTERED),
+    "columns of a cluster": planned("logsumexp", "float32", 10_000, columns=True, gpu=CLUSTERED),
     "lines": planned("softmax", "float32", 1000, columns=True),
     "lines bfloat16": planned("softmax", "bfloat16", 1000, columns=True),
     "lines of a team": planned("softmax", "float32", 10_000, columns=True),
@@ -108,6 +119,13 @@ def test_kernels_compile_for_other_gpus(kind, capability):
     assert f".target sm_{capability[0]}{capability[1]}" in ptx
     _, stack, spilled = assembled(ptx, capability)
     assert (stack, spilled) == (0, 0)
+
+
+def test_blocks_of_a_cluster_write_to_each_other():
+    ptx = _cuda_plan.build(SPECS["cluster"], HOPPER.capability)
+    assert ptx.count("barrier.cluster.arrive.release") == ptx.count("barrier.cluster.wait.acquire") > 1
+    assert "st.shared::cluster.f32" in ptx
+    assert "barrier.cluster" not in _cuda_plan.build(SPECS["team"], HOPPER.capability)
 
 
 def test_laws_are_worked_out_in_float64():

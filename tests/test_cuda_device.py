@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from conformance import failures
+from conformance import failures, unlike_parts
 from paths import IN_PLACE, PATHS
 
 import fastmax
@@ -111,7 +111,7 @@ def test_cupy_conforms(path, name):
     assert failures(visiting(getattr(fastmax, name), "cupy"), name, PATHS[path], np.float32) == []
 
 
-@pytest.mark.parametrize("n", [6145, 27000, 28161, 56316, 56317, 131073, 10**6, 4 * 10**6])
+@pytest.mark.parametrize("n", [6145, 28161, 56316, 56317, 66793, 131073, 294849, 10**6, 8 * 10**6])
 @pytest.mark.parametrize("name", oracle.FUNCTIONS)
 def test_long_rows_in_tiles_teams_and_parts(name, n):
     rng = np.random.default_rng(n)
@@ -121,8 +121,25 @@ def test_long_rows_in_tiles_teams_and_parts(name, n):
         oracle.assert_close(name, result[i], x[i], temperature)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("n", [7000, 70_000, 150_000, 700_000])
+def test_parts_of_a_team_may_be_unlike_each_other(n, dtype):
+    """In a tile of one block, in clusters and in blocks of the grid, from rows that begin anywhere."""
+    cases = unlike_parts(n)
+    x = np.stack([entries.astype(dtype) for entries, _ in cases.values()])
+    temperatures = np.array([temperature for _, temperature in cases.values()])
+    result = visiting(fastmax.softmax, "torch")(x, temperatures, axis=1)
+    allowed = 3.0 if dtype is np.float32 else 0.01 * 2**16  # ulp of float32; 0.01 of one of bfloat16
+    wrong = []
+    for i, case in enumerate(cases):
+        error = oracle.errors("softmax", result[i], oracle.expect(x[i], temperatures[i])).max()
+        if not error <= allowed:
+            wrong.append((case, temperatures[i], error))
+    assert not wrong
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-@pytest.mark.parametrize("n", [40, 1000, 5000, 60000])
+@pytest.mark.parametrize("n", [40, 1000, 5000, 30_000, 60_000])
 @pytest.mark.parametrize("name", oracle.FUNCTIONS)
 def test_columns_in_tiles_and_teams(name, n, dtype):
     """Those of one temperature and those of one each, which are taken apart."""
@@ -137,6 +154,15 @@ def test_columns_in_tiles_and_teams(name, n, dtype):
         unit = {"float32": 2.0**-23, "float64": 2.0**-52, "bfloat16": 2.0**-8}[dtype]
         scale = np.abs(expected) if name in oracle.ELEMENTWISE else np.maximum(np.abs(expected), 1.0)
         assert np.all(np.abs(found - expected) <= 5 * unit * scale + np.finfo(np.float32).tiny)
+
+
+@pytest.mark.parametrize(("count", "n"), [(300, 70_000), (300, 131_073), (20, 10**6)])
+def test_the_bits_of_a_row_do_not_depend_on_the_batch(count, n):
+    torch = pytest.importorskip("torch")
+    x = torch.randn(count, n, device="cuda")
+    many = fastmax.softmax(x, 0.5, axis=1)
+    for i in (0, count - 1):
+        assert torch.equal(many[i : i + 1], fastmax.softmax(x[i : i + 1].clone(), 0.5, axis=1))
 
 
 def test_a_call_that_was_prepared_gives_the_same():

@@ -15,6 +15,7 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 from fastmax import _cuda_launch, _cuda_plan, _cuda_target, _jit, cuda
 
 HOPPER = _cuda_plan.Gpu((9, 0), 132, 227 * 2**10)
+CLUSTERED = HOPPER._replace(cluster=16)
 
 
 def planned(operation, dtype, n, *, columns=False, packed=True, alignment="aligned", gpu=HOPPER):
@@ -30,6 +31,7 @@ class Driver:
     def __init__(self, current=1234):
         self.launches, self.contexts, self.copies, self.current = [], [], [], current
         self.capturing = False
+        self.clusters = 8
 
     def cuCtxGetCurrent(self, found):
         found._obj.value = self.current
@@ -56,7 +58,8 @@ class Driver:
         values = [ctypes.c_int64.from_address(pointer).value for pointer in pointers]
         self.launches.append((list(own.grid), list(own.block), own.stream, kernel.value, values))
         self.shared = own.shared
-        self.cooperative = (own.attributes[0].id, own.attributes[0].value) if own.attribute_count else None
+        own_attribute = own.attributes[0] if own.attribute_count else None
+        self.attribute = own_attribute and (own_attribute.id, own.attribute_count, own_attribute.value[:3])
         return 0
 
     def cuDeviceGet(self, found, device):
@@ -67,6 +70,10 @@ class Driver:
         return 0
 
     def cuKernelGetFunction(self, function, kernel):
+        return 0
+
+    def cuOccupancyMaxActiveClusters(self, found, function, configuration):
+        found._obj.value = self.clusters
         return 0
 
     def cuOccupancyMaxActiveBlocksPerMultiprocessor(self, found, function, threads, shared):
@@ -86,6 +93,7 @@ def notes(monkeypatch):
     monkeypatch.setattr(_cuda_launch, "_load", lambda spec, capability: ctypes.c_void_p(9))
     monkeypatch.setattr(_cuda_launch, "gpu", lambda device: HOPPER)
     _cuda_launch.most_blocks.cache_clear()
+    _cuda_launch.most_clusters.cache_clear()
     return driver
 
 
@@ -96,7 +104,7 @@ def test_launch_hands_over_grid_stream_and_arguments(notes):
     launch(77, 30, 40)
     ((grid, threads, stream, kernel, values),) = notes.launches
     assert (grid, threads, stream, kernel) == ([8, 1, 1], [SPEC.threads, 1, 1], 77, 9)
-    assert notes.cooperative == (2, 1)  # all blocks of a team run at once
+    assert notes.attribute == (2, 1, [1, 0, 0])  # cooperative: all blocks of a team run at once
     assert notes.shared == 100_000
     assert notes.allowed == (8, 100_000)
     assert values[:4] == [30, 40, 0, 0]
@@ -111,17 +119,37 @@ def test_teams_are_as_large_as_all_multiprocessors_can_be_kept_busy(notes, cupy)
     ((grid, _, _, _, values),) = notes.launches
     count, n, share, blocks = values[-7:-3]
     running = 2 * HOPPER.multiprocessors
-    least = -(-100_000 // _cuda_plan.tile_entries("float32", False, _cuda_plan.TEAM_BYTES))
+    least = _cuda_plan.blocks_needed(SPEC, 100_000)
     assert (count, n) == (300, 100_000)
     assert least <= blocks <= running // (running // least)
     assert grid == [running // blocks * blocks, 1, 1]
     assert share * blocks >= n + 3
     assert share % 4 == 0
-    assert 4 * share <= notes.shared <= _cuda_plan.TEAM_BYTES
+    assert 4 * share <= notes.shared <= SPEC.tile
     address, value, words = notes.cleared
     assert address == values[2]
     assert value == 0
     assert words == 2 * _cuda_plan.board_words(SPEC) * grid[0]
+
+
+@pytest.mark.parametrize(("n", "blocks", "large"), [(100_000, 6, False), (262_144, 15, True)])
+def test_clusters_are_as_small_as_they_hold_a_row(notes, cupy, monkeypatch, n, blocks, large):
+    monkeypatch.setattr(_cuda_launch, "gpu", lambda device: CLUSTERED)
+    cuda.softmax(aligned((300, n)), axis=1)
+    ((grid, _, _, _, values),) = notes.launches
+    assert notes.attribute == (4, 1, [blocks, 1, 1])
+    assert grid == [300 * blocks, 1, 1]
+    assert values[-4] == blocks
+    assert (notes.allowed == (14, 1)) == large  # more blocks than every kernel may have
+    assert not hasattr(notes, "cleared")  # nothing in the grid's memory
+
+
+def test_a_gpu_without_room_for_a_cluster_takes_a_team_of_the_grid(notes, cupy, monkeypatch):
+    monkeypatch.setattr(_cuda_launch, "gpu", lambda device: CLUSTERED)
+    notes.clusters = 0
+    cuda.softmax(aligned((300, 100_000)), axis=1)
+    assert notes.attribute[:2] == (2, 1)
+    assert len(notes.launches) == 1
 
 
 def test_launch_goes_to_the_device_of_its_arrays(notes):
@@ -146,7 +174,17 @@ def test_the_structures_are_those_of_the_driver():
     assert (list(ours.grid), list(ours.block), ours.shared) == ([3, 4, 0], [6, 0, 0], 9)
     assert (ours.stream, ours.attribute_count) == (77, 1)
     assert ours.attributes[0].id == _cuda_launch._COOPERATIVE
-    assert ours.attributes[0].value == 1
+    assert ours.attributes[0].value[0] == 1
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    cluster = attribute.value.clusterDim
+    cluster.x, cluster.y, cluster.z = 6, 1, 1
+    attribute.value.clusterDim = cluster
+    theirs.attrs = [attribute]
+    ours = _cuda_launch._Configuration.from_address(int(theirs.getPtr()))
+    assert ours.attributes[0].id == _cuda_launch._CLUSTER
+    assert ours.attributes[0].value[:3] == [6, 1, 1]
+    kinds = driver.CUfunction_attribute
+    assert kinds.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED == _cuda_launch._LARGE_CLUSTER
 
 
 def test_errors_of_the_driver_are_told(monkeypatch):
@@ -438,12 +476,24 @@ def test_blocks_leave_few_entries_idle(dtype):
         assert n + lanes - 1 <= spec.capacity <= 1.2 * n
 
 
-def test_longer_rows_lie_in_tiles_of_one_block_or_of_a_team():
-    most = _cuda_plan.tile_entries("float32", False, _cuda_plan.TILE_BYTES)
-    for n, team in [(6145, False), (most, False), (most + 1, True), (10**6, True)]:
-        (spec,) = planned("softmax", "float32", n)
-        assert spec.function == "transform_rows"
-        assert spec.team is team
+@pytest.mark.parametrize(
+    ("n", "team", "blocks"),
+    [
+        *[(6145, "", 1), (56_316, "", 1), (56_317, "cluster", 6), (66_792, "cluster", 6)],
+        *[(66_793, "cluster", 4), (294_848, "cluster", 16), (294_849, "grid", 11), (10**6, "grid", 37)],
+    ],
+)
+def test_longer_rows_lie_in_tiles_of_one_block_or_of_a_team(n, team, blocks):
+    (spec,) = planned("softmax", "float32", n, gpu=CLUSTERED)
+    assert spec.function == "transform_rows"
+    assert (spec.team, _cuda_plan.blocks_needed(spec, n)) == (team, blocks)
+
+
+def test_without_clusters_teams_are_of_the_grid():
+    for n in (56_317, 262_144, 10**6):
+        assert planned("softmax", "float32", n)[0].team == "grid"
+    assert planned("softmax", "float32", 4000, columns=True)[0].team == "grid"
+    assert planned("softmax", "float32", 4000, columns=True, gpu=CLUSTERED)[0].team == "cluster"
 
 
 def test_columns_that_are_aligned_lie_in_tiles():
@@ -488,4 +538,6 @@ def test_the_longest_rows_are_split_and_on_older_gpus_so_are_shorter_ones():
 def test_a_gpu_with_less_shared_memory_has_smaller_tiles():
     small = HOPPER._replace(capability=(8, 6), shared=99 * 2**10)
     assert not planned("softmax", "float32", 25_000, gpu=small)[0].team
-    assert planned("softmax", "float32", 26_000, gpu=small)[0].team or _cuda_plan.TEAM_BYTES > small.shared
+    (spec,) = planned("softmax", "float32", 26_000, gpu=small)
+    assert spec.team == "grid"
+    assert spec.tile == small.shared
