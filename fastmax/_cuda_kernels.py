@@ -1043,7 +1043,7 @@ def all_together(parts, board):
 
 
 def finish_again(tile, places, board, law, source, target):
-    """`finish` of softmax of 16 bits: terms are worked out twice, as a tile has no room for them."""
+    """`finish_row` of softmax of 16 bits: terms are worked out twice, as a tile has no room for them."""
     whole, is_usual = all_together(parts_of_tile(tile, places, rate_from(law)), board)
     row_max = whole[0]
     if is_usual:
@@ -1056,7 +1056,7 @@ def finish_again(tile, places, board, law, source, target):
 
 
 def finish_kept(tile, places, board, law, source, target):
-    """`finish` of softmax of float32: terms take the place of entries, and each portion has its own unit."""
+    """`finish_row` of softmax of float32: terms take the place of entries, and each portion has its own unit."""
     parts = parts_of_tile(tile, places, rate_from(law))
     whole, is_usual = all_together(parts, board)
     if is_usual:
@@ -1066,8 +1066,7 @@ def finish_kept(tile, places, board, law, source, target):
     else:
         x, base = source
         bring_row(tile, x, base, places)
-        row_max, sums = reduce_tile(tile, places, second_board(board), law)
-        write_results(write_row, target, row_max, sums, law)
+        finish_row(tile, places, second_board(board), law, source, target)
 
 
 def part_of_tile(tile, first, stop, rate):
@@ -1225,10 +1224,13 @@ def write_logs(write, target, row_max, sums, law):
 write_results = write_kept
 
 
-def finish(tile, places, board, law, source, target):
+def finish_row(tile, places, board, law, source, target):
     """Write a row that is on its way to a tile; ``source`` is where it comes from."""
     row_max, sums = reduce_tile(tile, places, board, law)
     write_results(write_row, target, row_max, sums, law)
+
+
+finish = finish_row
 
 
 def board_of(told, number, blocks):
@@ -1318,14 +1320,10 @@ def bring_lines(tile, x, base, inner, size):
     arrive()
     at, last = small(LANES * thread()), small(size)
     from_ = base + thread() % PARTS * LANES + thread() // PARTS * inner
-    step = portion_of(size)
-    for i in range(1, PORTIONS + 1):
-        end = last if i == PORTIONS else min(small(i * step), last)
-        while at < end:
-            copy_in(tile, at, x, from_, LANES)
-            from_ += THREADS // PARTS * inner
-            at = further(at, LANES * THREADS)
-        commit()
+    while at < last:
+        copy_in(tile, at, x, from_, LANES)
+        from_ += THREADS // PARTS * inner
+        at = further(at, LANES * THREADS)
 
 
 def among_lines(combine, state, empty, board):

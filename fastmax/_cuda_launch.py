@@ -25,7 +25,7 @@ _ATTRIBUTE_DEVICE = 9  # of a pointer
 _ATTRIBUTE_MULTIPROCESSORS, _ATTRIBUTE_SHARED = 16, 97
 _COOPERATIVE, _CLUSTER = 2, 4  # attributes of a launch
 _MOST_SHARED, _LARGE_CLUSTER = 8, 14  # attributes of a kernel
-_CLUSTER_AT_ANY_RATE = 8  # blocks of a cluster that every kernel may ask for
+_INVALID_CLUSTER = 912  # an error: a device never has room for so many blocks
 _SHARED_AT_ANY_RATE = 48 * 2**10  # bytes of shared memory that every kernel may ask for
 # What may hold the compilers, by the version of CUDA.
 _COMPILERS = ("nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12")
@@ -244,6 +244,8 @@ def most_clusters(spec, device, shared, cluster):
         status = _library().cuOccupancyMaxActiveClusters(
             ctypes.byref(clusters), function, ctypes.byref(configuration)
         )
+    if status == _INVALID_CLUSTER:
+        return 0
     _check(status)
     return clusters.value
 
@@ -264,7 +266,7 @@ def _prepared(spec, device, shared, cluster):
     _check(_library().cuDeviceGet(ctypes.byref(handle), device))
     if shared > _SHARED_AT_ANY_RATE:
         _check(_library().cuKernelSetAttribute(_MOST_SHARED, shared, kernel, handle))
-    if cluster > _CLUSTER_AT_ANY_RATE:
+    if cluster > _cuda_plan.CLUSTER_AT_ANY_RATE:
         _check(_library().cuKernelSetAttribute(_LARGE_CLUSTER, 1, kernel, handle))
     return kernel
 

@@ -182,7 +182,7 @@ COLUMN_TILES = {
 COLUMN_TILES[8] = COLUMN_TILES[4]
 TILES_FROM = (8, 0)  # compute capability that copies to shared memory in the background
 CLUSTERS_FROM = (9, 0)
-MOST_IN_CLUSTER = 16  # of which the driver grants 8 at any rate
+MOST_IN_CLUSTER, CLUSTER_AT_ANY_RATE = 16, 8  # blocks
 
 # What is longer still is split into small parts, as are slices on older GPUs.
 SPLIT_ROWS = Class("block", 256, 256, 16, 4)
@@ -255,15 +255,15 @@ def elementwise(operation):
     return operation in ("softmax", "log_softmax")
 
 
-def tile_spec(verb, operation, dtype, n, is_columns, access, alignment, per_slice, gpu):
+def tile_spec(verb, operation, dtype, n, line, access, alignment, per_slice, gpu):
     """Spec of the kernel that keeps slices in shared memory; None if they do not fit there."""
-    if gpu.capability < TILES_FROM or (is_columns and alignment != "aligned"):
+    if gpu.capability < TILES_FROM or (line and alignment != "aligned"):
         return None
     size = ITEMSIZE[dtype]
     name, group, lines = f"{verb}_rows", "block", 1
     tiles = AT_ONCE_TILES[size] if is_at_once(name, operation, dtype, access) else ROW_TILES
-    if is_columns:
-        group, lines, tiles = "column", LINE_BYTES // size, COLUMN_TILES[size]
+    if line:
+        group, lines, tiles = "column", line // size, COLUMN_TILES[size]
         is_simple = operation == "softmax" and not per_slice
         name = "transform_lines" if is_simple else f"{verb}_columns"
         access = 16 // size if is_simple else 1
@@ -297,8 +297,15 @@ def blocks_needed(spec, n):
     size = ITEMSIZE[spec.dtype]
     if spec.group == "column":
         whole = 16 * spec.threads  # a column is filled up to a multiple of what its threads take at a time
-        return -(-n // max(1, spec.tile // whole * whole // LINE_BYTES))
+        return -(-n // max(1, spec.tile // whole * whole // (spec.slices * size)))
     return -(-n // (spec.tile // size - 16 // size))
+
+
+def line_of(dtype, inner):
+    """Bytes of neighbouring columns that a tile holds: all of them if they are few; 0 for rows."""
+    if inner == 1:
+        return 0
+    return min(LINE_BYTES, max(16, 1 << (inner * ITEMSIZE[dtype] - 1).bit_length()))
 
 
 def alignment_of(dtype, x, out, n, inner, x_pitch, out_pitch):
@@ -314,19 +321,20 @@ def alignment_of(dtype, x, out, n, inner, x_pitch, out_pitch):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(operation, dtype, n, is_columns, is_packed, alignment, per_slice, gpu) -> tuple[Spec, ...]:
+def plan(operation, dtype, n, line, is_packed, alignment, per_slice, gpu) -> tuple[Spec, ...]:
     """Return the one spec, or the two or three for a split slice, with which slices of n entries are taken.
 
-    ``is_packed`` says that rows follow each other without gaps. The ``alignment`` is that of all slices to
-    128 bits: "aligned", "shifted" (rows begin anywhere, and those of the result at the same places), "apart".
+    The ``line`` is that of columns (see `line_of`). ``is_packed`` says that rows follow each other without
+    gaps. The ``alignment`` is that of all slices to 128 bits: "aligned", "shifted" (rows begin anywhere, and
+    those of the result at the same places), "apart".
     """
     verb = "transform" if elementwise(operation) else "reduce"
     words = n * (2 if dtype == "float64" else 1)
     lanes = 16 // ITEMSIZE[dtype]
-    access = 1 if alignment == "apart" or is_columns else lanes
+    access = 1 if alignment == "apart" or line else lanes
     shifted = alignment == "shifted"
     found = None
-    if is_columns:
+    if line:
         if alignment != "aligned" or words <= COLUMNS[0].words or gpu.capability < TILES_FROM:
             found = _fit(COLUMNS, dtype, n)
     elif words <= SHORT and is_packed and alignment != "aligned":
@@ -337,10 +345,10 @@ def plan(operation, dtype, n, is_columns, is_packed, alignment, per_slice, gpu) 
         found = _fit(ROWS[ITEMSIZE[dtype]], dtype, places) or _fit_block(dtype, places)
     if found is not None:
         return (_spec(verb, operation, dtype, *found, access, per_slice, shifted),)
-    tile = tile_spec(verb, operation, dtype, n, is_columns, access, alignment, per_slice, gpu)
+    tile = tile_spec(verb, operation, dtype, n, line, access, alignment, per_slice, gpu)
     if tile is not None:
         return (tile,)
-    class_ = SPLIT_COLUMNS if is_columns else SPLIT_ROWS
+    class_ = SPLIT_COLUMNS if line else SPLIT_ROWS
     pieces = class_.words * 4 // 16 if ITEMSIZE[dtype] > 2 else class_.words // 8
     first = _spec(
         "summarise", operation, dtype, class_, pieces, access if alignment == "aligned" else 1, per_slice
@@ -387,7 +395,7 @@ def shares(spec, n, blocks):
     share = -(-n // blocks)
     if spec.group == "column":
         whole = lanes * spec.members
-        return share, -(-share // whole) * whole * LINE_BYTES
+        return share, -(-share // whole) * whole * spec.slices * size
     share = -(-(share + lanes - 1) // lanes) * lanes
     return share, share * size
 

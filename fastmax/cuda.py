@@ -677,13 +677,16 @@ def _run_packed(task, x, out, count, n, inner, x_pitch, out_pitch, laws):
     skew = x // task.itemsize % lanes
     place = x, out if elementwise else None, n, inner, x_pitch, out_pitch
     how = (
-        *(task.operation, task.dtype, n, inner > 1, x_pitch == n and (out_pitch == n or not elementwise)),
+        *(task.operation, task.dtype, n, _cuda_plan.line_of(task.dtype, inner)),
+        x_pitch == n and (out_pitch == n or not elementwise),
         *(_cuda_plan.alignment_of(task.dtype, *place), laws.per_slice),
     )
     gpu = driver.gpu(task.device)
     specs = _cuda_plan.plan(*how, gpu)
-    if specs[0].team == "cluster" and not _fits(task, specs[0], n):
-        specs = _cuda_plan.plan(*how, gpu._replace(cluster=1))
+    for cluster in (_cuda_plan.CLUSTER_AT_ANY_RATE, 1):
+        if specs[0].team != "cluster" or _fits(task, specs[0], n):
+            break
+        specs = _cuda_plan.plan(*how, gpu._replace(cluster=cluster))
     spec, *others = specs
     if others:
         _run_split(task, specs, x, out, count, n, inner, x_pitch, out_pitch, laws)
@@ -698,7 +701,7 @@ def _run_packed(task, x, out, count, n, inner, x_pitch, out_pitch, laws):
 
 
 def _fits(task, spec, n):
-    """Whether a device has room for a cluster; that of a part of one may have none for a large cluster."""
+    """Whether a device has room for a cluster; a small one, or a part of one, may have none for many blocks."""
     blocks = _cuda_plan.blocks_needed(spec, n)
     _, shared = _cuda_plan.shares(spec, n, blocks)
     return driver.most_clusters(spec, task.device, shared, blocks) > 0

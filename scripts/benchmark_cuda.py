@@ -337,7 +337,8 @@ def specs_needed(dtypes: Sequence[str], gpu: Any) -> list[Any]:
         out = 0 if _cuda_plan.elementwise(operation) else None
         alignment = _cuda_plan.alignment_of(dtype, base * size, out, n, inner, pitch, n * inner)
         is_packed = pitch == n * inner
-        own = _cuda_plan.plan(operation, dtype, n, inner > 1, is_packed, alignment, per_slice, gpu)
+        line = _cuda_plan.line_of(dtype, inner)
+        own = _cuda_plan.plan(operation, dtype, n, line, is_packed, alignment, per_slice, gpu)
         found.update(dict.fromkeys(own))
 
     for operation, dtype in itertools.product(OPERATIONS, DTYPES):

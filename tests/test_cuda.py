@@ -150,11 +150,11 @@ def test_rows_on_both_sides_of_thresholds(name, n):
 
 
 @pytest.mark.usefixtures("_small")
-@pytest.mark.parametrize("count", [3, 20])
+@pytest.mark.parametrize("count", [3, 4, 8, 20])
 @pytest.mark.parametrize("n", [8, 9, 32, 33, 128, 129])
 @pytest.mark.parametrize("name", oracle.FUNCTIONS)
 def test_columns_on_both_sides_of_thresholds(name, n, count):
-    """Of 3 columns, which are not aligned, and of 20, which are, and fill a line and a part of one."""
+    """Of 3 columns, which are not aligned, of 4 and 8, which fill short lines, and of 20: one and a part."""
     check(name, n, 0, count=count)
 
 

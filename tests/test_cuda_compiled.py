@@ -22,7 +22,7 @@ CLUSTERED = HOPPER._replace(cluster=16)
 def planned(operation, dtype, n, alignment="aligned", *, columns=False, per_slice=False, gpu=HOPPER):
     """Return the first spec for slices of n entries."""
     packed = not columns
-    return _cuda_plan.plan(operation, dtype, n, columns, packed, alignment, per_slice, gpu)[0]
+    return _cuda_plan.plan(operation, dtype, n, 64 * columns, packed, alignment, per_slice, gpu)[0]
 
 
 def parts(function, operation, class_, access, *, per_slice=False):

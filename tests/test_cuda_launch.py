@@ -19,7 +19,7 @@ CLUSTERED = HOPPER._replace(cluster=16)
 
 
 def planned(operation, dtype, n, *, columns=False, packed=True, alignment="aligned", gpu=HOPPER):
-    return _cuda_plan.plan(operation, dtype, n, columns, packed, alignment, False, gpu)
+    return _cuda_plan.plan(operation, dtype, n, 64 * columns, packed, alignment, False, gpu)
 
 
 (SPEC,) = planned("softmax", "float32", 100_000)
@@ -31,7 +31,7 @@ class Driver:
     def __init__(self, current=1234):
         self.launches, self.contexts, self.copies, self.current = [], [], [], current
         self.capturing = False
-        self.clusters = 8
+        self.most_in_cluster = 16
 
     def cuCtxGetCurrent(self, found):
         found._obj.value = self.current
@@ -73,8 +73,9 @@ class Driver:
         return 0
 
     def cuOccupancyMaxActiveClusters(self, found, function, configuration):
-        found._obj.value = self.clusters
-        return 0
+        blocks = configuration._obj.attributes[0].value[0]
+        found._obj.value = 8 if blocks <= self.most_in_cluster else 0
+        return 0 if blocks <= 8 or self.most_in_cluster >= blocks else 912
 
     def cuOccupancyMaxActiveBlocksPerMultiprocessor(self, found, function, threads, shared):
         found._obj.value = 2
@@ -144,12 +145,15 @@ def test_clusters_are_as_small_as_they_hold_a_row(notes, cupy, monkeypatch, n, b
     assert not hasattr(notes, "cleared")  # nothing in the grid's memory
 
 
-def test_a_gpu_without_room_for_a_cluster_takes_a_team_of_the_grid(notes, cupy, monkeypatch):
+@pytest.mark.parametrize(("most", "kinds"), [(7, [4, 2]), (1, [2, 2])])
+def test_a_gpu_without_room_for_a_cluster_takes_a_team_of_the_grid(notes, cupy, monkeypatch, most, kinds):
+    """Rows of 6 blocks and of 11, where a cluster has so many at most."""
     monkeypatch.setattr(_cuda_launch, "gpu", lambda device: CLUSTERED)
-    notes.clusters = 0
-    cuda.softmax(aligned((300, 100_000)), axis=1)
-    assert notes.attribute[:2] == (2, 1)
-    assert len(notes.launches) == 1
+    notes.most_in_cluster = most
+    for n, kind in zip((100_000, 200_000), kinds, strict=True):
+        cuda.softmax(aligned((300, n)), axis=1)
+        assert notes.attribute[0] == kind
+    assert len(notes.launches) == 2
 
 
 def test_launch_goes_to_the_device_of_its_arrays(notes):
@@ -487,6 +491,18 @@ def test_longer_rows_lie_in_tiles_of_one_block_or_of_a_team(n, team, blocks):
     (spec,) = planned("softmax", "float32", n, gpu=CLUSTERED)
     assert spec.function == "transform_rows"
     assert (spec.team, _cuda_plan.blocks_needed(spec, n)) == (team, blocks)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "inner", "line"), [("float32", 1, 0), ("bfloat16", 8, 16), ("float32", 8, 32)]
+)
+def test_a_tile_is_no_wider_than_the_columns_of_a_group(dtype, inner, line):
+    assert _cuda_plan.line_of(dtype, inner) == line
+    assert _cuda_plan.line_of(dtype, 32 * inner) == _cuda_plan.LINE_BYTES
+    if line:
+        alignment = _cuda_plan.alignment_of(dtype, 0, 0, 1000, inner, 1000 * inner, 1000 * inner)
+        (spec,) = _cuda_plan.plan("softmax", dtype, 1000, line, False, alignment, False, HOPPER)
+        assert (spec.function, spec.slices) == ("transform_lines", inner)
 
 
 def test_without_clusters_teams_are_of_the_grid():
