@@ -1056,7 +1056,7 @@ def finish_again(tile, places, board, law, source, target):
 
 
 def finish_kept(tile, places, board, law, source, target):
-    """`finish_row` of softmax of float32: terms take the place of entries, and each portion has its own unit."""
+    """`finish_row` of softmax of float32: terms take the place of entries, in a unit for each portion."""
     parts = parts_of_tile(tile, places, rate_from(law))
     whole, is_usual = all_together(parts, board)
     if is_usual:

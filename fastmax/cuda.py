@@ -701,7 +701,7 @@ def _run_packed(task, x, out, count, n, inner, x_pitch, out_pitch, laws):
 
 
 def _fits(task, spec, n):
-    """Whether a device has room for a cluster; a small one, or a part of one, may have none for many blocks."""
+    """Whether a device has room for a cluster; a part of one may have none for many blocks."""
     blocks = _cuda_plan.blocks_needed(spec, n)
     _, shared = _cuda_plan.shares(spec, n, blocks)
     return driver.most_clusters(spec, task.device, shared, blocks) > 0
