@@ -3,10 +3,10 @@
 All schedules are one: a *group* of threads takes a slice, and each of them holds `PIECES` pieces of it in
 registers, a piece being the lanes of one 128-bit access. Entries are read once and written once. What differs
 is the group: a thread, some lanes of a warp, a block, or a column of a block, and how it finds the maximum
-and the sum. Longer slices lie in shared memory, that of a block or of a team of blocks. A slice that is too
-long for a team is split: one kernel leaves the maximum and the sum of each part in memory, others merge them
-and write, and so entries are read twice, the second time from the L2 cache. The kernels for any strides take
-what has no such form.
+and the sum. Longer slices lie in shared memory, that of a block or of a team of blocks, which are a cluster
+or any blocks of the grid. A slice that is too long for a team is split: one kernel leaves the maximum and the
+sum of each part in memory, others merge them and write, and so entries are read twice, the second time from
+the L2 cache. The kernels for any strides take what has no such form.
 
 The functions here are plain Python over the primitives of `_cuda_target`. The names in capitals, and those in
 the tables at the end, get their values when a kernel is built (see `_cuda_plan.names`); so do `load`,
@@ -296,7 +296,7 @@ def in_cluster(combine, state, empty, board):
         put_in(room, own + rank * STATES, state, other)
     arrive()
     await_all()
-    if STATES == 1:
+    if SLICES == 1:
         lane = thread() % 32
         result = empty
         if lane < blocks:

@@ -19,10 +19,10 @@ HOPPER = _cuda_plan.Gpu((9, 0), 132, 227 * 2**10)
 CLUSTERED = HOPPER._replace(cluster=16)
 
 
-def planned(operation, dtype, n, alignment="aligned", *, columns=False, per_slice=False, gpu=HOPPER):
-    """Return the first spec for slices of n entries."""
-    packed = not columns
-    return _cuda_plan.plan(operation, dtype, n, 64 * columns, packed, alignment, per_slice, gpu)[0]
+def planned(operation, dtype, n, alignment="aligned", *, columns=0, per_slice=False, gpu=HOPPER):
+    """Return the first spec for slices of n entries, which are rows or so many neighbouring columns."""
+    packed, line = not columns, _cuda_plan.line_of(dtype, columns) if columns else 0
+    return _cuda_plan.plan(operation, dtype, n, line, packed, alignment, per_slice, gpu)[0]
 
 
 def parts(function, operation, class_, access, *, per_slice=False):
@@ -58,13 +58,14 @@ SPECS = {
     "cluster": planned("softmax", "float32", 128_256, gpu=CLUSTERED),
     "cluster bfloat16": planned("softmax", "bfloat16", 200_000, "shifted", per_slice=True, gpu=CLUSTERED),
     "cluster log_softmax": planned("log_softmax", "float32", 100_001, "apart", gpu=CLUSTERED),
-    "lines of a cluster float16": planned("softmax", "float16", 10_000, columns=True, gpu=CLUSTERED),
-    "columns of a cluster": planned("logsumexp", "float32", 10_000, columns=True, gpu=CLUSTERED),
-    "lines": planned("softmax", "float32", 1000, columns=True),
-    "lines bfloat16": planned("softmax", "bfloat16", 1000, columns=True),
-    "lines of a team": planned("softmax", "float32", 10_000, columns=True),
-    "columns": planned("entropy", "float32", 1000, columns=True, per_slice=True),
-    "columns in registers": planned("softmax", "float32", 768, "apart", columns=True),
+    "lines of a cluster float16": planned("softmax", "float16", 10_000, columns=64, gpu=CLUSTERED),
+    "narrow lines of a cluster": planned("softmax", "float32", 20_000, columns=4, gpu=CLUSTERED),
+    "columns of a cluster": planned("logsumexp", "float32", 10_000, columns=64, gpu=CLUSTERED),
+    "lines": planned("softmax", "float32", 1000, columns=64),
+    "lines bfloat16": planned("softmax", "bfloat16", 1000, columns=64),
+    "lines of a team": planned("softmax", "float32", 10_000, columns=64),
+    "columns": planned("entropy", "float32", 1000, columns=64, per_slice=True),
+    "columns in registers": planned("softmax", "float32", 768, "apart", columns=64),
     "first part": parts("summarise", "softmax", _cuda_plan.SPLIT_ROWS, 4),
     "second part": parts("transform_parts", "log_softmax", _cuda_plan.SPLIT_ROWS, 4),
     "merging": _cuda_plan._spec("merge_slices", "softmax", "float32", _cuda_plan.STRIDED_BLOCK, 1, 1, False),
