@@ -481,7 +481,7 @@ def names(spec, target):
         if spec.group == "column":
             replaced["first_in_tile"] = kernels.first_in_columns
     if lines:
-        replaced["copy_in"] = target.PRIMITIVES.get("copy_in", target.copy_in_with_neighbours)
+        replaced["copy_in"] = target.copy_in_with_neighbours
         replaced |= {
             "across_tile": kernels.lanes_apart,
             "first_in_tile": kernels.first_in_row,

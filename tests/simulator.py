@@ -592,7 +592,7 @@ class _Target:
     loader, storer = staticmethod(_loader), staticmethod(_storer)
     peeker, keeper = staticmethod(_peeker), staticmethod(_keeper)
     slots_for = staticmethod(_slots_for)
-    block_y = staticmethod(block_y)
+    block_y, copy_in_with_neighbours = staticmethod(block_y), staticmethod(copy_in)
 
 
 def address_of(array):

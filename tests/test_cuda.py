@@ -167,6 +167,18 @@ def test_other_dtypes_in_blocks_teams_and_parts(n, dtype):
 
 
 @pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(("n", "bytes_of_line"), [(40, 64), (150, 16), (150, 80), (300, 16), (600, 32)])
+def test_columns_at_one_temperature_in_tiles_clusters_and_the_grid(n, bytes_of_line, dtype):
+    rng = np.random.default_rng(n)
+    count = bytes_of_line // np.dtype(dtype).itemsize
+    x = rng.choice(rng.normal(scale=3.0, size=60), size=(n, count)).astype(dtype)
+    result = on_gpu(fastmax.softmax)(x, 0.7, axis=0)
+    for i in {0, 1, count - 1}:
+        oracle.assert_close("softmax", result[:, i], x[:, i], 0.7)
+
+
+@pytest.mark.usefixtures("_small")
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("n", [40, 100])
 def test_columns_of_other_dtypes_in_tiles(n, dtype):
