@@ -182,6 +182,7 @@ COLUMN_TILES = {
     ),
 }
 COLUMN_TILES[8] = COLUMN_TILES[4]
+SLACK_BYTES = 256  # for the alignment of what lies beside a tile
 TILES_FROM = (8, 0)  # compute capability that copies to shared memory in the background
 CLUSTERS_FROM = (9, 0)
 MOST_IN_CLUSTER, CLUSTER_AT_ANY_RATE = 16, 8  # blocks
@@ -272,7 +273,8 @@ def tile_spec(verb, operation, dtype, n, line, access, alignment, per_slice, gpu
     for tile in tiles:
         class_ = Class(group, tile.threads, tile.threads // lines, 0, tile.resident)
         spec = _spec(name, operation, dtype, class_, 1, access, per_slice)
-        spec = spec._replace(team=tile.team, tile=int(min(tile.kilobytes * 2**10, gpu.shared)))
+        spec = spec._replace(team=tile.team)
+        spec = spec._replace(tile=int(min(tile.kilobytes * 2**10, gpu.shared - static_bytes(spec))))
         most = tile.blocks
         if tile.team == "cluster":
             most = min(most, gpu.cluster) if gpu.cluster > 1 else 0
@@ -388,6 +390,18 @@ def slots_needed(spec):
 def slots_of_cluster(spec):
     """States that the blocks of a cluster leave for each of them; rare ones have room of their own."""
     return (2 if spec.operation == "logsumexp" else 1) * MOST_IN_CLUSTER * states(spec)
+
+
+def static_bytes(spec):
+    """Shared memory, at most, that a kernel needs beside its tile: the states of each of its exchanges."""
+    lanes = spec.slices // states(spec)
+    fields = FIELDS[spec.operation]
+    if spec.operation == "logsumexp":
+        fields += 3  # the second maximum, and sums of faint terms
+    if is_at_once(spec.function, spec.operation, spec.dtype, spec.access):
+        fields += FIELDS[spec.operation] + 1
+    rooms = slots_needed(spec) + (slots_of_cluster(spec) if spec.team == "cluster" else 0)
+    return fields * lanes * rooms * (8 if spec.dtype == "float64" else 4) + SLACK_BYTES
 
 
 def shares(spec, n, blocks):

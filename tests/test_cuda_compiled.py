@@ -119,6 +119,27 @@ def test_kernels_compile_for_other_gpus(kind, capability):
     assert (stack, spilled) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("operation", "dtype", "n", "line"),
+    [
+        *[
+            ("softmax", "float32", 262_144, 0),
+            ("softmax", "bfloat16", 60_000, 0),
+            ("softmax", "float64", 10**6, 0),
+        ],
+        *[("logsumexp", "float64", 40_000, 64), ("logsumexp", "float64", 60_000, 64)],
+        *[("entropy", "bfloat16", 40_000, 64), ("softmax", "float32", 40_000, 64)],
+    ],
+)
+def test_a_block_has_the_shared_memory_for_its_tile_and_its_exchanges(operation, dtype, n, line):
+    spec = _cuda_plan.plan(operation, dtype, n, line, not line, "aligned", False, CLUSTERED)[0]
+    _, report = _cuda_target.assemble(_cuda_plan.build(spec, HOPPER.capability), HOPPER.capability)
+    (found,) = re.findall(r"Used .* (\d+) bytes smem", report)
+    assert int(found) <= _cuda_plan.static_bytes(spec)
+    _, tile = _cuda_plan.shares(spec, n, _cuda_plan.blocks_needed(spec, n))
+    assert int(found) + tile <= CLUSTERED.shared
+
+
 def test_blocks_of_a_cluster_write_to_each_other():
     ptx = _cuda_plan.build(SPECS["cluster"], HOPPER.capability)
     assert ptx.count("barrier.cluster.arrive.release") == ptx.count("barrier.cluster.wait.acquire") > 1
