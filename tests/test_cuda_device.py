@@ -23,13 +23,17 @@ NOT_HERE = ("byte swapped", "unaligned", "field of records")
 NOT_IN_TORCH = (*NOT_HERE, "reversed", "reversed rows")
 
 
+# Errors in ulp of float32: 3, and 0.01 of an ulp of the types of 16 bits.
+ALLOWED = {"float32": 3.0, "float16": 0.01 * 2**13, "bfloat16": 0.01 * 2**16}
+
+
 def to_torch(array):
     """Copy an array to a tensor of the same strides."""
     torch = pytest.importorskip("torch")
     name = array.dtype.name
     steps = [stride // array.itemsize for stride in array.strides]
     tensor = torch.empty_strided(array.shape, steps, dtype=getattr(torch, name), device="cuda")
-    wide = np.ascontiguousarray(array).astype(np.float64 if name != "bool" else bool)
+    wide = np.ascontiguousarray(array).astype(np.float64 if name != "bool" else bool).reshape(array.shape)
     repeated = [step == 0 and n > 1 for step, n in zip(steps, array.shape, strict=True)]
     if array.size == 0 or not any(repeated):
         return tensor.copy_(torch.from_numpy(wide))
@@ -102,7 +106,8 @@ def test_path_in_place_conforms(path, name, dtype):
 @pytest.mark.parametrize("name", oracle.FUNCTIONS)
 @pytest.mark.parametrize("path", ["vector", "rows", "columns", "strided", "masked", "out given"])
 def test_16_bits_conform(path, name, dtype):
-    assert failures(visiting(getattr(fastmax, name), "torch"), name, PATHS[path], dtype) == []
+    function = visiting(getattr(fastmax, name), "torch")
+    assert failures(function, name, PATHS[path], dtype, ALLOWED[np.dtype(dtype).name]) == []
 
 
 @pytest.mark.parametrize("name", oracle.FUNCTIONS)
@@ -129,11 +134,10 @@ def test_parts_of_a_team_may_be_unlike_each_other(n, dtype):
     x = np.stack([entries.astype(dtype) for entries, _ in cases.values()])
     temperatures = np.array([temperature for _, temperature in cases.values()])
     result = visiting(fastmax.softmax, "torch")(x, temperatures, axis=1)
-    allowed = 3.0 if dtype is np.float32 else 0.01 * 2**16  # ulp of float32; 0.01 of one of bfloat16
     wrong = []
     for i, case in enumerate(cases):
         error = oracle.errors("softmax", result[i], oracle.expect(x[i], temperatures[i])).max()
-        if not error <= allowed:
+        if not error <= ALLOWED[np.dtype(dtype).name]:
             wrong.append((case, temperatures[i], error))
     assert not wrong
 
@@ -153,7 +157,9 @@ def test_columns_in_tiles_and_teams(name, n, dtype):
         expected = getattr(fastmax, name)(work, temperature, axis=0)
         unit = {"float32": 2.0**-23, "float64": 2.0**-52, "bfloat16": 2.0**-8}[dtype]
         scale = np.abs(expected) if name in oracle.ELEMENTWISE else np.maximum(np.abs(expected), 1.0)
-        assert np.all(np.abs(found - expected) <= 5 * unit * scale + np.finfo(np.float32).tiny)
+        with np.errstate(invalid="ignore"):
+            near = np.abs(found - expected) <= 5 * unit * scale + np.finfo(np.float32).tiny
+        assert np.all(near | (found == expected))
 
 
 @pytest.mark.parametrize(("count", "n"), [(300, 70_000), (300, 131_073), (20, 10**6)])
