@@ -137,10 +137,10 @@ COLUMNS = (
 # Longer slices lie in shared memory, in tiles: a row, or as many columns as fill a line of so many bytes. The
 # first tile of a list that has room takes a slice, in one block or in as few blocks of a team as hold it.
 # What follows are shares of a copy's speed on an H100, with 1 GB to read and write.
-# Softmax of rows, summed at once: float32 0.96 with 50257 entries, 0.96 with 65536 in a cluster of six, 0.93
-# with 128256 in one of seven; bfloat16 0.97 and 0.94 with 128256 and 262144. A cluster is as slow as the
-# slowest of its multiprocessors, which are neighbours, a team of the grid as the slowest of all: 0.82 with a
-# million, where clusters, of 16 blocks that each need a multiprocessor for themselves, have 0.71.
+# Softmax of rows, summed at once: float32 0.96 with 50257 entries, 0.96 with 65536 in a cluster of six, 0.94
+# with 128256 in one of seven; bfloat16 0.96 and 0.94 with 128256 and 262144. A cluster is as slow as the
+# slowest of its multiprocessors, which are neighbours, a team of the grid as the slowest of all: 0.84 with a
+# million of bfloat16, where clusters, of 16 blocks with a multiprocessor for each, have 0.71.
 LINE_BYTES = 64
 AT_ONCE_TILES = {
     2: (
@@ -150,6 +150,8 @@ AT_ONCE_TILES = {
         Tile("grid", 72, 1000, 256, 3),
     ),
     4: (
+        # Three blocks of 256 threads have 0.93 with 8192 entries, so five are smaller here: not timed yet.
+        Tile("", 43.5, 1, 128, 5),
         Tile("", 220, 1, 256, 3),
         Tile("cluster", 43.5, 6, 128, 5),
         Tile("cluster", 72, 16, 256, 3),
@@ -163,8 +165,8 @@ ROW_TILES = (
     Tile("cluster", 108, 16, 256),
     Tile("grid", 108, 1000, 256),
 )
-# Columns tell each other more, so a grid of many blocks is no use (0.06 with 228): 0.86, 0.80 and 0.71 with
-# 1000, 2000 and 16384 entries, and 0.34 with 131072 in the grid.
+# Columns tell each other more, so a grid of many blocks is no use (0.06 with 228): 0.92, 0.80 and 0.71 with
+# 1000, 2000 and 16384 entries, and 0.38 with 131072 in the grid.
 COLUMN_TILES = {
     2: (
         Tile("", 72, 1, 256, 2),

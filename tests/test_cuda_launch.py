@@ -483,7 +483,14 @@ def test_blocks_leave_few_entries_idle(dtype):
 @pytest.mark.parametrize(
     ("n", "team", "blocks"),
     [
-        *[(6145, "", 1), (56_316, "", 1), (56_317, "cluster", 6), (66_792, "cluster", 6)],
+        *[
+            (6145, "", 1),
+            (11_132, "", 1),
+            (11_133, "", 1),
+            (56_316, "", 1),
+            (56_317, "cluster", 6),
+            (66_792, "cluster", 6),
+        ],
         *[(66_793, "cluster", 4), (294_848, "cluster", 16), (294_849, "grid", 11), (10**6, "grid", 37)],
     ],
 )
@@ -556,4 +563,4 @@ def test_a_gpu_with_less_shared_memory_has_smaller_tiles():
     assert not planned("softmax", "float32", 25_000, gpu=small)[0].team
     (spec,) = planned("softmax", "float32", 26_000, gpu=small)
     assert spec.team == "grid"
-    assert spec.tile == small.shared
+    assert small.shared - 4096 < spec.tile < small.shared  # there are exchanges beside it
