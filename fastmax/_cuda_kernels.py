@@ -121,7 +121,7 @@ CAPACITY = LANES * GROUP  # entries that a group holds
 FIELDS = 3  # numbers that a part of a slice leaves in memory
 STATES = 1  # that a block tells others
 AREAS, RARE_AREA, ROOM = 4, 2, 3  # exchanges whose states are kept, where rare ones begin, words of a state
-MOST_IN_CLUSTER = 16  # blocks
+LARGEST_CLUSTER = 16  # blocks
 KEPT = True  # whether terms take the place of entries in a tile
 SHIFTED = False  # whether a row is read from the multiple of 128 bits before it on
 MASKED = False
@@ -291,7 +291,7 @@ def in_cluster(combine, state, empty, board):
     _, _, first_area, _, rank, blocks = board
     state = singles(among(combine, state, empty, None))
     room = slots_of_cluster(state)
-    own = first_area * MOST_IN_CLUSTER * STATES + thread() % STATES
+    own = first_area * LARGEST_CLUSTER * STATES + thread() % STATES
     for other in range(thread() // STATES, blocks, THREADS // STATES):
         put_in(room, own + rank * STATES, state, other)
     arrive()
@@ -528,8 +528,8 @@ def units_of_coarse(sums, rest):
     return (sums[0] * exp2(rest),)
 
 
-def shifted_coarse(sums, distance):
-    return (sums[0] * shift(distance),)
+def lowered_coarse(sums, distance):
+    return (sums[0] * two_to(distance),)
 
 
 def coarse_factor(sums):
@@ -589,12 +589,12 @@ def units_of_brief(sums, rest):
     return sums
 
 
-def shifted_brief(sums, distance):
-    factor = shift(distance)
+def lowered_brief(sums, distance):
+    factor = two_to(distance)
     return sums[0] * factor, sums[1] * factor
 
 
-in_units, shifted = units_of_brief, shifted_brief
+in_units, lowered = units_of_brief, lowered_brief
 
 
 # -- what each function makes of them -------------------------------------------------------------------
@@ -896,10 +896,10 @@ def reduce_short(x, out, laws, law, count, n, inner, skew, x_pitch, out_pitch):
 
 # -- long slices: a block, or a team of blocks, keeps a row or some neighbouring columns in shared memory ----
 # Registers of a multiprocessor hold the rows of one or two blocks only, and while these compute nothing is
-# loaded or stored. Shared memory holds three tiles of 72 kB, and registers only what is being computed.
+# loaded or stored. Shared memory holds two to five tiles of more, and registers only what is being computed.
 # A row is taken from the multiple of 128 bits before it on (``shift`` entries), so all rows are read and
 # written so; what a tile holds before and behind the row is -inf. A column takes one place in each line of
-# its tile. Teams take one slice, or one group of columns, after the other.
+# its tile. Teams of the grid take one slice, or one group of columns, after the other, a cluster takes one.
 
 
 def places_of(base, skew, n, share, rank):
@@ -1007,13 +1007,13 @@ def reduce_tile(tile, places, board, law):
 # Blocks of a team wait for each other until the slowest has its entries, and while they wait nothing is
 # loaded: on an H100 one exchange more costs rows of 128256 entries 4 % of their speed. So each thread sums
 # each portion of its entries, as soon as it is there, beside a maximum of its own, in units of a power of
-# two, and there is one exchange, of maxima and sums. This is for softmax of up to 32 bits. The rest of what
+# two, and there is one exchange, of maxima and sums (see `_cuda_plan.is_at_once`). The rest of what
 # is lost is that blocks wait for the slowest: without any exchange such rows have a copy's speed, and neither
 # blocks that stay for the next row nor bringing that while this one is written gained.
 
 # A slice is as usual if its origin is finite and not so low that parts that are not plain count beside it.
 USUAL_ORIGINS = 128.0, 2.0**15 - 128.0  # middle and distance
-LEAST_SHIFT = -126.0
+LEAST_EXPONENT = -126.0
 
 
 def parts_of_tile(tile, places, rate):
@@ -1087,13 +1087,13 @@ def part_of_tile(tile, first, stop, rate):
 def merge_beside(a, b):
     """Maximum, origin and sums of two parts together."""
     origin = larger(a[1], b[1])
-    sums = merge_sums(shifted(a[2:], a[1] - origin), shifted(b[2:], b[1] - origin))
+    sums = merge_sums(lowered(a[2:], a[1] - origin), lowered(b[2:], b[1] - origin))
     return (larger(a[0], b[0]), origin, *sums)
 
 
-def shift(distance):
+def two_to(distance):
     """Power of two for a distance of origins, at most 0; NaN if neither part has anything."""
-    least = larger(distance, spread(LEAST_SHIFT, distance))
+    least = larger(distance, spread(LEAST_EXPONENT, distance))
     return power_of_two(least + spread(MAGIC + 127.0, distance))
 
 
@@ -1151,8 +1151,8 @@ def write_portions(target, origins, origin, factor):
 def moved(factor, distance):
     """Two factors for terms whose origin is so far below: both are normal where a result is."""
     high, low = factor
-    far = shift(distance - larger(distance, spread(LEAST_SHIFT, distance)))
-    return shift(distance), high * far, low * far
+    far = two_to(distance - larger(distance, spread(LEAST_EXPONENT, distance)))
+    return two_to(distance), high * far, low * far
 
 
 def moved_piece(factors, term):
@@ -1617,7 +1617,7 @@ COARSE_SOFTMAX = {
     "factor_of": coarse_factor,
     "times_factor": times_coarse_factor,
     "in_units": units_of_coarse,
-    "shifted": shifted_coarse,
+    "lowered": lowered_coarse,
     "write_results": write_again,
 }
 

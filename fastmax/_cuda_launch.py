@@ -25,8 +25,7 @@ _ATTRIBUTE_DEVICE = 9  # of a pointer
 _ATTRIBUTE_MULTIPROCESSORS, _ATTRIBUTE_SHARED = 16, 97
 _COOPERATIVE, _CLUSTER = 2, 4  # attributes of a launch
 _MOST_SHARED, _LARGE_CLUSTER = 8, 14  # attributes of a kernel
-_INVALID_CLUSTER = 912  # an error: a device never has room for so many blocks
-_SHARED_AT_ANY_RATE = 48 * 2**10  # bytes of shared memory that every kernel may ask for
+_INVALID = (1, 912)  # values, cluster sizes: errors where a device never has room for so many blocks
 # What may hold the compilers, by the version of CUDA.
 _COMPILERS = ("nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12")
 
@@ -105,7 +104,7 @@ def gpu(device):
         _check(_library().cuDeviceGetAttribute(ctypes.byref(value), attribute, handle))
         numbers.append(value.value)
     capability = numbers[0], numbers[1]
-    cluster = _cuda_plan.MOST_IN_CLUSTER if capability >= _cuda_plan.CLUSTERS_FROM else 1
+    cluster = _cuda_plan.MOST_IN_CLUSTER.get(capability[0], 1)
     return _cuda_plan.Gpu(capability, numbers[2], numbers[3], cluster)
 
 
@@ -165,7 +164,7 @@ def code_of(spec, capability):
     directory = _jit._cache_directory()
     if directory is None:
         return _compiled(spec, capability)
-    key = repr((tuple(spec), capability, _compilers()))
+    key = repr((tuple(spec._replace(tile=0)), capability, _compilers()))
     path = Path(directory, f"{spec.function}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.cubin")
     with contextlib.suppress(OSError):
         content = path.read_bytes()
@@ -228,7 +227,7 @@ def most_blocks(spec, device, shared):
     blocks = ctypes.c_int()
     with _current(device):
         status = _library().cuOccupancyMaxActiveBlocksPerMultiprocessor(
-            ctypes.byref(blocks), _function(spec, device, shared), spec.threads, ctypes.c_size_t(shared)
+            ctypes.byref(blocks), _function(spec, device), spec.threads, ctypes.c_size_t(shared)
         )
     _check(status)
     return blocks.value * gpu(device).multiprocessors
@@ -240,32 +239,35 @@ def most_clusters(spec, device, shared, cluster):
     clusters = ctypes.c_int()
     configuration = _configured(spec, (cluster, 1), shared, cluster)
     with _current(device):
-        function = _function(spec, device, shared, cluster)
+        function = _function(spec, device, cluster)
         status = _library().cuOccupancyMaxActiveClusters(
             ctypes.byref(clusters), function, ctypes.byref(configuration)
         )
-    if status == _INVALID_CLUSTER:
+    if status in _INVALID:
         return 0
     _check(status)
     return clusters.value
 
 
-def _function(spec, device, shared, cluster=1):
+def _function(spec, device, cluster=1):
     """A kernel as the driver's questions about occupancy take it."""
     function = ctypes.c_void_p()
     with _loading:
-        kernel = _prepared(spec, device, shared, cluster)
+        kernel = _prepared(spec, device, cluster)
     _check(_library().cuKernelGetFunction(ctypes.byref(function), kernel))
     return function
 
 
-def _prepared(spec, device, shared, cluster):
-    """A loaded kernel that may have so many bytes of shared memory, and so many blocks in a cluster."""
+def _prepared(spec, device, cluster):
+    """A loaded kernel that may have the shared memory of its largest tile, and so many blocks in a cluster.
+
+    What it may have is the kernel's, not the launch's, so it must do for those that are kept as well.
+    """
     kernel = _load(spec, gpu(device).capability)
     handle = ctypes.c_int()
     _check(_library().cuDeviceGet(ctypes.byref(handle), device))
-    if shared > _SHARED_AT_ANY_RATE:
-        _check(_library().cuKernelSetAttribute(_MOST_SHARED, shared, kernel, handle))
+    if spec.tile:
+        _check(_library().cuKernelSetAttribute(_MOST_SHARED, spec.tile, kernel, handle))
     if cluster > _cuda_plan.CLUSTER_AT_ANY_RATE:
         _check(_library().cuKernelSetAttribute(_LARGE_CLUSTER, 1, kernel, handle))
     return kernel
@@ -300,7 +302,7 @@ class Launch:
 
     def __init__(self, spec, device, grid, arguments, shared=0, cluster=1):
         with _loading, _current(device):
-            self._kernel = _prepared(spec, device, shared, cluster)
+            self._kernel = _prepared(spec, device, cluster)
         words = bytearray(b"".join(_flat(arguments)))
         count = len(words) // 8
         self._values = memoryview(words).cast("q")  # is written to in half the time of a ctypes array

@@ -145,6 +145,8 @@ def test_blocks_of_a_cluster_write_to_each_other():
     assert ptx.count("barrier.cluster.arrive.release") == ptx.count("barrier.cluster.wait.acquire") > 1
     assert "st.shared::cluster.f32" in ptx
     assert "barrier.cluster" not in _cuda_plan.build(SPECS["team"], HOPPER.capability)
+    _, stack, spilled = assembled(_cuda_plan.build(SPECS["cluster"], (10, 0)), (10, 0))
+    assert (stack, spilled) == (0, 0)
 
 
 def test_laws_are_worked_out_in_float64():
