@@ -116,7 +116,7 @@ def test_cupy_conforms(path, name):
     assert failures(visiting(getattr(fastmax, name), "cupy"), name, PATHS[path], np.float32) == []
 
 
-@pytest.mark.parametrize("n", [6145, 28161, 56316, 56317, 66793, 131073, 294849, 10**6, 8 * 10**6])
+@pytest.mark.parametrize("n", [6145, 12_100, 28161, 56316, 56317, 66793, 131073, 294849, 10**6, 8 * 10**6])
 @pytest.mark.parametrize("name", oracle.FUNCTIONS)
 def test_long_rows_in_tiles_teams_and_parts(name, n):
     rng = np.random.default_rng(n)
@@ -182,6 +182,14 @@ def test_a_call_that_was_prepared_gives_the_same():
         third = fastmax.softmax(x, 0.5, axis=1)
     torch.cuda.synchronize()
     assert torch.equal(first, third)
+
+
+def test_launches_that_are_kept_go_on_after_shorter_ones():
+    torch = pytest.importorskip("torch")
+    x = torch.randn(3, 50_256, device="cuda")
+    first = fastmax.softmax(x, axis=1)
+    fastmax.softmax(torch.randn(3, 12_100, device="cuda"), axis=1)
+    assert torch.equal(first, fastmax.softmax(x, axis=1))
 
 
 def test_tensors_that_require_gradients_and_numba_arrays():
