@@ -112,7 +112,6 @@ CHUNKS = (0,)  # one entry for each piece of 128 bits that a thread copies of a 
 LANES = 4  # in a piece
 WIDE = 4  # entries of 128 bits
 PARTS = 4  # accesses of 128 bits to a line
-PORTIONS = 4  # of a tile, each of which is waited for
 ACCESS = 4  # entries read at a time
 THREADS = 128  # in a block
 GROUP = 32  # threads of a block that share a slice
@@ -242,14 +241,19 @@ def in_warp(combine, state, empty, board):
 def in_block(combine, state, empty, board):
     """Each warp leaves its state in shared memory, and each combines all of them: one barrier."""
     state = in_lanes(combine, state, 32)
-    lane = thread() % 32
     room = slots(state)
-    if lane == 0:
+    if thread() % 32 == 0:
         put(room, thread() // 32, state)
     barrier()
+    return in_slots(combine, room, 0, THREADS // 32, empty)
+
+
+def in_slots(combine, room, first, count, empty):
+    """Each warp combines so many states, at most 32, in slots from the first on."""
+    lane = thread() % 32
     state = empty
-    if lane < THREADS // 32:
-        state = get(room, lane)
+    if lane < count:
+        state = get(room, first + lane)
     return in_lanes(combine, state, 32)
 
 
@@ -297,11 +301,7 @@ def in_cluster(combine, state, empty, board):
     arrive()
     await_all()
     if SLICES == 1:
-        lane = thread() % 32
-        result = empty
-        if lane < blocks:
-            result = get(room, own + lane)
-        return in_lanes(combine, result, 32)
+        return in_slots(combine, room, own, blocks, empty)
     result = together(get(room, own), empty)
     for i in range(1, blocks):
         result = combine(result, together(get(room, own + i * STATES), empty))
@@ -908,6 +908,9 @@ def places_of(base, skew, n, share, rank):
     before = shift - rank * share
     stop = max(0, min(n + before, share))
     return before, stop, (stop + LANES - 1) // LANES * LANES
+
+
+PORTIONS = 4  # of a tile, as `parts_of_tile` waits for each
 
 
 def bring_row(tile, x, base, places):

@@ -167,23 +167,20 @@ ROW_TILES = (
 )
 # Columns tell each other more, so a grid of many blocks is no use (0.06 with 228): 0.92, 0.80 and 0.71 with
 # 1000, 2000 and 16384 entries, and 0.38 with 131072 in the grid.
-COLUMN_TILES = {
-    2: (
-        Tile("", 72, 1, 256, 2),
-        Tile("cluster", 72, 16, 128, 4),
+
+
+def _column_tiles(alone, in_cluster):
+    """Tiles for columns, with so many blocks on a multiprocessor."""
+    return (
+        Tile("", 72, 1, 256, alone),
+        Tile("cluster", 72, 16, 128, in_cluster),
         Tile("cluster", 200, 16, 512),
-        Tile("", 220, 1, 256, 2),  # without clusters
+        Tile("", 220, 1, 256, alone),  # without clusters
         Tile("grid", 216, 40, 512),
-    ),
-    4: (
-        Tile("", 72, 1, 256, 3),
-        Tile("cluster", 72, 16, 128, 5),
-        Tile("cluster", 200, 16, 512),
-        Tile("", 220, 1, 256, 3),
-        Tile("grid", 216, 40, 512),
-    ),
-}
-COLUMN_TILES[8] = COLUMN_TILES[4]
+    )
+
+
+COLUMN_TILES = {2: _column_tiles(2, 4), 4: _column_tiles(3, 5), 8: _column_tiles(3, 5)}
 SLACK_BYTES = 256  # for the alignment of what lies beside a tile
 TILES_FROM = (8, 0)  # compute capability that copies to shared memory in the background
 MOST_IN_CLUSTER = {9: 16, 10: 16, 12: 8}  # blocks, by the first number of the compute capability
@@ -301,12 +298,17 @@ def is_at_once(function, operation, dtype, access):
 
 
 def blocks_needed(spec, n):
-    """How many tiles hold slices of n entries; a row may begin anywhere in its first piece."""
-    size = ITEMSIZE[spec.dtype]
-    if spec.group == "column":
-        whole = 16 * spec.threads  # a column is filled up to a multiple of what its threads take at a time
-        return -(-n // max(1, spec.tile // whole * whole // (spec.slices * size)))
-    return -(-n // (spec.tile // size - 16 // size))
+    """How many tiles hold slices of n entries."""
+    line = spec.slices * ITEMSIZE[spec.dtype] if spec.group == "column" else 0
+    return -(-n // max(1, tile_entries(spec.tile, ITEMSIZE[spec.dtype], spec.threads, line)))
+
+
+def tile_entries(tile, itemsize, threads, line):
+    """Entries of a slice in a tile of so many bytes: of columns with a line, or of a row, if that is 0."""
+    if line:
+        whole = 16 * threads  # a column is filled up to a multiple of what its threads take at a time
+        return tile // whole * whole // line
+    return (tile - 16) // itemsize  # a row may begin anywhere in its first piece
 
 
 def line_of(dtype, inner):

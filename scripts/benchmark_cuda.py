@@ -76,15 +76,13 @@ def lengths_to_check(operation: str, dtype: str) -> list[int]:
 
 def tile_limits() -> list[int]:
     """Return the most entries of float32 that tiles for rows and for columns hold, but for those of grids."""
-    found = []
-    for tile in (*_cuda_plan.AT_ONCE_TILES[4], *_cuda_plan.COLUMN_TILES[4]):
-        size = int(tile.kilobytes * 2**10)
-        whole = 16 * tile.threads
-        is_row = tile in _cuda_plan.AT_ONCE_TILES[4]
-        entries = size // 4 - 4 if is_row else size // whole * whole // _cuda_plan.LINE_BYTES
-        if tile.team != "grid":
-            found.append(tile.blocks * entries)
-    return sorted(found)
+    lists = (0, _cuda_plan.AT_ONCE_TILES[4]), (_cuda_plan.LINE_BYTES, _cuda_plan.COLUMN_TILES[4])
+    return sorted(
+        tile.blocks * _cuda_plan.tile_entries(int(tile.kilobytes * 2**10), 4, tile.threads, line)
+        for line, tiles in lists
+        for tile in tiles
+        if tile.team != "grid"
+    )
 
 
 def make_rows(n: int, dtype: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

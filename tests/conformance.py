@@ -67,6 +67,24 @@ def failures(function, name, path, dtype, allowed=0.0):
     return found
 
 
+# Errors on a GPU in ulp of float32: 3, and 0.01 of an ulp of the types of 16 bits.
+ALLOWED_ON_GPU = {"float32": 3.0, "float16": 0.01 * 2**13, "bfloat16": 0.01 * 2**16}
+
+
+def wrong_beside_unlike_parts(softmax, n, dtype):
+    """Return (case, T, error) of what softmax on a GPU gets wrong on the rows of `unlike_parts`."""
+    own = unlike_parts(n)
+    x = np.stack([entries.astype(dtype) for entries, _ in own.values()])
+    temperatures = np.array([temperature for _, temperature in own.values()])
+    result = softmax(x, temperatures, axis=1)
+    wrong = []
+    for i, case in enumerate(own):
+        error = oracle.errors("softmax", result[i], oracle.expect(x[i], temperatures[i])).max()
+        if not error <= ALLOWED_ON_GPU[np.dtype(dtype).name]:
+            wrong.append((case, temperatures[i], error))
+    return wrong
+
+
 def unlike_parts(n):
     """Return slices whose parts, in the blocks of a team, are unlike each other: by name, (entries, T)."""
     rng = np.random.default_rng(n)

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from conformance import TEMPERATURES, cases, slices, unlike_parts
+from conformance import TEMPERATURES, cases, slices, wrong_beside_unlike_parts
 from paths import IN_PLACE, PATHS
 
 import fastmax
@@ -234,17 +234,7 @@ def test_one_temperature_on_the_gpu_serves_all_slices(shape, name):
 )
 def test_parts_of_a_team_may_be_unlike_each_other(n, dtype):
     """In a tile of one block, in a cluster and in blocks of the grid."""
-    own = unlike_parts(n)
-    x = np.stack([entries.astype(dtype) for entries, _ in own.values()])
-    temperatures = np.array([temperature for _, temperature in own.values()])
-    result = on_gpu(fastmax.softmax)(x, temperatures, axis=1)
-    allowed = 3.0 if dtype is np.float32 else 0.01 * 2**16  # ulp of float32; 0.01 of one of bfloat16
-    wrong = []
-    for i, case in enumerate(own):
-        error = oracle.errors("softmax", result[i], oracle.expect(x[i], temperatures[i])).max()
-        if not error <= allowed:
-            wrong.append((case, temperatures[i], error))
-    assert not wrong
+    assert not wrong_beside_unlike_parts(on_gpu(fastmax.softmax), n, dtype)
 
 
 def test_faint_terms_beside_a_maximum_of_zero():

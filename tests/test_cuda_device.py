@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from conformance import failures, unlike_parts
+from conformance import ALLOWED_ON_GPU, failures, wrong_beside_unlike_parts
 from paths import IN_PLACE, PATHS
 
 import fastmax
@@ -21,10 +21,6 @@ pytestmark = pytest.mark.skipif(not cuda.is_available(), reason="no GPU")
 NOT_HERE = ("byte swapped", "unaligned", "field of records")
 # PyTorch has no negative strides.
 NOT_IN_TORCH = (*NOT_HERE, "reversed", "reversed rows")
-
-
-# Errors in ulp of float32: 3, and 0.01 of an ulp of the types of 16 bits.
-ALLOWED = {"float32": 3.0, "float16": 0.01 * 2**13, "bfloat16": 0.01 * 2**16}
 
 
 def to_torch(array):
@@ -107,7 +103,7 @@ def test_path_in_place_conforms(path, name, dtype):
 @pytest.mark.parametrize("path", ["vector", "rows", "columns", "strided", "masked", "out given"])
 def test_16_bits_conform(path, name, dtype):
     function = visiting(getattr(fastmax, name), "torch")
-    assert failures(function, name, PATHS[path], dtype, ALLOWED[np.dtype(dtype).name]) == []
+    assert failures(function, name, PATHS[path], dtype, ALLOWED_ON_GPU[np.dtype(dtype).name]) == []
 
 
 @pytest.mark.parametrize("name", oracle.FUNCTIONS)
@@ -130,16 +126,7 @@ def test_long_rows_in_tiles_teams_and_parts(name, n):
 @pytest.mark.parametrize("n", [7000, 70_000, 150_000, 700_000])
 def test_parts_of_a_team_may_be_unlike_each_other(n, dtype):
     """In a tile of one block, in clusters and in blocks of the grid, from rows that begin anywhere."""
-    cases = unlike_parts(n)
-    x = np.stack([entries.astype(dtype) for entries, _ in cases.values()])
-    temperatures = np.array([temperature for _, temperature in cases.values()])
-    result = visiting(fastmax.softmax, "torch")(x, temperatures, axis=1)
-    wrong = []
-    for i, case in enumerate(cases):
-        error = oracle.errors("softmax", result[i], oracle.expect(x[i], temperatures[i])).max()
-        if not error <= ALLOWED[np.dtype(dtype).name]:
-            wrong.append((case, temperatures[i], error))
-    assert not wrong
+    assert not wrong_beside_unlike_parts(visiting(fastmax.softmax, "torch"), n, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
