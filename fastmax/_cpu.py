@@ -25,12 +25,12 @@ from fastmax._lanes import (
     PAGE_BYTES,
     REGISTER_BYTES,
     REGISTERS,
-    any_lanes,
     entries_of,
     get,
     lane_count,
     load,
     load_as,
+    no_lanes,
     piece_size,
     piece_zeros,
     pointer,
@@ -91,6 +91,7 @@ from fastmax._slice import (
     register_maxima,
     sums_of,
 )
+from fastmax._tracing import traced
 
 # Entries from which all threads take no longer than one, on two cores: rows, columns, one slice (see
 # figures/scaling_cpu.csv).
@@ -151,7 +152,7 @@ _MAXIMA, _HIGH, _LOW, _LIMIT, _SCALE, _VECTORS = 0, 1, 2, 3, 4, 9
 _SUMS = 6
 
 
-@jit
+@traced
 def padded_size(n, work):
     """Entries that a row takes in working memory: whole lanes."""
     lanes = lane_count(work)
@@ -189,7 +190,7 @@ def part_of(work, part, parts):
     return work[part * size : (part + 1) * size]
 
 
-@jit
+@traced
 def sums_at(work, quantity):
     """Where the sums of a quantity stand in working memory."""
     lanes = lane_count(work)
@@ -208,13 +209,13 @@ def group_maxima(x, n, step, first, count, work):
     store(work, _MAXIMA * lanes, load(work, at))
 
 
-@jit(inline="always")
+@traced
 def maxima_at(work, count):
     """Maxima of the rows of a group, one per lane."""
     return read(work, _MAXIMA * lane_count(work), count, spread(0.0, work))
 
 
-@jit(inline="always")
+@traced
 def put_row_scales(row_max, rates, work):
     """Write the scales of rows, which are right for those that are plain."""
     lanes = lane_count(work)
@@ -227,14 +228,14 @@ def put_row_scales(row_max, rates, work):
     store(work, (_SCALE + 4) * lanes, scale.rest)
 
 
-@jit(inline="always")
+@traced
 def is_plain_at(work, r):
     """Whether row r of a group is plain."""
     lanes = lane_count(work)
     return abs(get(work, _MAXIMA * lanes + r)) <= get(work, _LIMIT * lanes + r)
 
 
-@jit(inline="always")
+@traced
 def row_scale_at(work, r):
     """Scale of row r of a group, if that is plain."""
     lanes = lane_count(work)
@@ -299,7 +300,7 @@ def group_split_sums(x, n, step, first, count, further, temperature, weighted, w
         sums_of(work, sums_at(work, 3), sums_at(work, 4), count)
 
 
-@jit
+@traced
 def lane_sums_at(work):
     """Sums of all rows of a group, one in each lane."""
     return (
@@ -311,7 +312,7 @@ def lane_sums_at(work):
     )
 
 
-@jit
+@traced
 def split_sums_at(work, r):
     """Sums of row r of a group."""
     return (
@@ -468,14 +469,14 @@ def value_groups(x, mask, temperature, out, first, stop, weighted, work):
 _CHAIN_SUMS = 5
 
 
-@jit
+@traced
 def narrow_work_size(n, like):
     """Entries of working memory for as many rows as there are lanes."""
     lanes = lane_count(like)
     return (_FIELDS + _CHAIN_SUMS * chain_count(n, like) + n + piece_size(like)) * lanes
 
 
-@jit
+@traced
 def chain_sums_at(n, work):
     """Where the sums of the chains stand in working memory; the tile comes before them."""
     return (_FIELDS + n + piece_size(work)) * lane_count(work)
@@ -857,7 +858,7 @@ def value_wide_row(x, mask, temperature, out, i, weighted):
 # -- long rows ------------------------------------------------------------------------------------
 
 
-@jit
+@traced
 def chunk_count(n, like):
     """Number of chunks of a row."""
     return -(-n // (CHUNK * lane_count(like)))
@@ -1029,7 +1030,7 @@ _RECIPROCAL = 11
 _FIELDS = 13
 
 
-@jit
+@traced
 def field(quantity, j, width):
     """Where a field of the columns from j on stands."""
     return quantity * width + j
@@ -1098,10 +1099,10 @@ def lane_rates(temperature, first, count, rate, like):
     )
 
 
-@jit
+@traced
 def are_plain(row_max, rates):
     """Whether all lanes are plain slices."""
-    return not any_lanes(rates.limit < larger(row_max, -row_max))
+    return no_lanes(rates.limit < larger(row_max, -row_max))
 
 
 @jit
@@ -1129,7 +1130,7 @@ def write_scales(row_max, rates, temperature, first, work, j, width):
     write_guards(own_guard, other, work, j, width)
 
 
-@jit
+@traced
 def write_guards(guard, other, work, j, width):
     """Write the guards of slices that are not plain, and those that change nothing of the others."""
     none = no_guard(guard.prescale)
@@ -1140,14 +1141,14 @@ def write_guards(guard, other, work, j, width):
     store(work, field(_GUARD + 4, j, width), select(other, spread(0.0, none.plain), none.plain))
 
 
-@jit
+@traced
 def no_guard(like):
     """Guard that changes nothing."""
     one = spread(1.0, like)
     return Guard(one, one, one, -spread(math.inf, like), one)
 
 
-@jit
+@traced
 def read_scale(work, j, width):
     """Scales of the columns from j on."""
     return Scale(
@@ -1160,7 +1161,7 @@ def read_scale(work, j, width):
     )
 
 
-@jit
+@traced
 def read_guard(work, j, width):
     """Guards of the columns from j on."""
     return Guard(
@@ -1177,7 +1178,7 @@ def write_gaps(row_max, rates, log_sum, temperature, first, work, j, width):
     """Write a gap and guard for each lane; the guard of a plain slice changes nothing."""
     plain, other = plain_gap(row_max, rates, log_sum), rates.limit < larger(row_max, -row_max)
     store(work, field(0, j, width), row_max)
-    if not any_lanes(other):
+    if no_lanes(other):
         store(work, field(1, j, width), plain.inverse)
         store(work, field(2, j, width), plain.summand)
         write_guards(no_guard(row_max), other, work, j, width)
@@ -1198,7 +1199,7 @@ def write_gaps(row_max, rates, log_sum, temperature, first, work, j, width):
     write_guards(guard, other, work, j, width)
 
 
-@jit
+@traced
 def write_log_gaps(rates, temperature, first, work, j, width):
     """Write a gap and guard for each lane, from the maxima and sums that `write_split` wrote."""
     row_max, sums = read_split(work, j, width)
@@ -1206,7 +1207,7 @@ def write_log_gaps(rates, temperature, first, work, j, width):
     write_gaps(row_max, rates, log_sum, temperature, first, work, j, width)
 
 
-@jit
+@traced
 def read_gap(work, j, width):
     """Gaps of the columns from j on."""
     row_max = load(work, field(0, j, width))
@@ -1371,7 +1372,7 @@ def split_tile_sums(work, at, n, row_max, temperature, first, rates, weighted, j
     return plain
 
 
-@jit
+@traced
 def write_split(row_max, sums, work, j, width):
     """Write maxima and five sums to the first six fields."""
     store(work, field(0, j, width), row_max)
@@ -1382,7 +1383,7 @@ def write_split(row_max, sums, work, j, width):
     store(work, field(5, j, width), sums[4])
 
 
-@jit
+@traced
 def read_split(work, j, width):
     """Maxima and five sums that `write_split` wrote."""
     return load(work, field(0, j, width)), (
@@ -1394,15 +1395,15 @@ def read_split(work, j, width):
     )
 
 
-@jit
+@traced
 def shows_all(row_max, temperature, sums, weighted):
     """Whether the sums of plain slices give their values: no term is too faint to be seen in them."""
     if weighted is not None:
         return True
-    return not any_lanes(misses_faint_terms(row_max, temperature, sums))
+    return no_lanes(misses_faint_terms(row_max, temperature, sums))
 
 
-@jit
+@traced
 def plain_value(row_max, temperature, sums, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of plain slices."""
     if weighted is not None:
@@ -1410,7 +1411,7 @@ def plain_value(row_max, temperature, sums, weighted):
     return plain_logsumexp(row_max, temperature, sums)
 
 
-@jit
+@traced
 def column_sums_at(work, j, width):
     """Sums of column j that `split_tile_sums` wrote."""
     return (
@@ -1489,7 +1490,7 @@ def strip_width(inner, like):
     return min(8 * lanes, -(-inner // lanes) * lanes)
 
 
-@jit
+@traced
 def strip_count(shape, width):
     """Number of strips."""
     outer, n, inner = shape
@@ -1505,7 +1506,7 @@ def strip_maxima(x, mask, task, width, partial):
     column_maxima(x, mask, row, inner, rows, count, partial, to)
 
 
-@jit
+@traced
 def merge_maxima(partial, i, chunks, inner, maxima):
     """Merge the maxima of all chunks of some columns."""
     column_maxima(partial, None, i * chunks * inner, inner, chunks, inner, maxima, i * inner)
@@ -1692,7 +1693,7 @@ def merge_split_strips(partial, i, chunks, inner, sums):
             write(pointer(sums), to, inner - j, merged[quantity])
 
 
-@jit
+@traced
 def five_lanes(sums, at, inner):
     """Sums of the columns whose first stands at an index."""
     zero = spread(0.0, sums)
@@ -1706,10 +1707,16 @@ def five_lanes(sums, at, inner):
     )
 
 
-@jit
+@traced
 def five_of_column(sums, at, inner):
     """Sums of the column whose first stands at an index."""
-    return sums[at], sums[at + inner], sums[at + 2 * inner], sums[at + 3 * inner], sums[at + 4 * inner]
+    return (
+        get(sums, at),
+        get(sums, at + inner),
+        get(sums, at + 2 * inner),
+        get(sums, at + 3 * inner),
+        get(sums, at + 4 * inner),
+    )
 
 
 @Kernel

@@ -31,12 +31,11 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import PassManager
 from numba.core.registry import CPUDispatcher
 from numba.core.runtime.nrt import rtsys
-from numba.core.typing.templates import AbstractTemplate, infer_global
-from numba.extending import lower_builtin
 from numba.misc.appdirs import AppDirs
 from numba.np.ufunc import wrappers
 
 from fastmax._process import uninterrupted
+from fastmax._tracing import apply
 
 _PACKAGE = Path(__file__).parent
 _DAY = 24 * 3600.0
@@ -316,6 +315,9 @@ class _KernelCompiler(Compiler):
 class _Callee(CPUDispatcher):
     """A function that kernels call; it is not compiled anew for each integer that is written in a call."""
 
+    def __call__(self, *arguments):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return apply(self._numba_type_, arguments)
+
     def get_call_template(self, args, kws):
         integers = numba.types.IntegerLiteral
         args = [numba.types.unliteral(arg) if isinstance(arg, integers) else arg for arg in args]
@@ -331,35 +333,6 @@ def jit(function=None, raises=False, **options) -> Any:
         return functools.partial(jit, raises=raises, **options)
     compiler = Compiler if raises else _LinkedCompiler
     return _njit(function, _Callee, compiler, no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)
-
-
-def intrinsic(definition) -> Any:
-    """As Numba's ``intrinsic``, which looks for news in all its registries at each call of one.
-
-    A first call then takes 1.05 times as long.
-    """
-
-    @functools.wraps(definition)
-    def function(*arguments):
-        raise NotImplementedError(f"{definition.__name__} is for jitted code only")
-
-    signatures, codegens = {}, {}
-
-    class _Template(AbstractTemplate):
-        key = function
-
-        def generic(self, args, kws):
-            if args not in signatures:
-                signature, codegen = definition(self.context, *args)
-                signatures[args], codegens[signature.args] = signature, codegen
-                lower_builtin(codegen, *signature.args)(codegen)
-            return signatures[args]
-
-        def get_impl_key(self, sig):
-            return codegens[sig.args]
-
-    infer_global(function, numba.types.Function(_Template))  # pyright: ignore[reportOptionalCall]
-    return function
 
 
 def kernel(function, **options) -> Any:

@@ -17,8 +17,9 @@ from numba.np.unsafe import ndarray
 from numpy.exceptions import AxisError
 
 from fastmax import _slice
-from fastmax._jit import intrinsic, jit
+from fastmax._jit import jit
 from fastmax._lanes import as_contiguous
+from fastmax._tracing import intrinsic
 
 # What it makes is called with other arguments than its source says.
 to_fixed_tuple: Any = ndarray.to_fixed_tuple

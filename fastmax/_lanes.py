@@ -26,7 +26,8 @@ from numba.core.cgutils import for_range_slice, get_or_insert_function
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, overload, register_model
 
-from fastmax._jit import intrinsic, jit
+from fastmax._jit import jit
+from fastmax._tracing import intrinsic, traced
 
 
 def _register_bytes():
@@ -566,13 +567,14 @@ def _halves(builder, a, b, size, start):
 
 
 @intrinsic
-def any_lanes(typingctx, condition):
-    """Whether a condition holds in any lane."""
-    if not isinstance(condition, Lanes):
-        return condition(condition), lambda context, builder, sig, args: args[0]
+def no_lanes(typingctx, condition):
+    """Whether a condition holds in no lane."""
 
     def codegen(context, builder, sig, args):
-        return _call(builder, "vector.reduce.or", args[0].type.element, args)
+        (some,) = args
+        if isinstance(some.type, ir.VectorType):
+            some = _call(builder, "vector.reduce.or", some.type.element, args)
+        return builder.not_(some)
 
     return types.boolean(condition), codegen
 
@@ -622,15 +624,10 @@ def _workspace(size, like):
     return lambda size, like: np.empty(size, dtype)
 
 
-def entries_of(x, mask) -> Any:
-    """Pointer to x, or the pair of pointers to x and its mask; only for jitted code."""
-
-
-@overload(entries_of)
-def _entries_of(x, mask):
-    if isinstance(mask, types.NoneType):
-        return lambda x, mask: pointer(x)
-    return lambda x, mask: (pointer(x), pointer(mask))
+@traced
+def entries_of(x, mask):
+    """Pointer to x, or the pair of pointers to x and its mask."""
+    return pointer(x) if mask is None else (pointer(x), pointer(mask))
 
 
 @intrinsic

@@ -13,12 +13,9 @@ would cancel.
 
 import math
 from collections import namedtuple
-from typing import Any
 
 import numpy as np
 from numba import prange
-from numba.core import types
-from numba.extending import overload
 
 from fastmax import _slice
 from fastmax._cpu import (
@@ -45,7 +42,6 @@ from fastmax._cpu import (
 from fastmax._jit import jit
 from fastmax._lanes import (
     LANE_BYTES,
-    any_lanes,
     as_float64,
     constant,
     fma,
@@ -53,6 +49,7 @@ from fastmax._lanes import (
     lane_count,
     load,
     load_as,
+    no_lanes,
     piece_size,
     pointer,
     put,
@@ -88,6 +85,7 @@ from fastmax._math import (
     top_term,
 )
 from fastmax._slice import CHUNK, Soon, fetch, is_new, lane_maxima, later, sum_lanes
+from fastmax._tracing import traced
 
 # Rows up to so many entries are taken many at a time, transposed, one in each lane.
 SHORT = 96
@@ -112,37 +110,22 @@ Labels = namedtuple("Labels", "x at step")
 Labels.__doc__ = """Probabilities: the first index, and the step from one vector of them to the next."""
 
 
-def pointer_to(array) -> Any:
-    """Pointer to the first entry of an array, None for None; only for jitted code."""
+@traced
+def pointer_to(array):
+    """Pointer to the first entry of an array, None for None."""
+    return None if array is None else pointer(array)
 
 
-@overload(pointer_to)
-def _pointer_to(array):
-    if isinstance(array, types.NoneType):
-        return lambda array: None
-    return lambda array: pointer(array)
+@traced
+def unless_none(array, value):
+    """``value``, or None if the array is None."""
+    return None if array is None else value
 
 
-def unless_none(array, value) -> Any:
-    """``value``, or None if the array is None; only for jitted code."""
-
-
-@overload(unless_none)
-def _unless_none(array, value):
-    if isinstance(array, types.NoneType):
-        return lambda array, value: None
-    return lambda array, value: value
-
-
-def labels_at(x, at, step) -> Any:
-    """`Labels`, or None if x is None; only for jitted code."""
-
-
-@overload(labels_at)
-def _labels_at(x, at, step):
-    if isinstance(x, types.NoneType):
-        return lambda x, at, step: None
-    return lambda x, at, step: Labels(x, at, step)
+@traced
+def labels_at(x, at, step):
+    """`Labels`, or None if x is None."""
+    return None if x is None else Labels(x, at, step)
 
 
 # -- passes ---------------------------------------------------------------------------------------
@@ -298,7 +281,7 @@ def write_gradient(x, stored, at, probs, start, stop, step, width, scale, guard,
 # -- one sample: from sums to its loss and its gradient ------------------------------------------------
 
 
-@jit
+@traced
 def label_distance(row_max, logit, temperature):
     """(max - logit) / T in float64."""
     top, entry = as_float64(row_max), as_float64(logit)
@@ -311,7 +294,7 @@ def label_distance(row_max, logit, temperature):
     return select(entry == top, zero, gap)
 
 
-@jit
+@traced
 def others_of(row_max, ties, rest, error):
     """Sum of all terms but that of one maximum, in units of it; NaN if nothing is above -inf."""
     top = as_float64(row_max)
@@ -321,7 +304,7 @@ def others_of(row_max, ties, rest, error):
     return select(top == -spread(math.inf, top), spread(math.nan, top), others)
 
 
-@jit
+@traced
 def share_of(x, row_max, scale, guard):
     """Term of an entry in float64, in units of that of the maximum."""
     power, excess, _ = terms(x, scale, guard)
@@ -337,7 +320,7 @@ def label_terms(row_max, temperature):
     return (spread(1.0, row_max), spread(0.25 if huge else 1.0, row_max)), floor
 
 
-@jit
+@traced
 def units_after(units, weight, moment):
     """Units for sums that had these values: the small ones if they are not finite."""
     small = constant(SMALL_UNIT, units[0])
@@ -389,7 +372,7 @@ def clipped(exponent, limit):
     return min(max(exponent, -int(limit)), int(limit))
 
 
-@jit
+@traced
 def mass_of(row_max, ties, rest, error, weight, before, after, last):
     """Return the `Mass` of samples whose labels sum to a weight; the other factors are 1 / (T samples)."""
     top = as_float64(row_max)
@@ -411,14 +394,14 @@ def mass_of(row_max, ties, rest, error, weight, before, after, last):
     return Mass(high, low, tie, tie_low, before, after, last)
 
 
-@jit
+@traced
 def pair(high, low, like):
     """Numbers in float64 as pairs in the dtype of ``like``."""
     rounded = spread(high, like)
     return rounded, spread((high - as_float64(rounded)) + low, like)
 
 
-@jit
+@traced
 def label_gradient(others, share, before, after, like):
     """Gradient at labels: minus the mass of the other classes, over T."""
     one = spread(1.0, others)
@@ -426,13 +409,13 @@ def label_gradient(others, share, before, after, like):
     return spread(missed / (others + one) * before * -after, like)
 
 
-@jit
+@traced
 def gradient_rate(temperature, like):
     """`rate_of` for terms that are to be divided by T."""
     return never_plain_below(LEAST_PLAIN_TEMPERATURE, rate_of(temperature, like))
 
 
-@jit
+@traced
 def never_plain_below(temperature, rate):
     """Rates, of which those at lower temperatures are without plain slices."""
     lower = rate.temperature < spread(temperature, rate.temperature)
@@ -758,7 +741,7 @@ def vector_targets(x, start, step, width, n, labels, temperature, number, row_ma
         store(w, (_TARGETS + 3) * lanes, targets[3])
         store(w, (_TARGETS + 4) * lanes, targets[4])
         following = units_after(units, targets[0] + targets[1], targets[2] + targets[3])
-        if not any_lanes(following[0] < units[0]):
+        if no_lanes(following[0] < units[0]):
             break
         store(w, _UNITS * lanes, following[0])
         store(w, (_UNITS + 1) * lanes, following[1])
@@ -804,7 +787,7 @@ def lane_factors(temperature, samples, number, w):
     return as_float64(before), pair_at(w, _FACTORS + 1), as_float64(last)
 
 
-@jit
+@traced
 def put_pair(w, number, k, value):
     """Write a float64 to lane k of two fields."""
     lanes = lane_count(w)
@@ -813,14 +796,14 @@ def put_pair(w, number, k, value):
     put(w, (number + 1) * lanes + k, low)
 
 
-@jit
+@traced
 def pair_at(w, number):
     """Numbers in float64 from two fields."""
     lanes = lane_count(w)
     return as_float64(load(w, number * lanes)) + as_float64(load(w, (number + 1) * lanes))
 
 
-@jit
+@traced
 def put_scale(w, k, lanes, scale, guard, plain):
     """Write the scale and guard of one lane; ``plain`` is 1 or 0."""
     put(w, k, scale.row_max)
@@ -836,7 +819,7 @@ def put_scale(w, k, lanes, scale, guard, plain):
     put(w, 10 * lanes + k, spread(plain, guard.cutoff))
 
 
-@jit
+@traced
 def scales_at(w, lanes):
     """Scales and guards that `put_scale` wrote."""
     scale = Scale(

@@ -42,18 +42,19 @@ from fastmax._jit import jit
 from fastmax._lanes import (
     TABLE_ENTRIES,
     abreast,
-    any_lanes,
     as_float64,
     constant,
     fma,
     log1p,
     make_table,
+    no_lanes,
     polynomial,
     power_of_two,
     select,
     split_power,
     spread,
 )
+from fastmax._tracing import traced
 
 LOG2_E_HIGH = 1.4426950408889634
 LOG2_E_LOW = 2.0355273740931033e-17
@@ -313,7 +314,7 @@ Gap.__doc__ = """How (x - max) / T - log_sum follows from x; see `log_terms`."""
 # -- terms ----------------------------------------------------------------------------------------
 
 
-@jit
+@traced
 def multiplier(temperature, like):
     """log2(e) / T as a pair high + low in the dtype of ``like``."""
     numerator = spread(LOG2_E_HIGH, temperature)
@@ -324,7 +325,7 @@ def multiplier(temperature, like):
     return rounded, spread((high - as_float64(rounded)) + low, like)
 
 
-@jit
+@traced
 def rate_of(temperature, like):
     """Return c for T in [0, inf], how far below the maximum terms are cut off, and which maxima are plain.
 
@@ -341,13 +342,13 @@ def rate_of(temperature, like):
     return Rate(temperature, select(fits, high, zero), select(fits, low, zero), inverse, depth, limit)
 
 
-@jit
+@traced
 def is_plain(row_max, rate):
     """Whether `plain_scale` does for a slice, from its maximum (NaN left out; -inf if there is none)."""
     return abs(row_max) <= spread(rate.limit, row_max)
 
 
-@jit
+@traced
 def plain_scale(row_max, rate):
     """Scale of a plain slice."""
     high, low = spread(rate.high, row_max), spread(rate.low, row_max)
@@ -383,7 +384,7 @@ def guard_of(temperature, like):
     return high, low, Guard(prescale, factor, factor2, cutoff, None)
 
 
-@jit
+@traced
 def bounded_scale(row_max, high, low, guard):
     """Scale and guard of a slice, from the multiplier and guard of its temperature."""
     zero, one = spread(0.0, row_max), spread(1.0, row_max)
@@ -411,13 +412,13 @@ def guarded_scale(row_max, temperature):
     return bounded_scale(row_max, high, low, guard)
 
 
-@jit(inline="always")
+@traced
 def at_least(x, lowest):
     """Return the larger of two; NaN if x is."""
     return select(lowest > x, lowest, x)
 
 
-@jit(forceinline=True)
+@traced
 def terms(x, scale, guard):
     """2**((x - max) c + BIAS) as power * (1 + excess), and (x - max) c; the guard of plain slices is None."""
     if guard is not None:
@@ -432,7 +433,7 @@ def guarded_terms(x, scale, guard):
     """`terms` of any slice."""
     zero = spread(0.0, x)
     if LIMITS_APART:
-        if not any_lanes(scale.high > spread(0.0, scale.high)):
+        if no_lanes(scale.high > spread(0.0, scale.high)):
             return limit_terms(x, scale, guard), zero, zero
     exponent, fraction, small, product, distance = split_distance(x, scale, guard)
     exponent, fraction, small, product = or_plain(exponent, fraction, small, product, x, scale, guard.plain)
@@ -442,7 +443,7 @@ def guarded_terms(x, scale, guard):
     return power, excess, select(dropped, zero, product)
 
 
-@jit(forceinline=True)
+@traced
 def limit_terms(x, scale, guard):
     """`terms` at c = 0: that of the maximum above the cutoff, 0 below, NaN for NaN."""
     distance = guarded(x, guard) - spread(scale.row_max, x)
@@ -450,14 +451,14 @@ def limit_terms(x, scale, guard):
     return select(distance < spread(guard.cutoff, x), spread(0.0, x), kept)
 
 
-@jit(inline="always")
+@traced
 def guarded(x, guard):
     """Entries as the guard scales them: finite but for those that are -inf or NaN."""
     largest = constant(LARGEST, x)
     return select(x > largest, largest, x * spread(guard.prescale, x))
 
 
-@jit(forceinline=True)
+@traced
 def or_plain(exponent, fraction, small, product, x, scale, plain):
     """The same for lanes that are not plain, and what `split_product` gives for those that are."""
     if plain is None:
@@ -472,7 +473,7 @@ def or_plain(exponent, fraction, small, product, x, scale, plain):
     )
 
 
-@jit(inline="always")
+@traced
 def split_product(x, scale):
     """Exponent, fraction in two parts, and the sum of all, (x - max) c, of a plain slice."""
     x = at_least(x, spread(scale.lowest, x))
@@ -482,7 +483,7 @@ def split_product(x, scale):
     return exponent, fraction, small, whole + (fraction + small)
 
 
-@jit(forceinline=True)
+@traced
 def split(x, high, origin, small):
     """Exponent, its value, and the fraction of x high - origin, with its small part.
 
@@ -494,7 +495,7 @@ def split(x, high, origin, small):
     return exponent, near - origin, fma(x, high, -near), small
 
 
-@jit(forceinline=True)
+@traced
 def split_distance(x, scale, guard):
     """`split_product` of any slice, and x - max as its guard scales it."""
     x = at_least(guarded(x, guard), spread(scale.lowest, x))
@@ -510,7 +511,7 @@ def split_distance(x, scale, guard):
     return exponent, fraction, small, whole + (fraction + small), distance
 
 
-@jit(forceinline=True)
+@traced
 def exponential(exponent, fraction, small):
     """2**exponent (1 + excess), where fraction + small is that part of an exponent which it does not show."""
     f = abreast(fraction + small)
@@ -520,13 +521,13 @@ def exponential(exponent, fraction, small):
     return power, abreast(fma(f, slope, fma(f * f, curvature, low)))
 
 
-@jit(inline="always")
+@traced
 def term_of(power, excess):
     """Term that `terms` gave in two parts, rounded."""
     return fma(excess, power, power)
 
 
-@jit(inline="always")
+@traced
 def top_term(like):
     """Term of the maximum, 2**BIAS; no term is larger."""
     return constant(TOP_TERM, like)
@@ -539,7 +540,7 @@ def top_term(like):
 SEAM = math.log2(1.5) - 0.5
 
 
-@jit(forceinline=True)
+@traced
 def split_without_table(x, high, origin, small):
     """`split` where what rounds a fraction near 1/2 would cost 0.2 to 0.4 ulp: the small part takes it."""
     zero = constant(ZERO, x)
@@ -551,7 +552,7 @@ def split_without_table(x, high, origin, small):
     return exponent, whole, fraction, small + fma(x, high, -(fraction + near))
 
 
-@jit(forceinline=True)
+@traced
 def exponential_without_table(exponent, fraction, small):
     """`exponential` where what rounds f would cost as much: the small part goes its own way."""
     f = fraction + small
@@ -576,7 +577,7 @@ WITHOUT_TABLE = {
 # share of the term in the new total, this is power - part, which is exact, + excess * power.
 
 
-@jit(inline="always")
+@traced
 def add(total, error, power, excess):
     """Add a term (two-sum)."""
     result = total + term_of(power, excess)
@@ -584,14 +585,14 @@ def add(total, error, power, excess):
     return result, error + ((total - (result - part)) + fma(excess, power, power - part))
 
 
-@jit(inline="always")
+@traced
 def add_smaller(total, error, power, excess):
     """`add` for a term that is not larger than the total."""
     result = total + term_of(power, excess)
     return result, error + fma(excess, power, (total - result) + power)
 
 
-@jit(inline="always")
+@traced
 def merge(total, error, total2, error2):
     """Add one pair to another."""
     result = total + total2
@@ -599,14 +600,14 @@ def merge(total, error, total2, error2):
     return result, error + ((total - (result - part)) + (total2 - part)) + error2
 
 
-@jit(inline="always")
+@traced
 def settled(total, error):
     """The same sum with as much as possible in the total, which is the larger part."""
     result = total + error
     return result, (total - result) + error
 
 
-@jit(inline="always")
+@traced
 def larger(x, y):
     """Return the larger of two; ``y`` if ``x`` is NaN."""
     return select(x > y, x, y)
@@ -615,13 +616,13 @@ def larger(x, y):
 # -- results --------------------------------------------------------------------------------------
 
 
-@jit(inline="always")
+@traced
 def first_inverse(total):
     """1 / total, or nearly so: `reciprocal` corrects it."""
     return spread(1.0, total) / total
 
 
-@jit(inline="always")
+@traced
 def reciprocal(total, error):
     """1 / (total + error) as a pair high + low.
 
@@ -632,19 +633,19 @@ def reciprocal(total, error):
     return high, high * (fma(-high, total, one) - high * error)
 
 
-@jit(inline="always")
+@traced
 def times_pair(term, high, low):
     """Term * (high + low), rounded once but for the last bits of low."""
     return fma(term, high, term * low)
 
 
-@jit
+@traced
 def rest_of(sums):
     """Sum of the terms below the maximum in float64."""
     return as_float64(sums[1]) + as_float64(sums[2])
 
 
-@jit
+@traced
 def log_of_sum(row_max, sums):
     """Logarithm of sum(exp((x - max) / T)), from the entries equal to the maximum and the rest apart.
 
@@ -657,7 +658,7 @@ def log_of_sum(row_max, sums):
     return select(row_max == -spread(math.inf, row_max), spread(math.nan, rest), value)
 
 
-@jit
+@traced
 def log_one_plus(x):
     """log(1 + x) for float64s from 0 on.
 
@@ -679,7 +680,7 @@ def log_one_plus(x):
     return fma(k, spread(LOG_2_HIGH, x), f - (half - fma(s, half + tail, correction)))
 
 
-@jit
+@traced
 def plain_gap(row_max, rate, log_sum):
     """Gap of a plain slice."""
     summand = spread(0.0, row_max) - spread(
@@ -717,7 +718,7 @@ def gap_of(temperature, like):
     return inverse, spread(prescale, like), factor, cutoff
 
 
-@jit
+@traced
 def bounded_gap(row_max, inverse, prescale, factor, cutoff, log_sum):
     """Gap and guard of a slice, from what `gap_of` says of its temperature."""
     zero, one, lowest = spread(0.0, row_max), spread(1.0, row_max), -spread(math.inf, row_max)
@@ -741,7 +742,7 @@ def guarded_gap(row_max, temperature, log_sum):
     return bounded_gap(row_max, inverse, prescale, factor, cutoff, log_sum)
 
 
-@jit(forceinline=True)
+@traced
 def log_terms(x, gap, guard):
     """(x - max) / T - log_sum, or -inf below the cutoff; ``guard`` is None for plain slices."""
     row_max = spread(gap.row_max, x)
@@ -758,7 +759,7 @@ def log_terms(x, gap, guard):
     return value
 
 
-@jit
+@traced
 def plain_logsumexp(row_max, temperature, sums):
     """Max + T log_sum, where the maximum is finite and T log_sum does not overflow."""
     # Which of several zeros is the maximum must not show.
@@ -785,7 +786,7 @@ def logsumexp_value(row_max, temperature, sums):
     return value
 
 
-@jit
+@traced
 def misses_faint_terms(row_max, temperature, sums):
     """Whether T times terms that were dropped, or are subnormal, may show beside a maximum near 0."""
     faint = as_float64(constant(FAINT_REST, row_max))
@@ -799,7 +800,7 @@ def misses_faint_terms(row_max, temperature, sums):
     )
 
 
-@jit
+@traced
 def entropy_value(row_max, sums):
     """log_sum - sum(p (x - max) / T): both parts are positive, so nothing cancels."""
     total = as_float64(sums[0]) * as_float64(top_term(row_max)) + rest_of(sums)

@@ -14,11 +14,9 @@ without AVX-512: 140 ns a row, as much as 100 entries.
 
 import math
 from collections import namedtuple
-from typing import Any
 
 import numpy as np
 from numba import types
-from numba.extending import overload
 
 from fastmax._jit import jit, plain_kernel
 from fastmax._lanes import (
@@ -73,6 +71,7 @@ from fastmax._math import (
     times_pair,
     top_term,
 )
+from fastmax._tracing import kind_of, traced
 
 # Vectors whose sum is one link of the chain, enough to make a task for a thread.
 CHUNK = 512
@@ -169,7 +168,7 @@ def lane_sums(x, start, stop, scale, guard, stored, at, soon, zero):
     return total - top_term(zero), error
 
 
-@jit
+@traced
 def add_terms(x, counted, scale, guard, total, error):
     """Terms, and the sum to which those after the first ``counted`` are added."""
     power, excess, _ = terms(x, scale, guard)
@@ -178,23 +177,16 @@ def add_terms(x, counted, scale, guard, total, error):
     return term, total, error
 
 
-def add_in_turn(total, error, power, excess) -> Any:
-    """`add_smaller`, where sums of fewer lanes take the terms part by part; only for jitted code."""
+@traced
+def add_in_turn(total, error, power, excess):
+    """`add_smaller`, where sums of fewer lanes take the terms part by part."""
+    if kind_of(total) == kind_of(power):
+        return add_smaller(total, error, power, excess)
+    total, error = add_in_turn(total, error, lower_half(power), lower_half(excess))
+    return add_in_turn(total, error, upper_half(power), upper_half(excess))
 
 
-@overload(add_in_turn)
-def _add_in_turn(total, error, power, excess):
-    if total == power:
-        return lambda total, error, power, excess: add_smaller(total, error, power, excess)
-
-    def add_halves(total, error, power, excess):
-        total, error = add_in_turn(total, error, lower_half(power), lower_half(excess))
-        return add_in_turn(total, error, upper_half(power), upper_half(excess))
-
-    return add_halves
-
-
-@jit
+@traced
 def is_new(out, stop):
     """Whether the entries of ``out``, if any, before ``stop`` may lie in new memory, which reads as 0.
 
@@ -208,7 +200,7 @@ def is_new(out, stop):
     return get(out, stop - 1) == 0.0
 
 
-@jit
+@traced
 def fetch(soon, step):
     """Ask for what will be needed after so many steps."""
     if soon is not None:
@@ -274,7 +266,7 @@ def write_terms(x, start, stop, scale, guard, high, low, out, shift, far):
         settle()
 
 
-@jit
+@traced
 def scaled_terms(x, scale, guard, high, low):
     """Terms times high + low."""
     power, excess, _ = terms(x, scale, guard)
@@ -323,7 +315,7 @@ def lane_split_sums(x, start, stop, row_max, scale, guard, weighted, soon, zero)
     return sums
 
 
-@jit
+@traced
 def add_split(sums, x, row_max, scale, guard, weighted):
     """Add entries to the five sums of `lane_split_sums`."""
     zero, one, top = spread(0.0, x), spread(1.0, x), spread(row_max, x)
@@ -336,64 +328,40 @@ def add_split(sums, x, row_max, scale, guard, weighted):
     return add_split_in_turn(sums, tie, power, excess, term_of(power, excess) * product)
 
 
-def add_split_in_turn(sums, tie, power, excess, moment) -> Any:
-    """Add to the five sums part by part, as `add_in_turn` does; only for jitted code."""
-
-
-@overload(add_split_in_turn)
-def _add_split_in_turn(sums, tie, power, excess, moment):
-    if sums[0] == tie:
-
-        def add_all(sums, tie, power, excess, moment):
-            rest, error = add(sums[1], sums[2], power, excess)
-            if moment is None:
-                return sums[0] + tie, rest, error, sums[3], sums[4]
-            total, total_error = merge(sums[3], sums[4], moment, spread(0.0, moment))
-            return sums[0] + tie, rest, error, total, total_error
-
-        return add_all
-
-    def add_halves(sums, tie, power, excess, moment):
+@traced
+def add_split_in_turn(sums, tie, power, excess, moment):
+    """Add to the five sums part by part, as `add_in_turn` does; the moment may be None."""
+    if kind_of(sums[0]) == kind_of(tie):
+        rest, error = add(sums[1], sums[2], power, excess)
         if moment is None:
-            sums = add_split_in_turn(sums, lower_half(tie), lower_half(power), lower_half(excess), None)
-            return add_split_in_turn(sums, upper_half(tie), upper_half(power), upper_half(excess), None)
-        sums = add_split_in_turn(
-            sums, lower_half(tie), lower_half(power), lower_half(excess), lower_half(moment)
-        )
-        return add_split_in_turn(
-            sums, upper_half(tie), upper_half(power), upper_half(excess), upper_half(moment)
-        )
-
-    return add_halves
+            return sums[0] + tie, rest, error, sums[3], sums[4]
+        total, total_error = merge(sums[3], sums[4], moment, spread(0.0, moment))
+        return sums[0] + tie, rest, error, total, total_error
+    for half in lower_half, upper_half:
+        part = None if moment is None else half(moment)
+        sums = add_split_in_turn(sums, half(tie), half(power), half(excess), part)
+    return sums
 
 
 # -- merging --------------------------------------------------------------------------------------
 
 
-def sum_lanes(total, error) -> Any:
-    """Merge the pairs of all lanes into one, by halves; only for jitted code."""
+@traced
+def sum_lanes(total, error):
+    """Merge the pairs of all lanes into one, by halves."""
+    if isinstance(kind_of(total), types.Float):
+        return total, error
+    upper, upper_error = upper_half(total), upper_half(error)
+    return sum_lanes(*merge(lower_half(total), lower_half(error), upper, upper_error))
 
 
-@overload(sum_lanes)
-def _sum_lanes(total, error):
-    if isinstance(total, types.Float):
-        return lambda total, error: (total, error)
-
-    def sum_halves(total, error):
-        upper, upper_error = upper_half(total), upper_half(error)
-        total, error = merge(lower_half(total), lower_half(error), upper, upper_error)
-        return sum_lanes(total, error)
-
-    return sum_halves
-
-
-@jit
+@traced
 def maximum(x, start, stop):
     """Largest entry, NaN left out; -inf if there is none."""
     return max_lanes(lane_maxima(x, start, stop))
 
 
-@jit
+@traced
 def later(soon, steps):
     """What will be needed so many steps later."""
     if soon is None:
@@ -439,7 +407,7 @@ def sum_split_terms(x, start, stop, row_max, scale, guard, weighted, soon):
     return sums
 
 
-@jit
+@traced
 def sum_split_lanes(sums):
     """`lane_split_sums` of all lanes as one."""
     ties, _ = sum_lanes(sums[0], spread(0.0, sums[0]))
@@ -448,7 +416,7 @@ def sum_split_lanes(sums):
     return ties, rest, error, moment, moment_error
 
 
-@jit
+@traced
 def merge_split(a, b):
     """Merge two results of `sum_split_terms`."""
     rest, error = merge(a[1], a[2], b[1], b[2])
@@ -456,13 +424,13 @@ def merge_split(a, b):
     return a[0] + b[0], rest, error, moment, moment_error
 
 
-@jit
+@traced
 def larger_half(x):
     """The larger of each lane of the lower half and that of the upper one."""
     return larger(lower_half(x), upper_half(x))
 
 
-@jit
+@traced
 def quarter_maxima(x):
     """`larger_half` twice."""
     return larger_half(larger_half(x))
@@ -562,7 +530,7 @@ def write_log(x, start, stop, row_max, rate, log_sum, out, shift, far):
         write_log_terms(x, start, stop, gap, guard, out, shift, far)
 
 
-@jit
+@traced
 def log_softmax_of(x, start, stop, rate, out, shift, soon):
     """Write the logarithm of the softmax of a slice to ``out``, at an index shifted by so much."""
     row_max = maximum(x, start, stop)
@@ -570,7 +538,7 @@ def log_softmax_of(x, start, stop, rate, out, shift, soon):
     write_log(x, start, stop, row_max, rate, log_sum, out, shift, False)
 
 
-@jit
+@traced
 def value_of(x, start, stop, rate, weighted, soon):
     """Logsumexp of a slice or, unless ``weighted`` is None, the entropy of its softmax."""
     row_max = maximum(x, start, stop)
