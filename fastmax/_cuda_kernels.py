@@ -104,6 +104,7 @@ from fastmax._math import (
     times_pair,
     top_term,
 )
+from fastmax._tracing import traced
 
 # Set when a kernel is built; these values are for the reader.
 PIECES = (0,)  # one entry for each piece of a thread
@@ -140,28 +141,34 @@ def laws(temperatures, out, count, sizes, strides):
         scanned(write_field, (out, index * LAW_WORDS), law)
 
 
+@traced
 def write_field(state, value):
     out, at = state
     store_one(out, at, value)
     return (out, at + 1), at
 
 
+@traced
 def law_in_launch(laws, law, index):
     return as_lanes(law)
 
 
+@traced
 def rate_in_launch(law):
     return Rate(law[18], law[0], law[1], law[10], law[2], law[3])
 
 
+@traced
 def guard_in_launch(law):
     return law[4], law[5], Guard(law[6], law[8], law[9], law[7], None), law[18]
 
 
+@traced
 def gap_in_launch(law):
     return law[11], law[12], law[13], law[14]
 
 
+@traced
 def scaled_in_launch(law):
     return law[16], law[17], law[15]
 
@@ -171,6 +178,7 @@ def law_in_memory(laws, law, index):
     return laws, index * int(law[0])
 
 
+@traced
 def rate_in_memory(law):
     laws, at = law
     high, low = load_one(laws, at), load_one(laws, at + 1)
@@ -178,6 +186,7 @@ def rate_in_memory(law):
     return Rate(limit, high, low, load_one(laws, at + 10), depth, limit)
 
 
+@traced
 def guard_in_memory(law):
     laws, at = law
     prescale, cutoff = load_one(laws, at + 6), load_one(laws, at + 7)
@@ -185,12 +194,14 @@ def guard_in_memory(law):
     return load_one(laws, at + 4), load_one(laws, at + 5), guard, load_one(laws, at + 18)
 
 
+@traced
 def gap_in_memory(law):
     laws, at = law
     inverse, prescale = load_one(laws, at + 11), load_one(laws, at + 12)
     return inverse, prescale, load_one(laws, at + 13), load_one(laws, at + 14)
 
 
+@traced
 def scaled_in_memory(law):
     laws, at = law
     return load_one(laws, at + 16), load_one(laws, at + 17), load_one(laws, at + 15)
@@ -203,11 +214,13 @@ gap_from, scaled_from = gap_in_launch, scaled_in_launch
 # -- groups: which slice and which place in it a thread has, and what its group tells it ----------------
 
 
+@traced
 def rows_place():
     """Neighbouring threads share a slice."""
     return block() * SLICES + thread() // GROUP, thread() % GROUP
 
 
+@traced
 def columns_place():
     """Neighbouring threads have neighbouring slices."""
     return block() * SLICES + thread() % SLICES, thread() // SLICES
@@ -216,6 +229,7 @@ def columns_place():
 place = rows_place
 
 
+@traced
 def alone(combine, state, empty, board):
     """A thread has its slice for itself."""
     return state
@@ -233,6 +247,7 @@ def in_lanes(combine, state, width):
     return shuffle_from(state, mask, first)
 
 
+@traced
 def in_warp(combine, state, empty, board):
     """A group is 8, 16 or 32 lanes of a warp."""
     return in_lanes(combine, state, GROUP)
@@ -308,16 +323,19 @@ def in_cluster(combine, state, empty, board):
     return result
 
 
+@traced
 def other_board(board):
     """Other areas for the rare exchanges after the usual ones."""
     told, number, _, team, rank, blocks = board
     return told, number, RARE_AREA, team, rank, blocks
 
 
+@traced
 def nothing():
     """Blocks without a cluster wait for nobody."""
 
 
+@traced
 def same_board(board):
     return board
 
@@ -325,14 +343,17 @@ def same_board(board):
 second_board = same_board
 
 
+@traced
 def top_in_grid(combine, state, empty, board):
     return in_grid(0, combine, state, empty, board)
 
 
+@traced
 def sums_in_grid(combine, state, empty, board):
     return in_grid(1, combine, state, empty, board)
 
 
+@traced
 def parts_in_grid(combine, state, empty, board):
     """The only exchange for most slices: a second one lies between those that use the same area."""
     return in_grid(board[1] % 2, combine, state, empty, board)
@@ -342,11 +363,13 @@ exchange = exchange_top = in_warp  # the second one for maxima
 exchange_parts = in_cluster
 
 
+@traced
 def my_own(flag):
     """Whether a group goes a way that other groups of its block need not go."""
     return flag
 
 
+@traced
 def any_here(flag):
     """In a block whose groups go ways together, as they meet at its barriers."""
     return anyone_in_block(flag)
@@ -360,19 +383,23 @@ anyone = my_own
 # ``_add`` is a step of `scanned` that makes terms or leaves the entries as they are.
 
 
+@traced
 def largest(a, b):
     return (larger(a[0], b[0]),)
 
 
+@traced
 def max_piece(state, x):
     return (larger(x, state[0]),), 0
 
 
+@traced
 def softmax_zero(like):
     """Sums that no term exceeds, so that `add_smaller` does; `softmax_close` takes that number away."""
     return top_term(like), spread(0.0, like)
 
 
+@traced
 def softmax_add(state, x):
     sums, row_max, scale, guard = state
     power, excess, _ = terms(x, scale, guard)
@@ -380,31 +407,38 @@ def softmax_add(state, x):
     return (sums, row_max, scale, guard), term_of(power, excess)
 
 
+@traced
 def softmax_close(sums, spoil):
     return sums[0] - top_term(sums[0]) + spread(spoil, sums[0]), sums[1]
 
 
+@traced
 def pair_close(sums, spoil):
     return sums[0] + spread(spoil, sums[0]), sums[1]
 
 
+@traced
 def softmax_merge(a, b):
     return merge(a[0], a[1], b[0], b[1])
 
 
+@traced
 def softmax_empty(like):
     return spread(0.0, like), spread(0.0, like)
 
 
+@traced
 def softmax_rescaled(part_max, sums, scale, guard, row_max):
     return rescaled(part_max, sums, scale, guard)
 
 
+@traced
 def split_zero(like):
     zero = spread(0.0, like)
     return zero, zero, zero
 
 
+@traced
 def split_add(state, x):
     sums, row_max, scale, guard = state
     zero, one = spread(0.0, x), spread(1.0, x)
@@ -415,24 +449,29 @@ def split_add(state, x):
     return ((sums[0] + select(tied, one, zero), rest, error), row_max, scale, guard), x
 
 
+@traced
 def split_close(sums, spoil):
     return sums[0], sums[1] + spread(spoil, sums[1]), sums[2]
 
 
+@traced
 def split_merge(a, b):
     rest, error = merge(a[1], a[2], b[1], b[2])
     return a[0] + b[0], rest, error
 
 
+@traced
 def split_rescaled(part_max, sums, scale, guard, row_max):
     return rescaled_split(part_max, sums, scale, guard, row_max)
 
 
+@traced
 def moment_zero(like):
     zero = spread(0.0, like)
     return zero, zero, zero, zero, zero
 
 
+@traced
 def moment_add(state, x):
     sums, row_max, scale, guard = state
     zero, one = spread(0.0, x), spread(1.0, x)
@@ -444,16 +483,19 @@ def moment_add(state, x):
     return ((sums[0] + select(tied, one, zero), rest, error, moment, lost), row_max, scale, guard), x
 
 
+@traced
 def moment_close(sums, spoil):
     return sums[0], sums[1] + spread(spoil, sums[1]), sums[2], sums[3], sums[4]
 
 
+@traced
 def moment_merge(a, b):
     rest, error = merge(a[1], a[2], b[1], b[2])
     moment, lost = merge(a[3], a[4], b[3], b[4])
     return a[0] + b[0], rest, error, moment, lost
 
 
+@traced
 def moment_rescaled(part_max, sums, scale, guard, row_max):
     ties, rest, error = rescaled_split(part_max, sums, scale, guard, row_max)
     moment, lost = rescaled_moment(part_max, sums, scale, guard)
@@ -472,6 +514,7 @@ merge_sums, empty_sums, rescale_sums = softmax_merge, softmax_empty, softmax_res
 LEAST_PRODUCT = (-2.0 * DEPTH[0], -2.0 * DEPTH[1])
 
 
+@traced
 def coarse_terms(x, scale, guard):
     """`terms` by the function unit for 2**x: the power alone, and no excess."""
     zero = spread(0.0, x)
@@ -488,54 +531,66 @@ def coarse_terms(x, scale, guard):
     return select(dropped, zero, power), zero, select(dropped, zero, product)
 
 
+@traced
 def coarse_term_of(power, excess):
     return power
 
 
+@traced
 def coarse_add(total, error, power, excess):
     return total + power, error
 
 
+@traced
 def coarse_merge(total, error, total2, error2):
     return total + total2, error
 
 
+@traced
 def coarse_zero(like):
     return (spread(0.0, like),)
 
 
+@traced
 def coarse_softmax_add(state, x):
     sums, row_max, scale, guard = state
     power, _, _ = terms(x, scale, guard)
     return ((sums[0] + power,), row_max, scale, guard), power
 
 
+@traced
 def coarse_close(sums, spoil):
     return (sums[0] + spread(spoil, sums[0]),)
 
 
+@traced
 def coarse_softmax_merge(a, b):
     return (a[0] + b[0],)
 
 
+@traced
 def coarse_rescaled(part_max, sums, scale, guard, row_max):
     power, _, _ = terms(part_max, scale, guard)
     return (power * (sums[0] / top_term(part_max)),)
 
 
+@traced
 def units_of_coarse(sums, rest):
     """Sums whose unit is 2**origin, from those beside the maximum."""
     return (sums[0] * exp2(rest),)
 
 
+@traced
 def lowered_coarse(sums, distance):
     return (sums[0] * two_to(distance),)
 
 
+@traced
 def coarse_factor(sums):
     return first_inverse(sums[0])
 
 
+@traced
 def times_coarse_factor(factor, term):
     return factor, term * spread(factor, term)
 
@@ -550,6 +605,7 @@ MAGIC = 1.5 * 2.0**23  # above which float32s are integers
 BRIEF_ZERO = MAGIC + 127.0 + BIAS[0]
 
 
+@traced
 def origin_of(row_max, rate):
     """The integer nearest to max c, but for rounding, and what is left of that."""
     high, magic = spread(rate.high, row_max), spread(MAGIC, row_max)
@@ -557,6 +613,7 @@ def origin_of(row_max, rate):
     return origin, fma(row_max, spread(rate.low, row_max), fma(row_max, high, -origin))
 
 
+@traced
 def brief_scale(row_max, rate):
     """Scale of a plain slice; rest is what n plus the exponent's own zero is from the exponent."""
     high, low = spread(rate.high, row_max), spread(rate.low, row_max)
@@ -565,6 +622,7 @@ def brief_scale(row_max, rate):
     return Scale(row_max, high, low, lowest, origin, spread(BRIEF_ZERO, row_max) - origin)
 
 
+@traced
 def brief_terms(x, scale, guard):
     """`terms` as one float32: the power, and no excess."""
     if guard is not None:
@@ -578,17 +636,20 @@ def brief_terms(x, scale, guard):
     return polynomial(f, (BRIEF, BRIEF)) * power_of_two(exponent), spread(0.0, x), f
 
 
+@traced
 def brief_add_smaller(total, error, power, excess):
     """A term has at most the exponent of the total, which is enough."""
     result = total + power
     return result, error + ((total - result) + power)
 
 
+@traced
 def units_of_brief(sums, rest):
     """Sums whose unit is 2**origin: those of brief terms."""
     return sums
 
 
+@traced
 def lowered_brief(sums, distance):
     factor = two_to(distance)
     return sums[0] * factor, sums[1] * factor
@@ -600,6 +661,7 @@ in_units, lowered = units_of_brief, lowered_brief
 # -- what each function makes of them -------------------------------------------------------------------
 
 
+@traced
 def term_piece(state, x):
     scale, guard = state
     power, excess, _ = terms(x, scale, guard)
@@ -617,14 +679,17 @@ def softmax_entries(row, row_max, law):
     return row
 
 
+@traced
 def entries_as_they_are(row, row_max, law):
     return row
 
 
+@traced
 def pair_factor(sums):
     return reciprocal(sums[0], sums[1])
 
 
+@traced
 def times_pair_factor(factor, term):
     high, low = factor
     return factor, times_pair(term, spread(high, term), spread(low, term))
@@ -633,12 +698,14 @@ def times_pair_factor(factor, term):
 factor_of, times_factor = pair_factor, times_pair_factor
 
 
+@traced
 def softmax_results(row, row_max, sums, law):
     """Terms times the reciprocal of their sum."""
     _, row = scanned(times_factor, factor_of(sums), row)
     return row
 
 
+@traced
 def log_piece(state, x):
     gap, guard = state
     return state, log_terms(x, gap, guard)
@@ -659,6 +726,7 @@ def log_softmax_results(row, row_max, sums, law):
 results_of, entries_again = softmax_results, softmax_entries
 
 
+@traced
 def entropy_of(source, walk, board, row_max, sums, law):
     return own_entropy_value(row_max, sums)
 
@@ -707,11 +775,13 @@ def faint_value(source, walk, board, row_max, temperature, law):
 value_of = logsumexp_of
 
 
+@traced
 def packed_entry(source, i):
     x, base, stride = source
     return load_one(x, base + i * stride)
 
 
+@traced
 def tile_entry(tile, i):
     return load_one(tile, i)
 
@@ -722,30 +792,35 @@ entry_of = packed_entry
 # -- one slice in the registers of a group ---------------------------------------------------------------
 
 
+@traced
 def load_piece(state, piece):
     x, base, stride, first, stop = state
     value = load(x, base, stride, first, ACCESS * GROUP, stop)
     return (x, base, stride, first + LANES * GROUP, stop), value
 
 
+@traced
 def store_piece(state, value):
     out, base, stride, first, stop = state
     store(out, base, stride, first, ACCESS * GROUP, stop, value)
     return (out, base, stride, first + LANES * GROUP, stop), 0
 
 
+@traced
 def load_edge(state, value):
     """A piece of which only a part is of the row."""
     x, base, first, stop = state
     return (x, base, first + LANES * GROUP, stop), load_part(x, base, first, stop, value)
 
 
+@traced
 def store_edge(state, value):
     out, base, first, stop = state
     store_part(out, base, first, stop, value)
     return (out, base, first + LANES * GROUP, stop), 0
 
 
+@traced
 def load_row(x, base, stride, shift, member, stop):
     _, row = scanned(load_piece, (x, base, stride, ACCESS * member - shift, stop), PIECES)
     if SHIFTED:
@@ -753,17 +828,20 @@ def load_row(x, base, stride, shift, member, stop):
     return row
 
 
+@traced
 def store_row(out, base, stride, shift, member, stop, row):
     scanned(store_piece, (out, base, stride, ACCESS * member - shift, stop), row)
     if SHIFTED:
         scanned(store_edge, (out, base, LANES * member - shift, stop), row)
 
 
+@traced
 def shift_of(base, skew):
     """How far a row begins behind a multiple of 128 bits."""
     return (base + skew) % LANES if SHIFTED else 0
 
 
+@traced
 def sum_row(row, row_max, scale, guard, spoil):
     state, row = scanned(add_piece, (zero_sums(row[0]), row_max, scale, guard), row)
     return close_sums(state[0], spoil), row
@@ -785,11 +863,13 @@ def reduce_row(row, law):
     return row_max, sums, row
 
 
+@traced
 def rows_base(index, n, inner, pitch):
     """Where a slice begins, and how far apart its entries are."""
     return index * pitch, 1
 
 
+@traced
 def columns_base(index, n, inner, pitch):
     return index // inner * pitch + index % inner, inner
 
@@ -840,23 +920,27 @@ def bring_rows(x, count, n, skew):
     return tile, first, stop
 
 
+@traced
 def bring_chunk(state, chunk):
     tile, x, base, at, stop = state
     copy_in(tile, at, x, base + at, stop - at)
     return (tile, x, base, at + WIDE * THREADS, stop), 0
 
 
+@traced
 def drain_chunk(state, chunk):
     tile, out, base, at, skew, stop = state
     copy_out(tile, at, out, base, skew, stop)
     return (tile, out, base, at + WIDE * THREADS, skew, stop), 0
 
 
+@traced
 def load_own(state, piece):
     tile, at = state
     return (tile, at + 1), load_one(tile, at)
 
 
+@traced
 def store_own(state, value):
     tile, at = state
     store_one(tile, at, value)
@@ -930,6 +1014,7 @@ def bring_row(tile, x, base, places):
         commit()
 
 
+@traced
 def portion_of(size):
     """Entries of a portion of a tile, of which computation begins when it is there."""
     return -(-size // (PORTIONS * LANES * THREADS)) * (LANES * THREADS)
@@ -995,6 +1080,7 @@ def sums_of_tile(tile, size, row_max, law):
     return sum_tile(tile, 0, size, row_max, scale, own, spoil)
 
 
+@traced
 def reduce_tile(tile, places, board, law):
     """Maximum and sums of slices that are on their way to a tile."""
     size = places[2]
@@ -1034,6 +1120,7 @@ def parts_of_tile(tile, places, rate):
     return first, second, third, part_of_tile(tile, 3 * step, size, rate)
 
 
+@traced
 def all_together(parts, board):
     """Maximum, origin and sums of a slice, and whether it is as usual, which all its threads agree on."""
     first, second, third, fourth = parts
@@ -1072,6 +1159,7 @@ def finish_kept(tile, places, board, law, source, target):
         finish_row(tile, places, second_board(board), law, source, target)
 
 
+@traced
 def part_of_tile(tile, first, stop, rate):
     """Maximum, origin and sums of what a thread has between two places of a tile.
 
@@ -1087,6 +1175,7 @@ def part_of_tile(tile, first, stop, rate):
     return (top, origin, *in_units(sums, rest))
 
 
+@traced
 def merge_beside(a, b):
     """Maximum, origin and sums of two parts together."""
     origin = larger(a[1], b[1])
@@ -1094,12 +1183,14 @@ def merge_beside(a, b):
     return (larger(a[0], b[0]), origin, *sums)
 
 
+@traced
 def two_to(distance):
     """Power of two for a distance of origins, at most 0; NaN if neither part has anything."""
     least = larger(distance, spread(LEAST_EXPONENT, distance))
     return power_of_two(least + spread(MAGIC + 127.0, distance))
 
 
+@traced
 def lanes_apart(combine, state):
     """Where lanes are slices."""
     return state
@@ -1108,10 +1199,12 @@ def lanes_apart(combine, state):
 across_tile = across
 
 
+@traced
 def first_in_row():
     return LANES * thread()
 
 
+@traced
 def first_in_columns():
     return thread()
 
@@ -1140,6 +1233,7 @@ def write_row(step, state, target):
         store_one(out, base - before + i, single)
 
 
+@traced
 def write_portions(target, origins, origin, factor):
     """Write terms to a row, each portion from its own origin; a thread writes those that it has made."""
     places = target[3]
@@ -1151,6 +1245,7 @@ def write_portions(target, origins, origin, factor):
     write_portion(target, 3 * step, places[2], moved(factor, fourth - origin))
 
 
+@traced
 def moved(factor, distance):
     """Two factors for terms whose origin is so far below: both are normal where a result is."""
     high, low = factor
@@ -1158,6 +1253,7 @@ def moved(factor, distance):
     return two_to(distance), high * far, low * far
 
 
+@traced
 def moved_piece(factors, term):
     near, high, low = factors
     _, share = times_factor((high, low), term * spread(near, term))
@@ -1190,6 +1286,7 @@ def write_columns(step, state, target):
             store(out, base, inner, i // SLICES, rows, size // SLICES, value)
 
 
+@traced
 def write_kept(write, target, row_max, sums, law):
     """Softmax, from terms in the tile."""
     write(times_factor, factor_of(sums), target)
@@ -1207,6 +1304,7 @@ def write_again(write, target, row_max, sums, law):
         write(share_piece, (scale, guard, factor), target)
 
 
+@traced
 def share_piece(state, x):
     scale, guard, factor = state
     power, excess, _ = terms(x, scale, guard)
@@ -1227,6 +1325,7 @@ def write_logs(write, target, row_max, sums, law):
 write_results = write_kept
 
 
+@traced
 def finish_row(tile, places, board, law, source, target):
     """Write a row that is on its way to a tile; ``source`` is where it comes from."""
     row_max, sums = reduce_tile(tile, places, board, law)
@@ -1236,6 +1335,7 @@ def finish_row(tile, places, board, law, source, target):
 finish = finish_row
 
 
+@traced
 def board_of(told, number, blocks):
     """What `exchange` needs to know."""
     return told, number, 0, block() // blocks, block() % blocks, blocks
@@ -1390,11 +1490,13 @@ def summarise(start, count, x, work, laws, law, n, inner, x_pitch, parts):
         scanned(write_field, (work, (slot * parts + part()) * FIELDS), (row_max, *sums))
 
 
+@traced
 def read_field(state, field):
     work, at = state
     return (work, at + 1), load_one(work, at)
 
 
+@traced
 def sums_at(work, at, like):
     _, sums = scanned(read_field, (work, at), like)
     return sums
@@ -1467,6 +1569,7 @@ def reduce_parts(start, count, x, out, work, laws, law, n, inner, x_pitch, out_p
 # Entries are read three times, or twice for one value per slice; the L2 cache serves all but the first.
 
 
+@traced
 def strided_entry(source, i):
     """An entry, or -inf where the mask is False."""
     x, base, mask, mask_base, sizes, strides, mask_strides = source
@@ -1477,6 +1580,7 @@ def strided_entry(source, i):
     return value
 
 
+@traced
 def is_seen(source, i):
     _, _, mask, mask_base, sizes, _, mask_strides = source
     return byte(mask, mask_base + offset(i, sizes, mask_strides)) != 0

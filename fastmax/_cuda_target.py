@@ -20,6 +20,7 @@ from typing import Any
 from llvmlite import ir
 
 from fastmax._math import LAW_WORDS, WITHOUT_TABLE
+from fastmax._tracing import Jitted, Language, is_traced, kind_of
 
 # Imported by name, for numba-cuda is found by a hook, of which a type checker knows nothing.
 cuda: Any = importlib.import_module("numba.cuda")
@@ -27,8 +28,10 @@ types: Any = importlib.import_module("numba.cuda.types")
 dispatcher: Any = importlib.import_module("numba.cuda.dispatcher")
 extending: Any = importlib.import_module("numba.cuda.extending")
 templates: Any = importlib.import_module("numba.cuda.typing.templates")
-intrinsic, overload = extending.intrinsic, extending.overload
+overload = extending.overload
 models, register_model = extending.models, extending.register_model
+_language = Language(templates, extending)
+intrinsic, traced = _language.intrinsic, _language.traced
 
 _I1, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 16, 32, 64))
 _SCALAR = {types.float32: ir.FloatType(), types.float64: ir.DoubleType(), types.boolean: _I1}
@@ -372,18 +375,21 @@ def constant(typingctx, values, like):
 
 
 @intrinsic
-def _number(typingctx, x):
+def as_number(typingctx, x):
+    """The number that is a single lane; a number stands for itself."""
+    if not isinstance(x, Lanes):
+        return x(x), lambda context, builder, sig, args: args[0]
     return x.dtype(x), lambda context, builder, sig, args: _only(builder, args[0])
 
 
 @overload(float)
 def _float(x):
-    return (lambda x: _number(x)) if isinstance(x, Lanes) else None
+    return (lambda x: as_number(x)) if isinstance(x, Lanes) else None
 
 
 @overload(int)
 def _int(x):
-    return (lambda x: int(_number(x))) if isinstance(x, Lanes) else None
+    return (lambda x: int(as_number(x))) if isinstance(x, Lanes) else None
 
 
 def _half(upper):
@@ -411,71 +417,28 @@ upper_half = _half(upper=True)
 # -- pieces: tuples of lanes that the compiler sees one by one ---------------------------------------
 
 
-def scanned(step, state, pieces) -> Any:
+def lane_count(lanes) -> int:
+    """Number of lanes, which is known when code is traced."""
+    kind: Any = kind_of(lanes)
+    return kind.count
+
+
+@traced
+def scanned(step, state, pieces):
     """Fold ``state, result = step(state, piece)`` over a tuple; return the state and the results."""
+    results = []
+    for piece in pieces:
+        state, result = step(state, piece)
+        results.append(result)
+    return state, tuple(results)
 
 
-@overload(scanned)
-def _scanned(step, state, pieces):
-    if len(pieces) == 1:
-
-        def last(step, state, pieces):
-            state, result = step(state, pieces[0])
-            return state, (result,)
-
-        return last
-
-    if len(pieces) > 4:
-
-        def scan_four(step, state, pieces):
-            """Four at a time, as the compiler calls itself for each call, and short rows have 31 pieces."""
-            state, a = step(state, pieces[0])
-            state, b = step(state, pieces[1])
-            state, c = step(state, pieces[2])
-            state, d = step(state, pieces[3])
-            state, results = scanned(step, state, pieces[4:])
-            return state, (a, b, c, d, *results)
-
-        return scan_four
-
-    def scan(step, state, pieces):
-        state, result = step(state, pieces[0])
-        state, results = scanned(step, state, pieces[1:])
-        return state, (result, *results)
-
-    return scan
-
-
-def across(combine, state) -> Any:
+@traced
+def across(combine, state):
     """Combine the lanes of a tuple of lanes by halves, to single lanes."""
-
-
-@overload(across)
-def _across(combine, state):
-    if state[0].count == 1:
-        return lambda combine, state: state
-
-    def halve(combine, state):
-        return across(combine, combine(_lower_halves(state), _upper_halves(state)))
-
-    return halve
-
-
-def _halves(half):
-    def halves(state) -> Any:
-        return state
-
-    @overload(halves)
-    def _of_tuple(state):
-        if len(state) == 1:
-            return lambda state: (half(state[0]),)
-        return lambda state: (half(state[0]), *halves(state[1:]))
-
-    return halves
-
-
-_lower_halves = _halves(lower_half)
-_upper_halves = _halves(upper_half)
+    while lane_count(state[0]) > 1:
+        state = combine(tuple(map(lower_half, state)), tuple(map(upper_half, state)))
+    return state
 
 
 @intrinsic
@@ -540,20 +503,14 @@ def further(typingctx, i, step):
     return types.int32(types.int32, types.int64), codegen
 
 
-def offset(index, sizes, strides) -> Any:
+@traced
+def offset(index, sizes, strides):
     """Offset of the entry of a number in C order, for sizes and strides in entries."""
-
-
-@overload(offset)
-def _offset(index, sizes, strides):
-    if len(sizes) == 1:
-        return lambda index, sizes, strides: index * strides[0]
-
-    def unravel(index, sizes, strides):
-        rest = offset(index // sizes[-1], sizes[:-1], strides[:-1])
-        return rest + index % sizes[-1] * strides[-1]
-
-    return unravel
+    *sizes, size = sizes
+    *strides, stride = strides
+    if not sizes:
+        return index * stride
+    return offset(index // size, sizes, strides) + index % size * stride
 
 
 # -- types of arguments ---------------------------------------------------------------------------
@@ -1277,29 +1234,31 @@ def keeper(lanes, stride):
 # -- compilation ----------------------------------------------------------------------------------
 
 
-def rebuilt(function, replaced, wrap) -> Any:
+def rebuilt(function, replaced, wrap, trace) -> Any:
     """Copy a function, and all that it calls, with other values for some of the names that they use.
 
-    What ``replaced`` does not name keeps its value, but for functions: plain ones and those that are jitted
-    for a CPU are copied as well. ``wrap`` makes of a copy what its callers shall call.
+    What ``replaced`` does not name keeps its value, but for functions: plain ones, and those that are jitted
+    or traced for a CPU, are copied as well. ``wrap`` and, for those that are traced, ``trace`` make of a copy
+    what its callers shall call.
     """
     copies = {}
 
     def copy(function):
-        function = getattr(function, "py_func", function)
-        if function not in copies:
-            names = dict(function.__globals__)
-            result = python_types.FunctionType(
-                function.__code__, names, function.__name__, function.__defaults__
-            )
-            copies[function] = wrap(result)
-            for name in _names(function.__code__):
-                if name in replaced:
-                    value = replaced[name]
-                    names[name] = copy(value) if _is_ours(value) else value
-                elif _is_ours(names.get(name)):
-                    names[name] = copy(names[name])
-        return copies[function]
+        source = getattr(function, "py_func", function)
+        if source not in copies:
+            names = dict(source.__globals__)
+            result = python_types.FunctionType(source.__code__, names, source.__name__, source.__defaults__)
+            straight = is_traced(function)
+            copies[source] = trace(result) if straight else wrap(result)
+            for name in _names(source.__code__):
+                value = replaced.get(name, names.get(name))
+                if _is_ours(value):
+                    value = copy(value)
+                    if straight and isinstance(value, dispatcher.CUDADispatcher):
+                        value = Jitted(value)
+                if name in replaced or name in names:
+                    names[name] = value
+        return copies[source]
 
     return copy(function)
 
@@ -1307,7 +1266,7 @@ def rebuilt(function, replaced, wrap) -> Any:
 PRIMITIVES = {
     **WITHOUT_TABLE,
     "LIMITS_APART": False,
-    "as_float64": float,
+    "as_float64": as_number,
     "constant": constant,
     "exp2": exp2,
     "first_inverse": first_inverse,
@@ -1366,7 +1325,7 @@ def compile_kernel(name, function, replaced, arguments, capability, bounds):
     device = cuda.jit(device=True, forceinline=True)
     with _compiling_for(capability):
         ptx, _ = cuda.compile(
-            rebuilt(function, replaced, wrap),
+            rebuilt(function, replaced, wrap, traced),
             types.void(*arguments),
             device=False,
             abi="numba",

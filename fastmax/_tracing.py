@@ -119,7 +119,8 @@ def kind_of(value):
     if isinstance(value, tuple):
         return types.BaseTuple.from_types(tuple(map(kind_of, value)), type(value))
     if callable(value):
-        return value._numba_type_
+        jitted: Any = value
+        return jitted._numba_type_
     return {type(None): types.none, bool: types.boolean, int: types.intp, float: types.float64}[type(value)]
 
 

@@ -156,7 +156,7 @@ def _run_together(threads):
 def launch(spec, grid, arguments, shared=0):
     """Run a kernel on a grid (x, y) of blocks; pointers are given as addresses."""
     function, replaced = _cuda_plan.names(spec, _Target)
-    kernel = _cuda_target.rebuilt(function, replaced, lambda copy: copy)
+    kernel = _cuda_target.rebuilt(function, replaced, lambda copy: copy, lambda copy: copy)
     team = arguments[BLOCKS_OF_TEAM] if spec.team else 1
     arguments = [_argument(value, kind) for value, kind in zip(arguments, kinds(spec), strict=True)]
 

@@ -43,7 +43,7 @@ def in_python(function, dtype, entries):
             "whole_steps": whole_steps,
             "table_power": table_power,
         }
-    return _cuda_target.rebuilt(function, primitives, lambda copy: copy)
+    return _cuda_target.rebuilt(function, primitives, lambda copy: copy, lambda copy: copy)
 
 
 def draws(dtype, rng):
