@@ -14,7 +14,6 @@ the tables at the end, get their values when a kernel is built (see `_cuda_plan.
 """
 
 from fastmax._cuda_target import (
-    across,
     anyone_in_block,
     arrive,
     as_lanes,
@@ -34,17 +33,17 @@ from fastmax._cuda_target import (
     get,
     hear,
     keep,
+    lane_count,
     load,
     load_one,
     load_part,
+    lower_half,
     number,
-    offset,
     one_left,
     part,
     peek,
     put,
     put_in,
-    scanned,
     select,
     shuffle,
     shuffle_from,
@@ -63,6 +62,7 @@ from fastmax._cuda_target import (
     tile_for,
     together,
     two_left,
+    upper_half,
 )
 from fastmax._math import (
     BIAS,
@@ -128,6 +128,37 @@ MASKED = False
 ABSENT = 0.0  # what an entry, or a slice, comes out as where the mask is False
 
 INFINITY = float("inf")
+
+
+# -- tuples: of pieces, of lanes, of sizes; the compiler sees their entries one by one -------------------
+
+
+@traced
+def scanned(step, state, pieces):
+    """Fold ``state, result = step(state, piece)`` over a tuple; return the state and the results."""
+    results = []
+    for piece in pieces:
+        state, result = step(state, piece)
+        results.append(result)
+    return state, tuple(results)
+
+
+@traced
+def across(combine, state):
+    """Combine the lanes of a tuple of lanes by halves, to single lanes."""
+    while lane_count(state[0]) > 1:
+        state = combine(tuple(map(lower_half, state)), tuple(map(upper_half, state)))
+    return state
+
+
+@traced
+def offset(index, sizes, strides):
+    """Offset of the entry of a number in C order, for sizes and strides in entries."""
+    *sizes, size = sizes
+    *strides, stride = strides
+    if not sizes:
+        return index * stride
+    return offset(index // size, sizes, strides) + index % size * stride
 
 
 # -- laws: from the launch, the same for all slices, or from memory ---------------------------------

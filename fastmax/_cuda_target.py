@@ -414,31 +414,13 @@ lower_half = _half(upper=False)
 upper_half = _half(upper=True)
 
 
-# -- pieces: tuples of lanes that the compiler sees one by one ---------------------------------------
+# -- tuples of lanes ------------------------------------------------------------------------------
 
 
 def lane_count(lanes) -> int:
     """Number of lanes, which is known when code is traced."""
     kind: Any = kind_of(lanes)
     return kind.count
-
-
-@traced
-def scanned(step, state, pieces):
-    """Fold ``state, result = step(state, piece)`` over a tuple; return the state and the results."""
-    results = []
-    for piece in pieces:
-        state, result = step(state, piece)
-        results.append(result)
-    return state, tuple(results)
-
-
-@traced
-def across(combine, state):
-    """Combine the lanes of a tuple of lanes by halves, to single lanes."""
-    while lane_count(state[0]) > 1:
-        state = combine(tuple(map(lower_half, state)), tuple(map(upper_half, state)))
-    return state
 
 
 @intrinsic
@@ -501,16 +483,6 @@ def further(typingctx, i, step):
         return builder.add(args[0], builder.trunc(args[1], _I32))
 
     return types.int32(types.int32, types.int64), codegen
-
-
-@traced
-def offset(index, sizes, strides):
-    """Offset of the entry of a number in C order, for sizes and strides in entries."""
-    *sizes, size = sizes
-    *strides, stride = strides
-    if not sizes:
-        return index * stride
-    return offset(index // size, sizes, strides) + index % size * stride
 
 
 # -- types of arguments ---------------------------------------------------------------------------

@@ -6,6 +6,7 @@ vector 0.6 of the time. Of what type the result of an operation is, and what ins
 says as if it had compiled the function.
 """
 
+import contextvars
 import functools
 import operator
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 from numba import extending, types
 from numba.core.typing import templates
 
-_under_way: Any = None  # trace; one at a time, as Numba's lock for compiling is held
+# The trace of this thread. What compiles for a GPU has a lock of its own, so others may trace meanwhile.
+_under_way: Any = contextvars.ContextVar("trace", default=None)
 
 
 class Traced:
@@ -62,13 +64,12 @@ class _Trace:
 
     def run(self, function, kinds, values):
         """Call a function with values of Numba types; return the type and value of its result."""
-        global _under_way
-        outer, _under_way = _under_way, self
+        outer = _under_way.set(self)
         try:
             result = function(*map(self._unpacked, kinds, values))
             return kind_of(result), self.builder and self._packed(result)
         finally:
-            _under_way = outer
+            _under_way.reset(outer)
 
     def emit(self, signature, arguments, implementation):
         """Result of an operation, which ``implementation`` emits, given a builder and LLVM values."""
@@ -125,9 +126,10 @@ def kind_of(value):
 
 
 def _trace_under_way():
-    if _under_way is None:
+    trace = _under_way.get()
+    if trace is None:
         raise NotImplementedError("this function is for jitted code only")
-    return _under_way
+    return trace
 
 
 def apply(function, arguments):
@@ -178,7 +180,6 @@ class Language:
                 return codegens[sig.args]
 
         function._numba_type_ = types.Function(_Template)
-        self._templates.infer_global(function, function._numba_type_)
         return typed
 
     def intrinsic(self, definition) -> Any:
