@@ -216,8 +216,8 @@ class _Linked(JITCodeLibrary):
     """Code that is linked to other code, and with it optimised and turned into machine code.
 
     Numba does that for each function by itself, too, and three times more for the body of a loop over
-    threads: a first call then takes 1.3 (rows) to 1.6 times (tall columns) as long. It also links all that a
-    function calls, and what that calls, into each function; here only into those that a kernel itself calls.
+    threads: a first call then takes 1.7 times as long. It also links all that a function calls, and what that
+    calls, into each function; here only into those that a kernel itself calls.
     """
 
     @property
@@ -264,7 +264,7 @@ class _Linked(JITCodeLibrary):
 
 
 # What Numba looks for, and does not find in functions without closures, `with` and expressions of arrays:
-# without these passes a first call takes 0.9 of the time.
+# without these passes a first call takes 0.95 of the time.
 _NEEDLESS_PASSES = {
     "WithLifting",
     "InlineClosureLikes",

@@ -157,8 +157,7 @@ class Language:
     def _register(self, function, definition):
         """Have jitted code take a call of a function for the signature and code that ``definition`` gives.
 
-        Return what gives them for types of arguments. Numba's own ``intrinsic`` looks for news in all its
-        registries at each call of one: a first call takes 1.05 times as long.
+        Return what gives them for types of arguments.
         """
         signatures, codegens = {}, {}
 
