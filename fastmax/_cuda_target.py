@@ -1220,16 +1220,11 @@ def rebuilt(function, replaced, wrap, trace) -> Any:
         if source not in copies:
             names = dict(source.__globals__)
             result = python_types.FunctionType(source.__code__, names, source.__name__, source.__defaults__)
-            straight = is_traced(function)
-            copies[source] = trace(result) if straight else wrap(result)
+            copies[source] = (trace if is_traced(function) else wrap)(result)
             for name in _names(source.__code__):
-                value = replaced.get(name, names.get(name))
-                if _is_ours(value):
-                    value = copy(value)
-                    if straight and isinstance(value, dispatcher.CUDADispatcher):
-                        value = Jitted(value)
                 if name in replaced or name in names:
-                    names[name] = value
+                    value = replaced.get(name, names.get(name))
+                    names[name] = copy(value) if _is_ours(value) else value
         return copies[source]
 
     return copy(function)
@@ -1292,7 +1287,7 @@ def compile_kernel(name, function, replaced, arguments, capability, bounds):
         replaced = {**replaced, "copy_in": copy_in_at_once, "copies_done": nothing_to_wait_for}
 
     def wrap(copy):
-        return copy if copy.__code__ is function.__code__ else device(copy)
+        return copy if copy.__code__ is function.__code__ else Jitted(device(copy))
 
     device = cuda.jit(device=True, forceinline=True)
     with _compiling_for(capability):

@@ -313,7 +313,7 @@ class _KernelCompiler(Compiler):
 
 
 class _Callee(CPUDispatcher):
-    """A function that kernels call; it is not compiled anew for each integer that is written in a call."""
+    """A function that kernels and traced code call; not compiled anew for each integer written in a call."""
 
     def __call__(self, *arguments):  # pyright: ignore[reportIncompatibleMethodOverride]
         return apply(self._numba_type_, arguments)

@@ -74,6 +74,7 @@ def checked(temperature):
 
 def given_axes(axis, ndim) -> Any:
     """Axes as they were given, in an array."""
+    raise NotImplementedError("given_axes is for jitted code only")
 
 
 @overload(given_axes)
@@ -194,6 +195,7 @@ def at_offset(array, offset):
 
 def as_array(sizes) -> Any:
     """Tuple of sizes as an array."""
+    raise NotImplementedError("as_array is for jitted code only")
 
 
 @overload(as_array)
@@ -205,6 +207,7 @@ def _as_array(sizes):
 
 def entries_in(x) -> Any:
     """Numbers, sequences and arrays as an array; a number has one axis, and so has an array without any."""
+    raise NotImplementedError("entries_in is for jitted code only")
 
 
 @overload(entries_in)
@@ -413,6 +416,7 @@ def of_scalar(name, dtype, absent, temperature_ndim, elementwise):
 
 def check_of_scalar(axis) -> Any:
     """Refuse axes that a number does not have."""
+    raise NotImplementedError("check_of_scalar is for jitted code only")
 
 
 @overload(check_of_scalar)

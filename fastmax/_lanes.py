@@ -616,6 +616,7 @@ def as_contiguous(typingctx, array):
 
 def workspace(size, like) -> Any:
     """Array of the dtype of the lanes of ``like``, not initialised; only for jitted code."""
+    raise NotImplementedError("workspace is for jitted code only")
 
 
 @overload(workspace)

@@ -29,6 +29,8 @@ class Traced:
 
 
 def _define(name, function):
+    """Give traced values an operator; that of two operands takes a constant on either side."""
+
     def method(*operands):
         return apply(function, operands)
 
@@ -36,10 +38,11 @@ def _define(name, function):
         return apply(function, (other, self))
 
     setattr(Traced, f"__{name}__", method)
-    setattr(Traced, f"__r{name}__", reflected)
+    if name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "and"):
+        setattr(Traced, f"__r{name}__", reflected)
 
 
-for _name in "add", "sub", "mul", "truediv", "floordiv", "mod", "eq", "ne", "lt", "gt", "le", "ge", "neg":
+for _name in "add", "sub", "mul", "truediv", "floordiv", "mod", "eq", "ne", "lt", "gt", "le", "neg":
     _define(_name, getattr(operator, _name))
 _define("and", operator.and_)
 _define("abs", abs)
@@ -86,6 +89,8 @@ class _Trace:
         """Python's value: None, a function, a tuple, or one that is traced."""
         if isinstance(kind, types.NoneType):
             return None
+        if isinstance(kind, types.Optional | types.Omitted):
+            raise TypeError(f"traced code takes no {kind}")
         if isinstance(kind, types.Function):
             return kind.typing_key
         if isinstance(kind, types.Dispatcher):
@@ -119,27 +124,40 @@ def kind_of(value):
         return value.kind
     if isinstance(value, tuple):
         return types.BaseTuple.from_types(tuple(map(kind_of, value)), type(value))
-    if callable(value):
-        jitted: Any = value
-        return jitted._numba_type_
-    return {type(None): types.none, bool: types.boolean, int: types.intp, float: types.float64}[type(value)]
+    if hasattr(value, "_numba_type_"):
+        return value._numba_type_
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise OverflowError(f"{value} has more than 64 bits")
+    kinds = {type(None): types.none, bool: types.boolean, int: types.intp, float: types.float64}
+    if type(value) not in kinds:
+        raise TypeError(f"traced code takes no {type(value).__name__}, got {value!r}")
+    return kinds[type(value)]
 
 
-def _trace_under_way():
+def _trace_under_way(name):
     trace = _under_way.get()
     if trace is None:
-        raise NotImplementedError("this function is for jitted code only")
+        raise NotImplementedError(f"{name} is for jitted code only")
     return trace
 
 
 def apply(function, arguments):
     """Call what Numba knows in traced code: an operator, or the type of a jitted function."""
-    trace, kinds = _trace_under_way(), tuple(map(kind_of, arguments))
+    trace, kinds = _trace_under_way(function), tuple(map(kind_of, arguments))
     if isinstance(function, types.Type):
         signature = trace.typing.resolve_function_type(function, kinds, {})
     else:
         signature = _signature_of(trace.typing, function, kinds)
-    return trace.emit(signature, arguments, trace.builder and trace.target.get_function(function, signature))
+    if trace.builder is None:
+        return trace.emit(signature, arguments, None)
+    _refuse_array(trace.target, signature.return_type, function)
+    return trace.emit(signature, arguments, trace.target.get_function(function, signature))
+
+
+def _refuse_array(target, kind, function):
+    """Raise an error for what Numba counts references to."""
+    if target.data_model_manager[kind].contains_nrt_meminfo():
+        raise TypeError(f"{function} returns an array, which traced code cannot take")
 
 
 @functools.cache
@@ -164,8 +182,9 @@ class Language:
         def typed(typing, kinds):
             if kinds not in signatures:
                 signature, codegen = definition(typing, *kinds)
-                signatures[kinds], codegens[signature.args] = signature, codegen
+                codegens[signature.args] = codegen
                 self._extending.lower_builtin(codegen, *signature.args)(codegen)
+                signatures[kinds] = signature  # last: an interrupt may come at any time
             signature = signatures[kinds]
             return signature, codegens[signature.args]
 
@@ -186,7 +205,7 @@ class Language:
 
         @functools.wraps(definition)
         def function(*arguments):
-            trace = _trace_under_way()
+            trace = _trace_under_way(definition.__name__)
             signature, codegen = typed(trace.typing, tuple(map(kind_of, arguments)))
 
             def implementation(builder, values):
@@ -200,21 +219,22 @@ class Language:
     def traced(self, function) -> Any:
         """Make a function of intrinsics, operators and other such functions one that jitted code can call.
 
-        It may branch on what types tell, such as whether a value is None. It returns no arrays: their
-        references are not counted.
+        It may branch on what types tell, such as whether a value is None. It makes and returns no arrays:
+        their references are not counted. Tuples are Python's, so of two with the same NaN each equals the
+        other. How it divides by zero is up to the caller, as with Numba's own operators: `_jit` has it
+        follow IEEE 754.
         """
 
         @functools.wraps(function)
         def called(*arguments):
-            _trace_under_way()
+            _trace_under_way(function.__name__)
             return function(*arguments)
 
         def definition(typing, *kinds):
             result, _ = _Trace(typing).run(function, kinds, kinds)
 
             def codegen(context, builder, signature, values):
-                if context.data_model_manager[result].contains_nrt_meminfo():
-                    raise TypeError(f"{function.__name__} returns an array")
+                _refuse_array(context, result, function.__name__)
                 return _Trace(context.typing_context, context, builder).run(function, kinds, values)[1]
 
             return result(*kinds), codegen  # pyright: ignore[reportOptionalCall]

@@ -1,14 +1,16 @@
 """Straight-line code that is traced: the same results as compiled, and errors for what it cannot do."""
 
+import builtins
 from collections import namedtuple
+from types import SimpleNamespace
 
 import numba
 import numpy as np
 import pytest
 
-from fastmax import _lanes, _math
+from fastmax import _cpu, _lanes, _learning, _math, _slice, _tracing
 from fastmax._jit import jit
-from fastmax._tracing import kind_of, traced
+from fastmax._tracing import is_traced, kind_of, traced
 
 Pair = namedtuple("Pair", "first second")
 
@@ -58,6 +60,16 @@ def test_traced_code_calls_jitted_code_and_branches_on_types():
     assert count(1.5, 4.0) == 1.5
 
 
+@jit
+def ones(n):
+    return np.ones(n)
+
+
+@jit
+def total(x):
+    return x.sum()
+
+
 @traced
 def branching(x):
     return x if x > 0.0 else -x
@@ -69,16 +81,45 @@ def returning_an_array(x):
 
 
 @traced
+def taking_an_array(n):
+    return total(ones(n))
+
+
+@traced
 def dividing_by_none(x):
     return x / None
+
+
+@traced
+def calling_a_stub(x):
+    return _lanes.workspace(3, x)
+
+
+@traced
+def with_a_large_number(n):
+    return n + 2**63
+
+
+@traced
+def with_a_scalar_of_numpy(x):
+    return x + np.float32(1.0)
+
+
+@traced
+def called_with_none_or_not(x):
+    return 1.0 if x is None else 2.0
 
 
 @pytest.mark.parametrize(
     ("function", "argument", "message"),
     [
         (branching, 1.0, "cannot branch"),
-        (returning_an_array, np.ones(2), "returns an array"),
+        (returning_an_array, np.ones(2), "returning_an_array returns an array"),
+        (taking_an_array, 3, "ones.* returns an array"),
         (dividing_by_none, 1.0, r"truediv\(float64, none\)"),
+        (calling_a_stub, 1.0, "workspace is for jitted code only"),
+        (with_a_large_number, 1, "9223372036854775808 has more than 64 bits"),
+        (with_a_scalar_of_numpy, 1.0, "takes no float32"),
     ],
 )
 def test_what_cannot_be_traced_is_an_error(function, argument, message):
@@ -87,6 +128,61 @@ def test_what_cannot_be_traced_is_an_error(function, argument, message):
 
     with pytest.raises(Exception, match=message):
         numba.njit(caller)(argument)
+
+
+def test_optional_values_are_an_error():
+    def caller(x):
+        return called_with_none_or_not(x if x > 0.0 else None)
+
+    with pytest.raises(Exception, match="takes no OptionalType"):
+        numba.njit(caller)(1.0)
+
+
+def test_an_interrupt_while_code_is_registered_leaves_the_next_call_working(monkeypatch):
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        raise KeyboardInterrupt
+
+    @_tracing.traced
+    def doubled(x):
+        return x + x
+
+    def caller(x):
+        return doubled(x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_tracing._OF_A_CPU, "_extending", SimpleNamespace(lower_builtin=interrupted))
+        with pytest.raises(KeyboardInterrupt):
+            numba.njit(caller)(1.5)
+    assert len(calls) == 1
+    assert numba.njit(caller)(1.5) == 3.0
+
+
+def names_of(code):
+    yield from code.co_names
+    for constant in code.co_consts:
+        if hasattr(constant, "co_names"):
+            yield from names_of(constant)
+
+
+def test_traced_code_calls_nothing_that_would_run_in_python_alone():
+    """What is called is traced, an intrinsic or jitted, or works on values in a trace."""
+    works = {_tracing.kind_of, tuple, map, abs, isinstance}
+    checked = 0
+    for module in (_math, _lanes, _slice, _cpu, _learning):
+        for function in vars(module).values():
+            if not (hasattr(function, "_numba_type_") and is_traced(function)):
+                continue
+            source = function.py_func
+            assert source.__defaults__ is None
+            for name in names_of(source.__code__):
+                value = source.__globals__.get(name, getattr(builtins, name, None))
+                if callable(value) and value not in works and not hasattr(value, "_fields"):
+                    assert hasattr(value, "_numba_type_"), f"{function.__name__} calls {name}"
+            checked += 1
+    assert checked > 90
 
 
 def test_python_calls_neither_intrinsics_nor_traced_functions():
