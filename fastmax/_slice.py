@@ -22,6 +22,7 @@ from fastmax._jit import jit, plain_kernel
 from fastmax._lanes import (
     REGISTERS,
     abreast,
+    as_float64,
     drop_first,
     fma,
     fold,
@@ -579,13 +580,19 @@ def logsumexp_of_faint(x, start, step, count, row_max, temperature):
         if entry < row_max:
             power, excess, _ = terms(entry, scale, guard)
             total, error = add(total, error, power, excess)
+    return value_beside_faint(row_max, temperature, second, total, error)
+
+
+@traced
+def value_beside_faint(row_max, temperature, second, total, error):
+    """Max + T rest, from the sum of the terms of the rest beside the largest of them."""
     scale, guard = guarded_scale(row_max, 2.0 * temperature)
     power, excess, _ = terms(second, scale, guard)
-    top = np.float64(top_term(row_max))
-    rest = (np.float64(total) + np.float64(error)) / top
+    top = as_float64(top_term(row_max))
+    rest = (as_float64(total) + as_float64(error)) / top
     # The square alone may be subnormal where T times it is not.
-    root = np.float64(power) / top * (1.0 + np.float64(excess))
-    return spread(fma(root * rest, root * temperature, np.float64(row_max)), row_max)
+    root = as_float64(power) / top * (1.0 + as_float64(excess))
+    return spread(fma(root * rest, root * temperature, as_float64(row_max)), row_max)
 
 
 # -- for the public functions, and for gufuncs ---------------------------------------------------------
