@@ -22,9 +22,11 @@ from fastmax import _process, _slice
 from fastmax._jit import jit, kernel, parallel_kernel, plain_kernel
 from fastmax._lanes import (
     LANE_BYTES,
+    LINE_BYTES,
     PAGE_BYTES,
     REGISTER_BYTES,
     REGISTERS,
+    SECOND_CACHE_BYTES,
     entries_of,
     get,
     lane_count,
@@ -35,14 +37,19 @@ from fastmax._lanes import (
     piece_zeros,
     pointer,
     prefetch,
+    prefetch_to_read,
+    prefetch_to_write,
     present,
     put,
     read,
     read_pieces,
     register_zeros,
     select,
+    settle,
     spread,
     store,
+    stream,
+    to_stream,
     touch,
     workspace,
     write,
@@ -108,13 +115,18 @@ STORED_BYTES = 2**21
 # Bytes of the results of long rows from which they are written past the caches.
 FAR_BYTES = 2**24
 
-# Bytes of a tile of columns: it is walked three times, from the second cache of a core.
-TILE_BYTES = 2**19
+# Bytes of a tile of columns: it is walked three times, from the second cache of a core. Where that has 2 MB,
+# 1000 x 8192 takes 0.9 of the time with twice as many, as longer pieces of rows are read and written.
+TILE_BYTES = 2**20 if SECOND_CACHE_BYTES >= 2**21 else 2**19
 
 # Bytes of a tile's rows that are fetched ahead, from pages that the processor would not foresee; where rows
 # are more than half as long, the next tile is fetched instead, while terms are computed. Of many short rows a
 # power of two apart a cache does not keep that: 1000 x 8192 float32 would take 1.2 times as long.
 AHEAD_BYTES = 2**12
+
+# Rows up to which columns are not written past the caches: 1000 x 8192 takes 0.8 to 0.9 of the time for it,
+# 100 x 100000 0.8, 30 x 300000 0.9 to 1, and 10 x 10**6 1.3 times as long.
+FEW_FAR_ROWS = 32
 
 # Entries of a column from which it is tall: a vector of such columns takes half a tile.
 TALL = 2**11
@@ -621,7 +633,7 @@ def softmax_narrow_group(x, mask, temperature, out, first, count, work):
     for i in range(0, count * n, lanes):
         if step > 0:
             prefetch(entries, following + i)
-        prefetch(pointer(out), first * n + i)
+        prefetch_to_write(pointer(out), first * n + i)
     rates = lane_rates(temperature, first, count, rate, w)
     if are_plain(row_max, rates):
         total, error = narrow_sums(w, tile, n, plain_scale(row_max, rates), None)
@@ -1037,12 +1049,19 @@ def field(quantity, j, width):
 
 
 @jit
-def tile_width(n, inner, tasks, like):
-    """Columns of a tile: whole lanes that fit the tile's bytes, and tiles enough for all tasks."""
+def tile_width(n, inner, tasks, far, like):
+    """Columns of a tile: whole lanes that fit the tile's bytes, and tiles enough for all tasks.
+
+    The rows of a tile of few are long, and the next tile is fetched while terms are computed: the second
+    cache has room for both and for results. In 2 MB 100 x 10000 float32 takes 0.7 of the time for it,
+    300 x 30000 1.6 times as long.
+    """
     lanes = lane_count(like)
     fit = TILE_BYTES // (n * lanes * like.itemsize)
     share = -(-inner // (lanes * tasks))
-    return lanes * max(1, min(fit, share, 32))
+    few = FEW_FAR_ROWS if far else SECOND_CACHE_BYTES // (4 * AHEAD_BYTES)
+    row = AHEAD_BYTES // LANE_BYTES
+    return lanes * max(1, min(fit, share, row if n <= few else row // 2))
 
 
 @jit
@@ -1056,9 +1075,33 @@ def steps_ahead(count, inner, work):
 
 
 @jit
-def next_tile(base, first, distance, inner):
-    """Where a tile so many columns further on begins; if there is none beside it, the tile itself."""
-    return base + distance if first + distance < inner else base
+def next_tile(first, distance, inner):
+    """First column of the tile so many columns further on; if there is none beside it, the tile itself."""
+    return first + distance if first + distance < inner else max(first, 0)
+
+
+@jit
+def are_far_columns(x, out):
+    """Whether columns are written past the caches, by lines: of more than a few rows that begin alike."""
+    n, inner = out.shape[1:]
+    return n > FEW_FAR_ROWS and inner * out.itemsize % LINE_BYTES == 0 and is_far(x, out)
+
+
+@jit
+def lack_of_columns(out, width, far):
+    """By how many columns the first tile is narrower, so that the others begin a line if they are far."""
+    lead = to_stream(pointer(out), 0) if far else 0
+    return width - lead if lead > 0 else 0
+
+
+@jit
+def write_ahead(out, i, count, value, ahead, far):
+    """Write lanes, or the first ``count``, past the caches if they are far; else fetch what comes later."""
+    if far and count >= lane_count(out):
+        stream(out, i, value)
+    else:
+        prefetch_to_write(out, ahead)
+        write(out, i, count, value)
 
 
 @jit
@@ -1070,7 +1113,7 @@ def pack(x, base, inner, n, count, work, at, further):
         row, to = base + i * inner, at + i * lanes
         ahead = row + min(further, (n - 1 - i) * inner)
         for j in range(0, count, lanes):
-            prefetch(x, ahead + j)
+            prefetch_to_read(x, ahead + j)
             store(work, to + j * n, read(x, row + j, count - j, zero))
 
 
@@ -1245,28 +1288,30 @@ def column_split_sums(work, at, n, row_max, scale, guard, weighted, soon):
 def softmax_columns(x, mask, temperature, out, parts):
     """Softmax of columns that fit a tile."""
     outer, n, inner = x.shape
-    width = tile_width(n, inner, parts, workspace(1, x))
-    tiles = -(-inner // width)
+    far = are_far_columns(x, out)
+    width = tile_width(n, inner, parts, far, workspace(1, x))
+    lack = lack_of_columns(out, width, far)
+    tiles = -(-(inner + lack) // width)
     work = workspaces(parts, (_FIELDS + n) * width, x)
     new = is_new(pointer(out), out.size)
     for part in prange(parts):
         own = part_of(work, np.intp(part), parts)
         for task in range(np.intp(part), outer * tiles, parts):
-            i, first = task // tiles, task % tiles * width
-            softmax_tile(x, mask, temperature, out, new, i, first, width, parts, own)
+            i, first = task // tiles, task % tiles * width - lack
+            softmax_tile(x, mask, temperature, out, new, i, first, width, parts, far, own)
 
 
 @jit
-def softmax_tile(x, mask, temperature, out, new, i, first, width, parts, work):
+def softmax_tile(x, mask, temperature, out, new, i, first, width, parts, far, work):
     """Softmax of a tile of columns."""
     n, inner = x.shape[1:]
     entries, results, w = entries_of(x, mask), pointer(out), pointer(work)
     lanes = lane_count(w)
-    count = min(width, inner - first)
+    following = i * n * inner + next_tile(first, parts * width, inner)
+    first, count = max(first, 0), min(first + width, inner) - max(first, 0)
     base = i * n * inner + first
     tile = _FIELDS * width
     further, step = steps_ahead(count, inner, work)
-    following = next_tile(base, first, parts * width, inner)
     if new:
         touch_rows(results, base, inner, n, count)
     pack(entries, base, inner, n, count, w, tile, further)
@@ -1292,37 +1337,41 @@ def softmax_tile(x, mask, temperature, out, new, i, first, width, parts, work):
         ahead = row + min(further, (n - 1 - k) * inner)
         for j in range(0, count, lanes):
             high, low = load(w, field(_RECIPROCAL, j, width)), load(w, field(_RECIPROCAL + 1, j, width))
-            prefetch(results, ahead + j)
             value = times_pair(load(w, terms + j * n), high, low)
-            write(results, row + j, count - j, present(entries, row + j, count - j, value, zero))
+            value = present(entries, row + j, count - j, value, zero)
+            write_ahead(results, row + j, count - j, value, ahead + j, far)
+    if far:
+        settle()
 
 
 @Kernel
 def log_softmax_columns(x, mask, temperature, out, parts):
     """Logarithm of the softmax of columns that fit a tile."""
     outer, n, inner = x.shape
-    width = tile_width(n, inner, parts, workspace(1, x))
-    tiles = -(-inner // width)
+    far = are_far_columns(x, out)
+    width = tile_width(n, inner, parts, far, workspace(1, x))
+    lack = lack_of_columns(out, width, far)
+    tiles = -(-(inner + lack) // width)
     work = workspaces(parts, (_FIELDS + n) * width, x)
     new = is_new(pointer(out), out.size)
     for part in prange(parts):
         own = part_of(work, np.intp(part), parts)
         for task in range(np.intp(part), outer * tiles, parts):
-            i, first = task // tiles, task % tiles * width
-            log_softmax_tile(x, mask, temperature, out, new, i, first, width, parts, own)
+            i, first = task // tiles, task % tiles * width - lack
+            log_softmax_tile(x, mask, temperature, out, new, i, first, width, parts, far, own)
 
 
 @jit
-def log_softmax_tile(x, mask, temperature, out, new, i, first, width, parts, work):
+def log_softmax_tile(x, mask, temperature, out, new, i, first, width, parts, far, work):
     """Logarithm of the softmax of a tile of columns."""
     n, inner = x.shape[1:]
     entries, results, w = entries_of(x, mask), pointer(out), pointer(work)
     lanes = lane_count(w)
-    count = min(width, inner - first)
+    following = i * n * inner + next_tile(first, parts * width, inner)
+    first, count = max(first, 0), min(first + width, inner) - max(first, 0)
     base = i * n * inner + first
     tile = _FIELDS * width
     further, step = steps_ahead(count, inner, work)
-    following = next_tile(base, first, parts * width, inner)
     if new:
         touch_rows(results, base, inner, n, count)
     pack(entries, base, inner, n, count, w, tile, further)
@@ -1339,22 +1388,24 @@ def log_softmax_tile(x, mask, temperature, out, new, i, first, width, parts, wor
     for k in range(n):
         row, at = base + k * inner, tile + k * lanes
         ahead = row + min(further, (n - 1 - k) * inner)
-        write_log_row(entries, results, row, w, at, n, count, width, plain, ahead)
+        write_log_row(entries, results, row, w, at, n, count, width, plain, ahead, far)
+    if far:
+        settle()
 
 
 @jit
-def write_log_row(x, out, row, work, at, n, count, width, plain, ahead):
-    """Write the logarithms of a row of a tile, and fetch what is written later."""
+def write_log_row(x, out, row, work, at, n, count, width, plain, ahead, far):
+    """Write the logarithms of a row of a tile, and fetch what is written later unless it is far."""
     lanes = lane_count(work)
     lowest = -spread(math.inf, work)
     for j in range(0, count, lanes):
-        prefetch(out, ahead + j)
         entries = load(work, at + j * n)
         if plain:
             value = log_terms(entries, read_gap(work, j, width), None)
         else:
             value = log_terms(entries, read_gap(work, j, width), read_guard(work, j, width))
-        write(out, row + j, count - j, present(x, row + j, count - j, value, lowest))
+        value = present(x, row + j, count - j, value, lowest)
+        write_ahead(out, row + j, count - j, value, ahead + j, far)
 
 
 @jit
@@ -1427,7 +1478,7 @@ def column_sums_at(work, j, width):
 def value_columns(x, mask, temperature, out, parts, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of columns that fit a tile."""
     outer, n, inner = x.shape
-    width = tile_width(n, inner, parts, workspace(1, x))
+    width = tile_width(n, inner, parts, False, workspace(1, x))
     tiles = -(-inner // width)
     work = workspaces(parts, (_FIELDS + n) * width, x)
     for part in prange(parts):
@@ -1447,7 +1498,7 @@ def value_tile(x, mask, temperature, out, i, first, width, parts, weighted, work
     base = i * n * inner + first
     tile = _FIELDS * width
     further, step = steps_ahead(count, inner, work)
-    following = next_tile(base, first, parts * width, inner)
+    following = i * n * inner + next_tile(first, parts * width, inner)
     pack(entries, base, inner, n, count, w, tile, further)
     rate = rate_of(temperature_at(temperature, 0), get(w, 0))
     for j in range(0, count, lanes):

@@ -16,6 +16,7 @@ sliced is counted by reference, with an atomic instruction.
 
 import math
 import operator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,12 +41,23 @@ def _register_bytes():
     return 64 if has.get("avx512f") else 32 if has.get("avx2") else 16
 
 
+def _second_cache_bytes():
+    """Size of a core's second cache, as Linux tells it; elsewhere that of an older processor."""
+    try:
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text()
+        return 1024 * int(size.strip().removesuffix("K"))
+    except (OSError, ValueError):
+        return 2**19
+
+
 REGISTER_BYTES = _register_bytes()
+SECOND_CACHE_BYTES = _second_cache_bytes()
 REGISTERS = 2 if REGISTER_BYTES == 64 else 4
 LANE_BYTES = REGISTERS * REGISTER_BYTES
 
-# Bytes of the smallest pages of memory.
+# Bytes of the smallest pages of memory, and of the lines of caches.
 PAGE_BYTES = 4096
+LINE_BYTES = 64
 
 # Entries of the tables from which `make_table` picks: as many as registers of AVX-512 hold and an instruction
 # finds, or two, which a mask tells apart. AVX2 finds four float32s by vpermilps, of which a register takes 4
@@ -658,30 +670,37 @@ def put(typingctx, array, index, value):
     return types.none(array, types.intp, dtype), codegen
 
 
-@intrinsic
-def prefetch(typingctx, array, index):
-    """Ask for the lanes from entry ``index`` on to be in the second cache.
-
-    Nothing is asked for where the array is None. Beyond an array it costs time (see `_slice.Soon`), no more.
-    """
-
-    def codegen(context, builder, sig, args):
-        array_type: Any = sig.args[0]
-        array, index = args
-        if isinstance(array_type, types.NoneType):
+def _prefetch(write, level):
+    @intrinsic
+    def prefetch(typingctx, array, index):
+        def codegen(context, builder, sig, args):
+            array_type: Any = sig.args[0]
+            array, index = args
+            if isinstance(array_type, types.NoneType):
+                return context.get_dummy_value()
+            if _is_pair(array_type):
+                array_type, array = array_type[0], builder.extract_value(array, 0)
+            byte = ir.IntType(8).as_pointer()
+            address = _pointer(context, builder, array_type, array, index, ir.IntType(8))
+            function_type = ir.FunctionType(ir.VoidType(), [byte, _INDEX, _INDEX, _INDEX])
+            function = get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+            for line in range(0, _lanes_of(array_type).count * array_type.dtype.bitwidth // 8, LINE_BYTES):
+                place = builder.gep(address, [_SIZE(line)])
+                builder.call(function, [place, _INDEX(write), _INDEX(4 - level), _INDEX(1)])
             return context.get_dummy_value()
-        if _is_pair(array_type):
-            array_type, array = array_type[0], builder.extract_value(array, 0)
-        byte = ir.IntType(8).as_pointer()
-        address = _pointer(context, builder, array_type, array, index, ir.IntType(8))
-        function_type = ir.FunctionType(ir.VoidType(), [byte, _INDEX, _INDEX, _INDEX])
-        function = get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-        for line in range(0, _lanes_of(array_type).count * array_type.dtype.bitwidth // 8, 64):
-            arguments = [builder.gep(address, [_SIZE(line)]), _INDEX(0), _INDEX(2), _INDEX(1)]
-            builder.call(function, arguments)
-        return context.get_dummy_value()
 
-    return types.none(array, types.intp), codegen
+        return types.none(array, types.intp), codegen
+
+    return prefetch
+
+
+# Ask for the lanes from entry ``index`` of an array on to be in the second cache or, if they are soon to be
+# read or written, in the first. Lines to be written that are asked for as others are have to be asked for
+# again: on an Emerald Rapids 1024 x 64 float32 took 1.13 times as long, and columns 1.05 to 1.2 times.
+# Nothing is asked for where the array is None. Beyond an array it costs time (see `_slice.Soon`), no more.
+prefetch = _prefetch(write=0, level=2)
+prefetch_to_read = _prefetch(write=0, level=1)
+prefetch_to_write = _prefetch(write=1, level=1)
 
 
 @intrinsic
@@ -797,14 +816,13 @@ def stream(typingctx, array, index, value):
 
 @intrinsic
 def to_stream(typingctx, array, index):
-    """Number of entries from an index to the next where lanes lie at a multiple of their size."""
+    """Number of entries from an index to the next where a line begins."""
 
     def codegen(context, builder, sig, args):
         first, index = args
         itemsize = array.dtype.bitwidth // 8
-        size = itemsize * getattr(_lanes_of(array), "count", 1)
         pointer = _pointer(context, builder, sig.args[0], first, index, ir.IntType(8))
-        bytes_left = builder.and_(builder.neg(builder.ptrtoint(pointer, _SIZE)), _SIZE(size - 1))
+        bytes_left = builder.and_(builder.neg(builder.ptrtoint(pointer, _SIZE)), _SIZE(LINE_BYTES - 1))
         return builder.udiv(bytes_left, _SIZE(itemsize))
 
     return types.intp(array, types.intp), codegen
@@ -1032,7 +1050,8 @@ def _write(context, builder, array_type, array, index, value, first=None, past_c
     pointer = _pointer(context, builder, array_type, array, index, stored)
     alignment = array_type.dtype.bitwidth // 8
     if past_caches:
-        written = builder.store(value, pointer, align=alignment * getattr(stored, "count", 1))
+        size = alignment * getattr(stored, "count", 1)
+        written = builder.store(value, pointer, align=min(size, LINE_BYTES))
         written.set_metadata("nontemporal", builder.module.add_metadata([_INDEX(1)]))
     elif first is None:
         builder.store(value, pointer, align=alignment)

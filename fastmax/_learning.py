@@ -618,7 +618,7 @@ def tile_losses(x, classes, probs, shape, temperature, samples, losses, out, new
     for j in range(0, count, lanes):
         at = tile + j * n
         place = base + (j if across else j * n)
-        following = place + next_tile(0, first, parts * width, shape.inner) * shape.sample_step
+        following = place + (next_tile(first, parts * width, shape.inner) - first) * shape.sample_step
         step = shape.class_step if across else lanes
         number, present = i * shape.inner + first + j, min(lanes, count - j)
         store(w, _MAX * lanes, lane_maxima(w, at, at + n * lanes))

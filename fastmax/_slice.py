@@ -35,6 +35,7 @@ from fastmax._lanes import (
     max_lanes,
     piece_zeros,
     prefetch,
+    prefetch_to_write,
     present,
     read,
     register_zeros,
@@ -206,7 +207,7 @@ def fetch(soon, step):
     """Ask for what will be needed after so many steps."""
     if soon is not None:
         prefetch(soon.x, soon.at + step * soon.step)
-        prefetch(soon.out, soon.to + step * soon.step)
+        prefetch_to_write(soon.out, soon.to + step * soon.step)
 
 
 @jit

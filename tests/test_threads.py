@@ -1,6 +1,7 @@
 """The bits of a slice depend on the slice alone: not on threads, neighbours, position or layout."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -163,20 +164,23 @@ def test_masked_rows_of_each_length_have_the_bits_of_the_vector(name, dtype):
 @pytest.mark.parametrize("name", oracle.ELEMENTWISE)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("is_masked", [False, True])
-def test_results_written_past_the_caches_have_the_bits_of_those_in_place(name, dtype, is_masked):
+@pytest.mark.parametrize("columns", [0, 40, _cpu.FEW_FAR_ROWS])
+def test_results_written_past_the_caches_have_the_bits_of_those_in_place(name, dtype, is_masked, columns):
     """Results in place are never written past the caches; the others begin at each kind of address."""
     function = getattr(fastmax, name)
-    k = _cpu.FAR_BYTES // np.dtype(dtype).itemsize + 3
-    x = draw(k, dtype)
-    where = {"where": np.arange(k) % 7 > 0} if is_masked else {}
-    in_place = x.copy()
-    function(in_place, 0.7, out=in_place, **where)
+    k = _cpu.FAR_BYTES // np.dtype(dtype).itemsize
+    shape = (2, columns, -(-k // columns // 128) * 64) if columns else (k + 3,)
+    x = draw(math.prod(shape), dtype).reshape(shape)
+    where = {"where": (np.arange(x.size) % 7 > 0).reshape(shape)} if is_masked else {}
+    in_place, axis = x.copy(), len(shape) // 2
+    function(in_place, 0.7, axis=axis, out=in_place, **where)
     for offset in (0, 1, 5, 17):
-        buffer = np.full(k + 40, 9, dtype)
-        function(x, 0.7, out=buffer[offset : offset + k], **where)
-        np.testing.assert_array_equal(bits(buffer[offset : offset + k]), bits(in_place))
+        buffer = np.full(x.size + 40, 9, dtype)
+        out = buffer[offset : offset + x.size].reshape(shape)
+        function(x, 0.7, axis=axis, out=out, **where)
+        np.testing.assert_array_equal(bits(out), bits(in_place))
         assert (buffer[:offset] == 9).all()
-        assert (buffer[offset + k :] == 9).all()
+        assert (buffer[offset + x.size :] == 9).all()
 
 
 @pytest.mark.parametrize("name", oracle.ELEMENTWISE)
