@@ -15,11 +15,8 @@ import functools
 import math
 from collections import namedtuple
 
-import numpy as np
-from numba import prange
-
 from fastmax import _process, _slice
-from fastmax._jit import jit, kernel, parallel_kernel, plain_kernel
+from fastmax._jit import jit, kernel, plain_kernel
 from fastmax._lanes import (
     LANE_BYTES,
     LINE_BYTES,
@@ -98,6 +95,7 @@ from fastmax._slice import (
     register_maxima,
     sums_of,
 )
+from fastmax._threads import Kernel, each_part, span_of
 from fastmax._tracing import traced
 
 # Entries from which all threads take no longer than one, on two cores: rows, columns, one slice (see
@@ -130,25 +128,6 @@ FEW_FAR_ROWS = 32
 
 # Entries of a column from which it is tall: a vector of such columns takes half a tile.
 TALL = 2**11
-
-
-class Kernel:
-    """A jitted function on one thread and on all; each is compiled when it is called.
-
-    Other Python threads go on meanwhile. One call at a time has all threads.
-    """
-
-    def __init__(self, function):
-        self._serial = kernel(function, nogil=True)
-        self._parallel = parallel_kernel(function, nogil=True)
-
-    def __call__(self, threads, *arguments):
-        if threads > 1 and (lock := _process.all_threads).acquire(blocking=False):
-            try:
-                return self._parallel(*arguments)
-            finally:
-                lock.release()
-        return self._serial(*arguments)
 
 
 # -- rows -----------------------------------------------------------------------------------------
@@ -351,21 +330,18 @@ def row_step(x, n):
 
 
 @Kernel
-def softmax_rows(x, mask, temperature, out, parts):
+def softmax_rows(team, parts, x, mask, temperature, out):
     """Softmax of rows of at most one chunk."""
-    rows, n = out.shape
-    work = workspaces(parts, row_work_size(n, x), x)
-    for i in prange(parts):
-        part = np.intp(i)
-        first, stop = rows * part // parts, rows * (part + 1) // parts
-        softmax_groups(x, mask, temperature, out, first, stop, part_of(work, part, parts))
+    work = workspaces(parts, row_work_size(out.shape[1], x), x)
+    each_part(softmax_groups, team, parts, (x, mask, temperature, out, work))
 
 
 @jit
-def softmax_groups(x, mask, temperature, out, first, stop, work):
-    """Softmax of some rows, group by group."""
+def softmax_groups(part, parts, x, mask, temperature, out, work):
+    """Softmax of a part of the rows, group by group."""
+    first, stop = span_of(part, parts, len(out))
     n, step = out.shape[1], row_step(x, out.shape[1])
-    entries, results, w = entries_of(x, mask), pointer(out), pointer(work)
+    entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part, parts))
     size, lanes = group_size(n, w), lane_count(w)
     rate = rate_of(temperature_at(temperature, first), get(w, 0))
     new = is_new(results, stop * n)
@@ -390,21 +366,18 @@ def softmax_groups(x, mask, temperature, out, first, stop, work):
 
 
 @Kernel
-def log_softmax_rows(x, mask, temperature, out, parts):
+def log_softmax_rows(team, parts, x, mask, temperature, out):
     """Logarithm of the softmax of rows of at most one chunk."""
-    rows, n = out.shape
-    work = workspaces(parts, row_work_size(n, x), x)
-    for i in prange(parts):
-        part = np.intp(i)
-        first, stop = rows * part // parts, rows * (part + 1) // parts
-        log_softmax_groups(x, mask, temperature, out, first, stop, part_of(work, part, parts))
+    work = workspaces(parts, row_work_size(out.shape[1], x), x)
+    each_part(log_softmax_groups, team, parts, (x, mask, temperature, out, work))
 
 
 @jit
-def log_softmax_groups(x, mask, temperature, out, first, stop, work):
-    """Logarithm of the softmax of some rows, group by group."""
+def log_softmax_groups(part, parts, x, mask, temperature, out, work):
+    """Logarithm of the softmax of a part of the rows, group by group."""
+    first, stop = span_of(part, parts, len(out))
     n, step = out.shape[1], row_step(x, out.shape[1])
-    entries, results, w = entries_of(x, mask), pointer(out), pointer(work)
+    entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part, parts))
     size, lanes = group_size(n, w), lane_count(w)
     rate = rate_of(temperature_at(temperature, first), get(w, 0))
     new = is_new(results, stop * n)
@@ -433,22 +406,18 @@ def log_softmax_groups(x, mask, temperature, out, first, stop, work):
 
 
 @Kernel
-def value_rows(x, mask, temperature, out, parts, weighted):
+def value_rows(team, parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of rows of at most one chunk."""
-    rows = len(out)
     work = workspaces(parts, row_work_size(x.shape[1], x), x)
-    for i in prange(parts):
-        part = np.intp(i)
-        first, stop = rows * part // parts, rows * (part + 1) // parts
-        own = part_of(work, part, parts)
-        value_groups(x, mask, temperature, out, first, stop, weighted, own)
+    each_part(value_groups, team, parts, (x, mask, temperature, out, weighted, work))
 
 
 @jit
-def value_groups(x, mask, temperature, out, first, stop, weighted, work):
-    """`value_rows` of some rows, group by group."""
+def value_groups(part, parts, x, mask, temperature, out, weighted, work):
+    """`value_rows` of a part of the rows, group by group."""
+    first, stop = span_of(part, parts, len(out))
     n, step = x.shape[1], row_step(x, x.shape[1])
-    entries, w = entries_of(x, mask), pointer(work)
+    entries, w = entries_of(x, mask), pointer(part_of(work, part, parts))
     size, lanes = group_size(n, w), lane_count(w)
     rate = rate_of(temperature_at(temperature, first), get(w, 0))
     for start in range(first, stop, size):
@@ -588,20 +557,23 @@ def merge_chains(work, totals, errors, n):
 
 
 @Kernel
-def softmax_narrow_rows(x, mask, temperature, out, parts):
+def softmax_narrow_rows(team, parts, x, mask, temperature, out):
     """Softmax of narrow rows."""
-    rows, n = out.shape
-    work = workspaces(parts, narrow_work_size(n, x), x)
-    for i in prange(parts):
-        part = np.intp(i)
-        first, stop = rows * part // parts, rows * (part + 1) // parts
-        own = part_of(work, part, parts)
-        new = is_new(pointer(out), stop * n)
-        for row in range(first, stop, lane_count(x)):
-            count = min(lane_count(x), stop - row)
-            if new:
-                touch(pointer(out), row * n, (row + count) * n)
-            softmax_narrow_group(x, mask, temperature, out, row, count, own)
+    work = workspaces(parts, narrow_work_size(out.shape[1], x), x)
+    each_part(softmax_narrow_groups, team, parts, (x, mask, temperature, out, work))
+
+
+@jit
+def softmax_narrow_groups(part, parts, x, mask, temperature, out, work):
+    """Softmax of a part of the narrow rows, as many at a time as there are lanes."""
+    first, stop = span_of(part, parts, len(out))
+    n, own = out.shape[1], part_of(work, part, parts)
+    new = is_new(pointer(out), stop * n)
+    for row in range(first, stop, lane_count(x)):
+        count = min(lane_count(x), stop - row)
+        if new:
+            touch(pointer(out), row * n, (row + count) * n)
+        softmax_narrow_group(x, mask, temperature, out, row, count, own)
 
 
 @plain_kernel(2, 2)
@@ -698,17 +670,20 @@ def narrow_split(x, temperature, first, n, step, count, weighted, work):
 
 
 @Kernel
-def log_softmax_narrow_rows(x, mask, temperature, out, parts):
+def log_softmax_narrow_rows(team, parts, x, mask, temperature, out):
     """Logarithm of the softmax of narrow rows."""
-    rows, n = out.shape
-    work = workspaces(parts, narrow_work_size(n, x), x)
-    for i in prange(parts):
-        part = np.intp(i)
-        first, stop = rows * part // parts, rows * (part + 1) // parts
-        own = part_of(work, part, parts)
-        for row in range(first, stop, lane_count(x)):
-            count = min(lane_count(x), stop - row)
-            log_softmax_narrow_group(x, mask, temperature, out, row, count, own)
+    work = workspaces(parts, narrow_work_size(out.shape[1], x), x)
+    each_part(log_softmax_narrow_groups, team, parts, (x, mask, temperature, out, work))
+
+
+@jit
+def log_softmax_narrow_groups(part, parts, x, mask, temperature, out, work):
+    """Logarithm of the softmax of a part of the narrow rows, as many at a time as there are lanes."""
+    first, stop = span_of(part, parts, len(out))
+    own = part_of(work, part, parts)
+    for row in range(first, stop, lane_count(x)):
+        count = min(lane_count(x), stop - row)
+        log_softmax_narrow_group(x, mask, temperature, out, row, count, own)
 
 
 @plain_kernel(2, 2)
@@ -742,17 +717,20 @@ def log_softmax_narrow_group(x, mask, temperature, out, first, count, work):
 
 
 @Kernel
-def value_narrow_rows(x, mask, temperature, out, parts, weighted):
+def value_narrow_rows(team, parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of narrow rows."""
-    rows, n = len(out), x.shape[1]
-    work = workspaces(parts, narrow_work_size(n, x), x)
-    for i in prange(parts):
-        part = np.intp(i)
-        first, stop = rows * part // parts, rows * (part + 1) // parts
-        own = part_of(work, part, parts)
-        for row in range(first, stop, lane_count(x)):
-            count = min(lane_count(x), stop - row)
-            value_narrow_group(x, mask, temperature, out, row, count, weighted, own)
+    work = workspaces(parts, narrow_work_size(x.shape[1], x), x)
+    each_part(value_narrow_groups, team, parts, (x, mask, temperature, out, weighted, work))
+
+
+@jit
+def value_narrow_groups(part, parts, x, mask, temperature, out, weighted, work):
+    """`value_narrow_rows` of a part of the rows, as many at a time as there are lanes."""
+    first, stop = span_of(part, parts, len(out))
+    own = part_of(work, part, parts)
+    for row in range(first, stop, lane_count(x)):
+        count = min(lane_count(x), stop - row)
+        value_narrow_group(x, mask, temperature, out, row, count, weighted, own)
 
 
 @jit
@@ -800,15 +778,19 @@ def value_narrow_group(x, mask, temperature, out, first, count, weighted, work):
 
 
 @Kernel
-def softmax_wide_rows(x, mask, temperature, out, parts):
+def softmax_wide_rows(team, parts, x, mask, temperature, out):
     """Softmax of rows of more than a chunk, each by one thread."""
-    rows = len(out)
     work = workspaces(parts, padded_size(out.shape[1], x), x)
-    for k in prange(parts):
-        part = np.intp(k)
-        own = part_of(work, part, parts)
-        for i in range(rows * part // parts, rows * (part + 1) // parts):
-            softmax_wide_row(x, mask, temperature, out, i, own)
+    each_part(softmax_some_wide_rows, team, parts, (x, mask, temperature, out, work))
+
+
+@jit
+def softmax_some_wide_rows(part, parts, x, mask, temperature, out, work):
+    """Softmax of a part of the rows."""
+    first, stop = span_of(part, parts, len(out))
+    own = part_of(work, part, parts)
+    for i in range(first, stop):
+        softmax_wide_row(x, mask, temperature, out, i, own)
 
 
 @jit
@@ -825,12 +807,17 @@ def softmax_wide_row(x, mask, temperature, out, i, work):
 
 
 @Kernel
-def log_softmax_wide_rows(x, mask, temperature, out, parts):
+def log_softmax_wide_rows(team, parts, x, mask, temperature, out):
     """Logarithm of the softmax of rows of more than a chunk, each by one thread."""
-    rows = len(out)
-    for part in prange(parts):
-        for i in range(rows * part // parts, rows * (part + 1) // parts):
-            log_softmax_wide_row(x, mask, temperature, out, i)
+    each_part(log_softmax_some_wide_rows, team, parts, (x, mask, temperature, out))
+
+
+@jit
+def log_softmax_some_wide_rows(part, parts, x, mask, temperature, out):
+    """Logarithm of the softmax of a part of the rows."""
+    first, stop = span_of(part, parts, len(out))
+    for i in range(first, stop):
+        log_softmax_wide_row(x, mask, temperature, out, i)
 
 
 @jit
@@ -847,12 +834,17 @@ def log_softmax_wide_row(x, mask, temperature, out, i):
 
 
 @Kernel
-def value_wide_rows(x, mask, temperature, out, parts, weighted):
+def value_wide_rows(team, parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of rows of more than a chunk, each by one thread."""
-    rows = len(out)
-    for part in prange(parts):
-        for i in range(rows * part // parts, rows * (part + 1) // parts):
-            value_wide_row(x, mask, temperature, out, i, weighted)
+    each_part(value_some_wide_rows, team, parts, (x, mask, temperature, out, weighted))
+
+
+@jit
+def value_some_wide_rows(part, parts, x, mask, temperature, out, weighted):
+    """`value_wide_rows` of a part of the rows."""
+    first, stop = span_of(part, parts, len(out))
+    for i in range(first, stop):
+        value_wide_row(x, mask, temperature, out, i, weighted)
 
 
 @jit
@@ -885,31 +877,33 @@ def chunk_of(task, n, like):
 
 
 @Kernel
-def long_maxima(x, mask):
+def long_maxima(team, parts, x, mask):
     """Maximum of each row."""
     rows, n = x.shape
     chunks = chunk_count(n, x)
-    partial = workspace(rows * chunks, x)
-    for task in prange(rows * chunks):
-        row, start, stop = chunk_of(np.intp(task), n, x)
-        partial[task] = _slice.maximum(entries_of(x, mask), start, stop)
-    maxima = workspace(rows, x)
+    partial, maxima = workspace(rows * chunks, x), workspace(rows, x)
+    each_part(chunk_maxima, team, parts, (x, mask, partial))
     for row in range(rows):
         maxima[row] = _slice.maximum(partial, row * chunks, (row + 1) * chunks)
     return maxima
 
 
+@jit
+def chunk_maxima(part, parts, x, mask, partial):
+    """Maxima of a part of the chunks."""
+    first, stop = span_of(part, parts, len(partial))
+    for task in range(first, stop):
+        _, start, end = chunk_of(task, x.shape[1], x)
+        partial[task] = _slice.maximum(entries_of(x, mask), start, end)
+
+
 @Kernel
-def long_reciprocals(x, mask, temperature, maxima):
+def long_reciprocals(team, parts, x, mask, temperature, maxima):
     """1 / sum of the terms of each row, as a pair."""
     rows, n = x.shape
     chunks = chunk_count(n, x)
     totals, errors = workspace(rows * chunks, x), workspace(rows * chunks, x)
-    for task in prange(rows * chunks):
-        row, start, stop = chunk_of(np.intp(task), n, x)
-        own = temperature_at(temperature, row)
-        sums = chunk_sums(entries_of(x, mask), start, stop, maxima[row], own, None)
-        totals[task], errors[task] = sums
+    each_part(chunk_totals, team, parts, (x, mask, temperature, maxima, totals, errors))
     high, low = workspace(rows, x), workspace(rows, x)
     for row in range(rows):
         total = error = spread(0.0, maxima[row])
@@ -917,6 +911,17 @@ def long_reciprocals(x, mask, temperature, maxima):
             total, error = merge(total, error, totals[task], errors[task])
         high[row], low[row] = reciprocal(total, error)
     return high, low
+
+
+@jit
+def chunk_totals(part, parts, x, mask, temperature, maxima, totals, errors):
+    """Sums of the terms of a part of the chunks."""
+    first, stop = span_of(part, parts, len(totals))
+    for task in range(first, stop):
+        row, start, end = chunk_of(task, x.shape[1], x)
+        own = temperature_at(temperature, row)
+        sums = chunk_sums(entries_of(x, mask), start, end, maxima[row], own, None)
+        totals[task], errors[task] = sums
 
 
 @jit
@@ -930,14 +935,21 @@ def chunk_sums(x, start, stop, row_max, temperature, soon):
 
 
 @Kernel
-def long_write(x, mask, temperature, maxima, high, low, out):
+def long_write(team, parts, x, mask, temperature, maxima, high, low, out):
     """Write the terms of each row times its reciprocal."""
+    each_part(write_chunks, team, parts, (x, mask, temperature, maxima, high, low, out))
+
+
+@jit
+def write_chunks(part, parts, x, mask, temperature, maxima, high, low, out):
+    """Write a part of the chunks."""
     rows, n = x.shape
-    for task in prange(rows * chunk_count(n, x)):
-        row, start, stop = chunk_of(np.intp(task), n, x)
+    first, stop = span_of(part, parts, rows * chunk_count(n, x))
+    for task in range(first, stop):
+        row, start, end = chunk_of(task, n, x)
         own = temperature_at(temperature, row)
         entries, results = entries_of(x, mask), pointer(out)
-        chunk_write(entries, start, stop, maxima[row], own, high[row], low[row], results, 0, is_far(x, out))
+        chunk_write(entries, start, end, maxima[row], own, high[row], low[row], results, 0, is_far(x, out))
 
 
 @jit
@@ -958,17 +970,12 @@ def chunk_write(x, start, stop, row_max, temperature, high, low, out, shift, far
 
 
 @Kernel
-def long_split_sums(x, mask, temperature, maxima, weighted):
+def long_split_sums(team, parts, x, mask, temperature, maxima, weighted):
     """`sum_split_terms` of each row."""
     rows, n = x.shape
     chunks = chunk_count(n, x)
     partial = workspace(rows * chunks * 5, x).reshape(rows * chunks, 5)
-    for task in prange(rows * chunks):
-        row, start, stop = chunk_of(np.intp(task), n, x)
-        rate = rate_of(temperature_at(temperature, row), maxima[row])
-        part = _slice.split_sums(entries_of(x, mask), start, stop, maxima[row], rate, weighted, None)
-        for quantity in range(5):
-            partial[task, quantity] = part[quantity]
+    each_part(chunk_split_sums, team, parts, (x, mask, temperature, maxima, weighted, partial))
     sums = workspace(rows * 5, x).reshape(rows, 5)
     for row in range(rows):
         zero = spread(0.0, maxima[row])
@@ -981,21 +988,40 @@ def long_split_sums(x, mask, temperature, maxima, weighted):
 
 
 @jit
+def chunk_split_sums(part, parts, x, mask, temperature, maxima, weighted, partial):
+    """`sum_split_terms` of a part of the chunks."""
+    first, stop = span_of(part, parts, len(partial))
+    for task in range(first, stop):
+        row, start, end = chunk_of(task, x.shape[1], x)
+        rate = rate_of(temperature_at(temperature, row), maxima[row])
+        sums = _slice.split_sums(entries_of(x, mask), start, end, maxima[row], rate, weighted, None)
+        for quantity in range(5):
+            partial[task, quantity] = sums[quantity]
+
+
+@jit
 def five(sums, i):
     """Row of an array of sums as a tuple."""
     return sums[i, 0], sums[i, 1], sums[i, 2], sums[i, 3], sums[i, 4]
 
 
 @Kernel
-def long_write_log(x, mask, temperature, maxima, sums, out):
+def long_write_log(team, parts, x, mask, temperature, maxima, sums, out):
     """Write the logarithms of each row."""
+    each_part(write_log_chunks, team, parts, (x, mask, temperature, maxima, sums, out))
+
+
+@jit
+def write_log_chunks(part, parts, x, mask, temperature, maxima, sums, out):
+    """Write the logarithms of a part of the chunks."""
     rows, n = x.shape
-    for task in prange(rows * chunk_count(n, x)):
-        row, start, stop = chunk_of(np.intp(task), n, x)
+    first, stop = span_of(part, parts, rows * chunk_count(n, x))
+    for task in range(first, stop):
+        row, start, end = chunk_of(task, n, x)
         rate = rate_of(temperature_at(temperature, row), maxima[row])
         log_sum = log_of_sum(maxima[row], five(sums, row))
         entries, results = entries_of(x, mask), pointer(out)
-        _slice.write_log(entries, start, stop, maxima[row], rate, log_sum, results, 0, is_far(x, out))
+        _slice.write_log(entries, start, end, maxima[row], rate, log_sum, results, 0, is_far(x, out))
 
 
 @kernel
@@ -1009,24 +1035,24 @@ def long_values(x, mask, temperature, maxima, sums, out, weighted):
         put(pointer(out), row, value)
 
 
-def softmax_long_rows(threads, x, mask, temperature, out):
+def softmax_long_rows(parts, x, mask, temperature, out):
     """Softmax of rows that all threads share."""
-    maxima = long_maxima(threads, x, mask)
-    high, low = long_reciprocals(threads, x, mask, temperature, maxima)
-    long_write(threads, x, mask, temperature, maxima, high, low, out)
+    maxima = long_maxima(parts, x, mask)
+    high, low = long_reciprocals(parts, x, mask, temperature, maxima)
+    long_write(parts, x, mask, temperature, maxima, high, low, out)
 
 
-def log_softmax_long_rows(threads, x, mask, temperature, out):
+def log_softmax_long_rows(parts, x, mask, temperature, out):
     """Logarithm of the softmax of rows that all threads share."""
-    maxima = long_maxima(threads, x, mask)
-    sums = long_split_sums(threads, x, mask, temperature, maxima, None)
-    long_write_log(threads, x, mask, temperature, maxima, sums, out)
+    maxima = long_maxima(parts, x, mask)
+    sums = long_split_sums(parts, x, mask, temperature, maxima, None)
+    long_write_log(parts, x, mask, temperature, maxima, sums, out)
 
 
-def value_long_rows(threads, x, mask, temperature, out, weighted):
+def value_long_rows(parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of rows that all threads share."""
-    maxima = long_maxima(threads, x, mask)
-    sums = long_split_sums(threads, x, mask, temperature, maxima, weighted)
+    maxima = long_maxima(parts, x, mask)
+    sums = long_split_sums(parts, x, mask, temperature, maxima, weighted)
     long_values(x, mask, temperature, maxima, sums, out, weighted)
 
 
@@ -1285,20 +1311,25 @@ def column_split_sums(work, at, n, row_max, scale, guard, weighted, soon):
 
 
 @Kernel
-def softmax_columns(x, mask, temperature, out, parts):
+def softmax_columns(team, parts, x, mask, temperature, out):
     """Softmax of columns that fit a tile."""
-    outer, n, inner = x.shape
+    n, inner = out.shape[1:]
     far = are_far_columns(x, out)
     width = tile_width(n, inner, parts, far, workspace(1, x))
-    lack = lack_of_columns(out, width, far)
-    tiles = -(-(inner + lack) // width)
     work = workspaces(parts, (_FIELDS + n) * width, x)
     new = is_new(pointer(out), out.size)
-    for part in prange(parts):
-        own = part_of(work, np.intp(part), parts)
-        for task in range(np.intp(part), outer * tiles, parts):
-            i, first = task // tiles, task % tiles * width - lack
-            softmax_tile(x, mask, temperature, out, new, i, first, width, parts, far, own)
+    each_part(softmax_tiles, team, parts, (x, mask, temperature, out, width, far, new, work))
+
+
+@jit
+def softmax_tiles(part, parts, x, mask, temperature, out, width, far, new, work):
+    """Softmax of every so many-th tile."""
+    outer, _, inner = out.shape
+    lack, own = lack_of_columns(out, width, far), part_of(work, part, parts)
+    tiles = -(-(inner + lack) // width)
+    for task in range(part, outer * tiles, parts):
+        i, first = task // tiles, task % tiles * width - lack
+        softmax_tile(x, mask, temperature, out, new, i, first, width, parts, far, own)
 
 
 @jit
@@ -1345,20 +1376,25 @@ def softmax_tile(x, mask, temperature, out, new, i, first, width, parts, far, wo
 
 
 @Kernel
-def log_softmax_columns(x, mask, temperature, out, parts):
+def log_softmax_columns(team, parts, x, mask, temperature, out):
     """Logarithm of the softmax of columns that fit a tile."""
-    outer, n, inner = x.shape
+    n, inner = out.shape[1:]
     far = are_far_columns(x, out)
     width = tile_width(n, inner, parts, far, workspace(1, x))
-    lack = lack_of_columns(out, width, far)
-    tiles = -(-(inner + lack) // width)
     work = workspaces(parts, (_FIELDS + n) * width, x)
     new = is_new(pointer(out), out.size)
-    for part in prange(parts):
-        own = part_of(work, np.intp(part), parts)
-        for task in range(np.intp(part), outer * tiles, parts):
-            i, first = task // tiles, task % tiles * width - lack
-            log_softmax_tile(x, mask, temperature, out, new, i, first, width, parts, far, own)
+    each_part(log_softmax_tiles, team, parts, (x, mask, temperature, out, width, far, new, work))
+
+
+@jit
+def log_softmax_tiles(part, parts, x, mask, temperature, out, width, far, new, work):
+    """Logarithm of the softmax of every so many-th tile."""
+    outer, _, inner = out.shape
+    lack, own = lack_of_columns(out, width, far), part_of(work, part, parts)
+    tiles = -(-(inner + lack) // width)
+    for task in range(part, outer * tiles, parts):
+        i, first = task // tiles, task % tiles * width - lack
+        log_softmax_tile(x, mask, temperature, out, new, i, first, width, parts, far, own)
 
 
 @jit
@@ -1475,17 +1511,22 @@ def column_sums_at(work, j, width):
 
 
 @Kernel
-def value_columns(x, mask, temperature, out, parts, weighted):
+def value_columns(team, parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of columns that fit a tile."""
-    outer, n, inner = x.shape
+    n, inner = x.shape[1:]
     width = tile_width(n, inner, parts, False, workspace(1, x))
-    tiles = -(-inner // width)
     work = workspaces(parts, (_FIELDS + n) * width, x)
-    for part in prange(parts):
-        own = part_of(work, np.intp(part), parts)
-        for task in range(np.intp(part), outer * tiles, parts):
-            i, first = task // tiles, task % tiles * width
-            value_tile(x, mask, temperature, out, i, first, width, parts, weighted, own)
+    each_part(value_tiles, team, parts, (x, mask, temperature, out, weighted, width, work))
+
+
+@jit
+def value_tiles(part, parts, x, mask, temperature, out, weighted, width, work):
+    """`value_columns` of every so many-th tile."""
+    outer, _, inner = x.shape
+    tiles, own = -(-inner // width), part_of(work, part, parts)
+    for task in range(part, outer * tiles, parts):
+        i, first = task // tiles, task % tiles * width
+        value_tile(x, mask, temperature, out, i, first, width, parts, weighted, own)
 
 
 @jit
@@ -1580,26 +1621,36 @@ def column_maxima(x, mask, row, inner, rows, count, out, to):
 
 
 @Kernel
-def tall_softmax(x, mask, temperature, out):
+def tall_softmax(team, parts, x, mask, temperature, out):
     """Softmax of long columns, in three passes that are compiled as one."""
     outer, n, inner = x.shape
     chunks, width = -(-n // CHUNK), strip_width(inner, x)
     totals, errors = workspace(outer * chunks * inner, x), workspace(outer * chunks * inner, x)
     maxima, high, low = workspace(outer * inner, x), workspace(outer * inner, x), workspace(outer * inner, x)
+    work = workspaces(parts, (_FIELDS + CHUNK) * width, x)
+    numbers = maxima, high, low, totals, errors, width, work
     for step in range(3):
-        for task in prange(strip_count(x.shape, width)):
-            work = workspace((_FIELDS + CHUNK) * width, x)
-            if step == 0:
-                strip_maxima(x, mask, np.intp(task), width, totals)
-            elif step == 1:
-                strip_sums(x, mask, temperature, maxima, np.intp(task), width, work, totals, errors)
-            else:
-                write_strip(x, mask, temperature, maxima, high, low, np.intp(task), width, work, out)
+        each_part(softmax_strips, team, parts, (step, x, mask, temperature, out, numbers))
         for i in range(outer):
             if step == 0:
                 merge_maxima(totals, i, chunks, inner, maxima)
             elif step == 1:
                 merge_strips(totals, errors, i, chunks, inner, high, low)
+
+
+@jit
+def softmax_strips(part, parts, step, x, mask, temperature, out, numbers):
+    """One pass over a part of the strips."""
+    maxima, high, low, totals, errors, width, work = numbers
+    first, stop = span_of(part, parts, strip_count(x.shape, width))
+    own = part_of(work, part, parts)
+    for task in range(first, stop):
+        if step == 0:
+            strip_maxima(x, mask, task, width, totals)
+        elif step == 1:
+            strip_sums(x, mask, temperature, maxima, task, width, own, totals, errors)
+        else:
+            write_strip(x, mask, temperature, maxima, high, low, task, width, own, out)
 
 
 @jit
@@ -1646,12 +1697,20 @@ def merge_strips(totals, errors, i, chunks, inner, high, low):
 
 
 @Kernel
-def tall_write(x, mask, temperature, maxima, high, low, out):
+def tall_write(team, parts, x, mask, temperature, maxima, high, low, out):
     """Write the terms of each column times its reciprocal: the second pass alone, for columns in parts."""
     width = strip_width(x.shape[2], x)
-    for task in prange(strip_count(x.shape, width)):
-        work = workspace(_FIELDS * width, x)
-        write_strip(x, mask, temperature, maxima, high, low, np.intp(task), width, work, out)
+    work = workspaces(parts, _FIELDS * width, x)
+    each_part(write_strips, team, parts, (x, mask, temperature, maxima, high, low, out, width, work))
+
+
+@jit
+def write_strips(part, parts, x, mask, temperature, maxima, high, low, out, width, work):
+    """Write a part of the strips."""
+    first, stop = span_of(part, parts, strip_count(x.shape, width))
+    own = part_of(work, part, parts)
+    for task in range(first, stop):
+        write_strip(x, mask, temperature, maxima, high, low, task, width, own, out)
 
 
 @jit
@@ -1685,25 +1744,35 @@ def write_strip(x, mask, temperature, maxima, high, low, task, width, work, out)
 
 
 @Kernel
-def tall_split_sums(x, mask, temperature, weighted):
+def tall_split_sums(team, parts, x, mask, temperature, weighted):
     """Maxima, an array (outer, inner), and `lane_split_sums`, (outer, 5, inner), of columns; both flat."""
     outer, n, inner = x.shape
     chunks, width = -(-n // CHUNK), strip_width(inner, x)
     partial = workspace(outer * chunks * 5 * inner, x)
     maxima, sums = workspace(outer * inner, x), workspace(outer * 5 * inner, x)
+    work = workspaces(parts, (_FIELDS + CHUNK) * width, x)
+    numbers = maxima, partial, width, work
     for step in range(2):
-        for task in prange(strip_count(x.shape, width)):
-            work = workspace((_FIELDS + CHUNK) * width, x)
-            if step == 0:
-                strip_maxima(x, mask, np.intp(task), width, partial)
-            else:
-                strip_split_sums(x, mask, temperature, maxima, np.intp(task), width, weighted, work, partial)
+        each_part(split_strips, team, parts, (step, x, mask, temperature, weighted, numbers))
         for i in range(outer):
             if step == 0:
                 merge_maxima(partial, i, chunks, inner, maxima)
             else:
                 merge_split_strips(partial, i, chunks, inner, sums)
     return maxima, sums
+
+
+@jit
+def split_strips(part, parts, step, x, mask, temperature, weighted, numbers):
+    """One pass over a part of the strips."""
+    maxima, partial, width, work = numbers
+    first, stop = span_of(part, parts, strip_count(x.shape, width))
+    own = part_of(work, part, parts)
+    for task in range(first, stop):
+        if step == 0:
+            strip_maxima(x, mask, task, width, partial)
+        else:
+            strip_split_sums(x, mask, temperature, maxima, task, width, weighted, own, partial)
 
 
 @jit
@@ -1771,21 +1840,16 @@ def five_of_column(sums, at, inner):
 
 
 @Kernel
-def tall_log_softmax(x, mask, temperature, out):
+def tall_log_softmax(team, parts, x, mask, temperature, out):
     """Logarithm of the softmax of long columns, in three passes that are compiled as one."""
     outer, n, inner = x.shape
     chunks, width = -(-n // CHUNK), strip_width(inner, x)
     partial = workspace(outer * chunks * 5 * inner, x)
     maxima, sums = workspace(outer * inner, x), workspace(outer * 5 * inner, x)
+    work = workspaces(parts, (_FIELDS + CHUNK) * width, x)
+    numbers = maxima, sums, partial, width, work
     for step in range(3):
-        for task in prange(strip_count(x.shape, width)):
-            work = workspace((_FIELDS + CHUNK) * width, x)
-            if step == 0:
-                strip_maxima(x, mask, np.intp(task), width, partial)
-            elif step == 1:
-                strip_split_sums(x, mask, temperature, maxima, np.intp(task), width, None, work, partial)
-            else:
-                write_log_strip(x, mask, temperature, maxima, sums, np.intp(task), width, work, out)
+        each_part(log_softmax_strips, team, parts, (step, x, mask, temperature, out, numbers))
         for i in range(outer):
             if step == 0:
                 merge_maxima(partial, i, chunks, inner, maxima)
@@ -1793,13 +1857,36 @@ def tall_log_softmax(x, mask, temperature, out):
                 merge_split_strips(partial, i, chunks, inner, sums)
 
 
+@jit
+def log_softmax_strips(part, parts, step, x, mask, temperature, out, numbers):
+    """One pass over a part of the strips."""
+    maxima, sums, partial, width, work = numbers
+    first, stop = span_of(part, parts, strip_count(x.shape, width))
+    own = part_of(work, part, parts)
+    for task in range(first, stop):
+        if step == 0:
+            strip_maxima(x, mask, task, width, partial)
+        elif step == 1:
+            strip_split_sums(x, mask, temperature, maxima, task, width, None, own, partial)
+        else:
+            write_log_strip(x, mask, temperature, maxima, sums, task, width, own, out)
+
+
 @Kernel
-def tall_write_log(x, mask, temperature, maxima, sums, out):
+def tall_write_log(team, parts, x, mask, temperature, maxima, sums, out):
     """Write the logarithms of each column: the second pass alone, for columns in parts."""
     width = strip_width(x.shape[2], x)
-    for task in prange(strip_count(x.shape, width)):
-        work = workspace(_FIELDS * width, x)
-        write_log_strip(x, mask, temperature, maxima, sums, np.intp(task), width, work, out)
+    work = workspaces(parts, _FIELDS * width, x)
+    each_part(write_log_strips, team, parts, (x, mask, temperature, maxima, sums, out, width, work))
+
+
+@jit
+def write_log_strips(part, parts, x, mask, temperature, maxima, sums, out, width, work):
+    """Write the logarithms of a part of the strips."""
+    first, stop = span_of(part, parts, strip_count(x.shape, width))
+    own = part_of(work, part, parts)
+    for task in range(first, stop):
+        write_log_strip(x, mask, temperature, maxima, sums, task, width, own, out)
 
 
 @jit
@@ -1845,9 +1932,9 @@ def tall_values(x, mask, temperature, maxima, sums, out, weighted):
         put(pointer(out), column, value)
 
 
-def value_tall_columns(threads, x, mask, temperature, out, weighted):
+def value_tall_columns(parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of columns that all threads share."""
-    maxima, sums = tall_split_sums(threads, x, mask, temperature, weighted)
+    maxima, sums = tall_split_sums(parts, x, mask, temperature, weighted)
     tall_values(x, mask, temperature, maxima, sums, out, weighted)
 
 
@@ -1901,23 +1988,18 @@ def entropy(x, mask, temperature, out):
     _run(_VALUES, x, mask, temperature, out, True)
 
 
-def _threads(size, enough):
-    """Number of threads for an array of some size."""
-    return 1 if size < enough else _process.usable_threads()
-
-
 def _run(schedules, x, mask, temperature, out, *options):
     """Run the schedule that suits the shape: (outer, n), or (outer, n, inner)."""
     key = schedules, x.shape, x.itemsize, len(temperature)
-    schedule, is_large, threads, parts = _choice(*key, 1)
+    schedule, is_large, parts = _choice(*key, 1)
     if is_large and (usable := _process.usable_threads()) > 1:
-        schedule, _, threads, parts = _choice(*key, usable)
-    schedule(threads, x, mask, temperature, out, *parts, *options)
+        schedule, _, parts = _choice(*key, usable)
+    schedule(parts, x, mask, temperature, out, *options)
 
 
 @functools.lru_cache(maxsize=256)
 def _choice(schedules, shape, itemsize, temperatures, threads):
-    """Schedule for a shape, if it is worth so many threads, how many, and that again if it asks for it.
+    """Schedule for a shape, whether it is worth so many threads, and a part for each that has work.
 
     To choose anew takes 2 us.
     """
@@ -1926,17 +2008,15 @@ def _choice(schedules, shape, itemsize, temperatures, threads):
     if len(shape) == 3:
         is_large = max(math.prod(shape), slices * n) >= PARALLEL_COLUMNS
         if n > TALL:
-            return schedules.tall_columns, is_large, threads, ()
-        return schedules.columns, is_large, threads, (threads,)
+            return schedules.tall_columns, is_large, threads
+        return schedules.columns, is_large, threads
     size, lanes = slices * n, LANE_BYTES // max(itemsize, 4)
     if n < lanes or (slices > 1 and n <= CHUNK * lanes):
-        threads = min(threads, slices)
         schedule = schedules.narrow_rows if _is_narrow(n, lanes) else schedules.rows
-        return schedule, size >= PARALLEL_ROWS, threads, (threads,)
+        return schedule, size >= PARALLEL_ROWS, min(threads, slices)
     if slices > outer or (n * itemsize <= STORED_BYTES and slices >= 10 * threads):
-        threads = min(threads, slices)
-        return schedules.wide_rows, size >= PARALLEL_SLICE, threads, (threads,)
-    return schedules.long_rows, size >= PARALLEL_SLICE, threads, ()
+        return schedules.wide_rows, size >= PARALLEL_SLICE, min(threads, slices)
+    return schedules.long_rows, size >= PARALLEL_SLICE, threads
 
 
 def _is_narrow(n, lanes):

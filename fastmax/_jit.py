@@ -18,7 +18,6 @@ import pickle
 import shutil
 import tempfile
 import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +348,13 @@ def _compile(compile_for_args, *arguments):
         return compile_for_args(*arguments)
 
 
+def compiled_address(dispatcher, signature):
+    """Address of the machine code of a kernel for a signature, under Numba's own convention for calls."""
+    uninterrupted(_compile, dispatcher.compile, signature)
+    code = dispatcher.overloads[signature]
+    return code.library.get_pointer_to_function(code.fndesc.llvm_func_name)
+
+
 class plain_kernel(dict):
     """Machine code of a kernel by dtype: of C-contiguous arrays with so many axes, x and perhaps out.
 
@@ -378,13 +384,6 @@ def _njit(function, dispatcher, compiler, **options) -> Any:
     return dispatcher(
         function, targetoptions={"nopython": True, "error_model": "numpy", **options}, pipeline_class=compiler
     )
-
-
-def parallel_kernel(function, **options):
-    """`kernel` with ``prange`` over threads; the cache tells the two apart by its name."""
-    copy = types.FunctionType(function.__code__, function.__globals__, function.__name__)
-    copy.__qualname__ = f"{function.__qualname__}_parallel"
-    return kernel(copy, parallel=True, **options)
 
 
 def gufunc(function, layout, signature):

@@ -15,15 +15,12 @@ import math
 from collections import namedtuple
 
 import numpy as np
-from numba import prange
 
 from fastmax import _slice
 from fastmax._cpu import (
     PARALLEL_ROWS,
     STORED_BYTES,
     TILE_BYTES,
-    Kernel,
-    _threads,
     are_plain,
     lane_rates,
     next_tile,
@@ -85,6 +82,7 @@ from fastmax._math import (
     top_term,
 )
 from fastmax._slice import CHUNK, Soon, fetch, is_new, lane_maxima, later, sum_lanes
+from fastmax._threads import Kernel, each_part, parts_for, span_of
 from fastmax._tracing import traced
 
 # Rows up to so many entries are taken many at a time, transposed, one in each lane.
@@ -436,30 +434,29 @@ def gradient_rate_at(rate, temperature, i, like):
 
 
 @Kernel
-def cross_entropy_rows(x, classes, probs, temperature, samples, losses, out, parts):
+def cross_entropy_rows(team, parts, x, classes, probs, temperature, samples, losses, out):
     """Losses and gradients of rows whose terms a thread keeps."""
-    rows, n = x.shape
-    work = workspaces(parts, padded_size(n, x), x)
-    for k in prange(parts):
-        part = np.intp(k)
-        own = pointer(part_of(work, part, parts))
-        first, stop = rows * part // parts, rows * (part + 1) // parts
-        row_losses(x, classes, probs, temperature, samples, losses, out, first, stop, own, None)
-
-
-@Kernel
-def cross_entropy_long_rows(x, classes, probs, temperature, samples, losses, out, parts):
-    """Losses of rows and, unless out is None, gradients; for these, terms are computed twice."""
-    rows = len(x)
-    for k in prange(parts):
-        part = np.intp(k)
-        first, stop = rows * part // parts, rows * (part + 1) // parts
-        row_losses(x, classes, probs, temperature, samples, losses, out, first, stop, None, True)
+    work = workspaces(parts, padded_size(x.shape[1], x), x)
+    each_part(kept_row_losses, team, parts, (x, classes, probs, temperature, samples, losses, out, work))
 
 
 @jit
-def row_losses(x, classes, probs, temperature, samples, losses, out, first, stop, stored, anew):
-    """Losses and gradients of some rows, from stored terms unless these are computed anew."""
+def kept_row_losses(part, parts, x, classes, probs, temperature, samples, losses, out, work):
+    """`row_losses` from stored terms."""
+    stored = pointer(part_of(work, part, parts))
+    row_losses(part, parts, x, classes, probs, temperature, samples, losses, out, stored, None)
+
+
+@Kernel
+def cross_entropy_long_rows(team, parts, x, classes, probs, temperature, samples, losses, out):
+    """Losses of rows and, unless out is None, gradients; for these, terms are computed twice."""
+    each_part(row_losses, team, parts, (x, classes, probs, temperature, samples, losses, out, None, True))
+
+
+@jit
+def row_losses(part, parts, x, classes, probs, temperature, samples, losses, out, stored, anew):
+    """Losses and gradients of a part of the rows, from stored terms unless these are computed anew."""
+    first, stop = span_of(part, parts, len(x))
     n = x.shape[1]
     entries = pointer(x)
     like = get(entries, 0)
@@ -584,21 +581,28 @@ def unpack(work, at, shape, count, out, base):
 
 
 @Kernel
-def cross_entropy_tiles(x, classes, probs, shape, temperature, samples, losses, out, parts):
+def cross_entropy_tiles(team, parts, x, classes, probs, shape, temperature, samples, losses, out):
     """Losses of samples and, unless out is None, gradients, tile by tile."""
     tiles = 1 if probs is None else 2
     lanes = lane_count(x)
     width = tile_size(shape.n, shape.inner, parts, tiles, workspace(1, x))
-    count = -(-shape.inner // width)
     work = workspaces(parts, (_FIELDS + piece_size(x)) * lanes + tiles * shape.n * width, x)
     new = is_new(pointer_to(out), x.size)
-    for part in prange(parts):
-        own = pointer(part_of(work, np.intp(part), parts))
-        for task in range(np.intp(part), shape.outer * count, parts):
-            i, first = task // count, task % count * width
-            tile_losses(
-                x, classes, probs, shape, temperature, samples, losses, out, new, i, first, width, parts, own
-            )
+    arguments = x, classes, probs, shape, temperature, samples, losses, out, width, new, work
+    each_part(tiles_of_losses, team, parts, arguments)
+
+
+@jit
+def tiles_of_losses(
+    part, parts, x, classes, probs, shape, temperature, samples, losses, out, width, new, work
+):
+    """Losses and gradients of every so many-th tile."""
+    count, own = -(-shape.inner // width), pointer(part_of(work, part, parts))
+    for task in range(part, shape.outer * count, parts):
+        i, first = task // count, task % count * width
+        tile_losses(
+            x, classes, probs, shape, temperature, samples, losses, out, new, i, first, width, parts, own
+        )
 
 
 @jit
@@ -634,16 +638,21 @@ def tile_losses(x, classes, probs, shape, temperature, samples, losses, out, new
 
 
 @Kernel
-def cross_entropy_tall(x, classes, probs, shape, temperature, samples, losses, out, parts):
+def cross_entropy_tall(team, parts, x, classes, probs, shape, temperature, samples, losses, out):
     """Losses of columns and, unless out is None, gradients; each vector of columns is read where it lies."""
+    work = workspaces(parts, _FIELDS * lane_count(x), x)
+    arguments = x, classes, probs, shape, temperature, samples, losses, out, work
+    each_part(vectors_of_tall_losses, team, parts, arguments)
+
+
+@jit
+def vectors_of_tall_losses(part, parts, x, classes, probs, shape, temperature, samples, losses, out, work):
+    """Losses and gradients of every so many-th vector of columns."""
     lanes = lane_count(x)
-    vectors = -(-shape.inner // lanes)
-    work = workspaces(parts, _FIELDS * lanes, x)
-    for part in prange(parts):
-        own = pointer(part_of(work, np.intp(part), parts))
-        for task in range(np.intp(part), shape.outer * vectors, parts):
-            i, first = task // vectors, task % vectors * lanes
-            tall_losses(x, classes, probs, shape, temperature, samples, losses, out, i, first, own)
+    vectors, own = -(-shape.inner // lanes), pointer(part_of(work, part, parts))
+    for task in range(part, shape.outer * vectors, parts):
+        i, first = task // vectors, task % vectors * lanes
+        tall_losses(x, classes, probs, shape, temperature, samples, losses, out, i, first, own)
 
 
 @jit
@@ -894,54 +903,62 @@ def write_products(probs, cotangent, start, stop, step, width, total, error, fac
 
 
 @Kernel
-def vjp_rows(probs, cotangent, temperature, out, log, parts):
+def vjp_rows(team, parts, probs, cotangent, temperature, out, log):
     """Product of the cotangent with the Jacobian of softmax, or log_softmax, in each row."""
-    rows, n = probs.shape
-    lanes = lane_count(probs)
-    for k in prange(parts):
-        part = np.intp(k)
-        p, g, results = pointer(probs), pointer(cotangent), pointer(out)
-        like = get(p, 0)
-        for i in range(rows * part // parts, rows * (part + 1) // parts):
-            start, stop = i * n, i * n + n
-            total, error = sum_products(p, g, start, stop, lanes, lanes, log)
-            total, error = sum_lanes(total, error)
-            factors = gradient_factors(temperature_at(temperature, i), 1, like)
-            write_products(p, g, start, stop, lanes, lanes, total, error, factors, log, results)
+    each_part(vjp_some_rows, team, parts, (probs, cotangent, temperature, out, log))
+
+
+@jit
+def vjp_some_rows(part, parts, probs, cotangent, temperature, out, log):
+    """`vjp_rows` of a part of the rows."""
+    n, lanes = probs.shape[1], lane_count(probs)
+    p, g, results = pointer(probs), pointer(cotangent), pointer(out)
+    like = get(p, 0)
+    first, last = span_of(part, parts, len(probs))
+    for i in range(first, last):
+        start, stop = i * n, i * n + n
+        total, error = sum_products(p, g, start, stop, lanes, lanes, log)
+        total, error = sum_lanes(total, error)
+        factors = gradient_factors(temperature_at(temperature, i), 1, like)
+        write_products(p, g, start, stop, lanes, lanes, total, error, factors, log, results)
 
 
 @Kernel
-def vjp_columns(probs, cotangent, temperature, out, log, parts):
+def vjp_columns(team, parts, probs, cotangent, temperature, out, log):
     """Product of the cotangent with the Jacobian of softmax, or log_softmax, in each column."""
+    work = workspaces(parts, 3 * lane_count(probs), probs)
+    each_part(vjp_some_columns, team, parts, (probs, cotangent, temperature, out, log, work))
+
+
+@jit
+def vjp_some_columns(part, parts, probs, cotangent, temperature, out, log, work):
+    """`vjp_columns` of a part of the vectors of columns."""
     outer, n, inner = probs.shape
     lanes = lane_count(probs)
     vectors = -(-inner // lanes)
-    work = workspaces(parts, 3 * lanes, probs)
-    for k in prange(parts):
-        part = np.intp(k)
-        w = pointer(part_of(work, part, parts))
-        p, g, results = pointer(probs), pointer(cotangent), pointer(out)
-        tasks = outer * vectors
-        for task in range(tasks * part // parts, tasks * (part + 1) // parts):
-            first = task % vectors * lanes
-            start, width = task // vectors * n * inner + first, min(lanes, inner - first)
-            stop, number = start + n * inner, task // vectors * inner + first
-            total, error = sum_products(p, g, start, stop, inner, width, log)
-            for j in range(lanes):
-                own = temperature_at(temperature, number + j)
-                before, after, last = gradient_factors(own, 1, get(w, 0))
-                put(w, j, spread(before, get(w, 0)))
-                put(w, lanes + j, spread(after, get(w, 0)))
-                put(w, 2 * lanes + j, spread(last, get(w, 0)))
-            factors = load(w, 0), load(w, lanes), load(w, 2 * lanes)
-            write_products(p, g, start, stop, inner, width, total, error, factors, log, results)
+    w = pointer(part_of(work, part, parts))
+    p, g, results = pointer(probs), pointer(cotangent), pointer(out)
+    begin, end = span_of(part, parts, outer * vectors)
+    for task in range(begin, end):
+        first = task % vectors * lanes
+        start, width = task // vectors * n * inner + first, min(lanes, inner - first)
+        stop, number = start + n * inner, task // vectors * inner + first
+        total, error = sum_products(p, g, start, stop, inner, width, log)
+        for j in range(lanes):
+            own = temperature_at(temperature, number + j)
+            before, after, last = gradient_factors(own, 1, get(w, 0))
+            put(w, j, spread(before, get(w, 0)))
+            put(w, lanes + j, spread(after, get(w, 0)))
+            put(w, 2 * lanes + j, spread(last, get(w, 0)))
+        factors = load(w, 0), load(w, lanes), load(w, 2 * lanes)
+        write_products(p, g, start, stop, inner, width, total, error, factors, log, results)
 
 
 def vjp(probs, cotangent, temperature, out, log):
     """Write the product for slices over axis 1 of arrays (outer, n) or (outer, n, inner)."""
-    threads = _threads(probs.size, PARALLEL_ROWS)
+    parts = parts_for(probs.size, PARALLEL_ROWS)
     run = vjp_rows if probs.ndim == 2 else vjp_columns
-    run(threads, probs, cotangent, temperature, out, log, threads)
+    run(parts, probs, cotangent, temperature, out, log)
 
 
 # -- fitting a temperature -----------------------------------------------------------------------------
@@ -1019,29 +1036,32 @@ def write_start(table, i, top, number, first, second, weight, gap):
 
 
 @Kernel
-def fit_start_rows(x, classes, probs, factor, table, parts):
+def fit_start_rows(team, parts, x, classes, probs, factor, table):
     """Find what a fit needs of each row."""
+    each_part(fit_start_some_rows, team, parts, (x, classes, probs, factor, table))
+
+
+@jit
+def fit_start_some_rows(part, parts, x, classes, probs, factor, table):
+    """Find what a fit needs of a part of the rows."""
     rows, n = x.shape
     lanes = lane_count(table)
-    for k in prange(parts):
-        part = np.intp(k)
-        entries, zero = pointer(x), spread(0.0, table)
-        for i in range(rows * part // parts, rows * (part + 1) // parts):
-            start, stop = i * n, i * n + n
-            top = np.float64(_slice.maximum(entries, start, stop))
-            sums = lane_uniform(entries, start, stop, lanes, lanes, top, factor, table)
-            number, _ = sum_lanes(sums[0], zero)
-            first, _ = sum_lanes(sums[1], zero)
-            second, _ = sum_lanes(sums[2], zero)
-            if probs is None:
-                weight, gap = 1.0, label_gap(top, get(entries, start + classes[i]), factor)
-            else:
-                labels = lane_label_gaps(
-                    entries, pointer(probs), start, stop, lanes, lanes, top, factor, table
-                )
-                weight, _ = sum_lanes(labels[0], zero)
-                gap, _ = sum_lanes(labels[1], zero)
-            write_start(table, i, top, number, first, second, weight, gap)
+    entries, zero = pointer(x), spread(0.0, table)
+    first_row, last_row = span_of(part, parts, rows)
+    for i in range(first_row, last_row):
+        start, stop = i * n, i * n + n
+        top = np.float64(_slice.maximum(entries, start, stop))
+        sums = lane_uniform(entries, start, stop, lanes, lanes, top, factor, table)
+        number, _ = sum_lanes(sums[0], zero)
+        first, _ = sum_lanes(sums[1], zero)
+        second, _ = sum_lanes(sums[2], zero)
+        if probs is None:
+            weight, gap = 1.0, label_gap(top, get(entries, start + classes[i]), factor)
+        else:
+            labels = lane_label_gaps(entries, pointer(probs), start, stop, lanes, lanes, top, factor, table)
+            weight, _ = sum_lanes(labels[0], zero)
+            gap, _ = sum_lanes(labels[1], zero)
+        write_start(table, i, top, number, first, second, weight, gap)
 
 
 @jit
@@ -1052,41 +1072,43 @@ def label_gap(top, logit, factor):
 
 
 @Kernel
-def fit_start_columns(x, classes, probs, factor, table, parts):
+def fit_start_columns(team, parts, x, classes, probs, factor, table):
     """Find what a fit needs of each column."""
+    work = workspaces(parts, 6 * lane_count(table), table)
+    each_part(fit_start_some_columns, team, parts, (x, classes, probs, factor, table, work))
+
+
+@jit
+def fit_start_some_columns(part, parts, x, classes, probs, factor, table, work):
+    """Find what a fit needs of a part of the vectors of columns."""
     outer, n, inner = x.shape
     lanes = lane_count(table)
     vectors = -(-inner // lanes)
-    tasks = outer * vectors
-    work = workspaces(parts, 6 * lanes, table)
-    for k in prange(parts):
-        part = np.intp(k)
-        entries, w = pointer(x), pointer(part_of(work, part, parts))
-        for task in range(tasks * part // parts, tasks * (part + 1) // parts):
-            column = task % vectors * lanes
-            start, width = task // vectors * n * inner + column, min(lanes, inner - column)
-            stop, number = start + n * inner, task // vectors * inner + column
-            top = wide_tops(entries, start, stop, inner, width, table)
-            sums = lane_uniform(entries, start, stop, inner, width, top, factor, table)
-            store(w, 0, top)
-            store(w, lanes, sums[0])
-            store(w, 2 * lanes, sums[1])
-            store(w, 3 * lanes, sums[2])
-            if probs is not None:
-                labels = lane_label_gaps(
-                    entries, pointer(probs), start, stop, inner, width, top, factor, table
-                )
-                store(w, 4 * lanes, labels[0])
-                store(w, 5 * lanes, labels[1])
-            for j in range(width):
-                own = get(w, j)
-                if probs is None:
-                    label = start + classes[number + j] * inner + j
-                    weight, gap = 1.0, label_gap(own, get(entries, label), factor)
-                else:
-                    weight, gap = get(w, 4 * lanes + j), get(w, 5 * lanes + j)
-                count, first = get(w, lanes + j), get(w, 2 * lanes + j)
-                write_start(table, number + j, own, count, first, get(w, 3 * lanes + j), weight, gap)
+    entries, w = pointer(x), pointer(part_of(work, part, parts))
+    begin, end = span_of(part, parts, outer * vectors)
+    for task in range(begin, end):
+        column = task % vectors * lanes
+        start, width = task // vectors * n * inner + column, min(lanes, inner - column)
+        stop, number = start + n * inner, task // vectors * inner + column
+        top = wide_tops(entries, start, stop, inner, width, table)
+        sums = lane_uniform(entries, start, stop, inner, width, top, factor, table)
+        store(w, 0, top)
+        store(w, lanes, sums[0])
+        store(w, 2 * lanes, sums[1])
+        store(w, 3 * lanes, sums[2])
+        if probs is not None:
+            labels = lane_label_gaps(entries, pointer(probs), start, stop, inner, width, top, factor, table)
+            store(w, 4 * lanes, labels[0])
+            store(w, 5 * lanes, labels[1])
+        for j in range(width):
+            own = get(w, j)
+            if probs is None:
+                label = start + classes[number + j] * inner + j
+                weight, gap = 1.0, label_gap(own, get(entries, label), factor)
+            else:
+                weight, gap = get(w, 4 * lanes + j), get(w, 5 * lanes + j)
+            count, first = get(w, lanes + j), get(w, 2 * lanes + j)
+            write_start(table, number + j, own, count, first, get(w, 3 * lanes + j), weight, gap)
 
 
 @jit
@@ -1118,64 +1140,73 @@ def write_moments(moments, i, weight, total, error, first, first_error, second):
 
 
 @Kernel
-def fit_rows(x, table, temperature, moments, parts):
+def fit_rows(team, parts, x, table, temperature, moments):
     """Mean and variance of b d in each row, at one temperature."""
+    each_part(fit_some_rows, team, parts, (x, table, temperature, moments))
+
+
+@jit
+def fit_some_rows(part, parts, x, table, temperature, moments):
+    """Mean and variance of b d in a part of the rows."""
     rows, n = x.shape
     lanes = lane_count(table)
-    for k in prange(parts):
-        part = np.intp(k)
-        entries, zero = pointer(x), spread(0.0, table)
-        rate = rate_of(temperature, 0.0)
-        for i in range(rows * part // parts, rows * (part + 1) // parts):
-            start, stop = i * n, i * n + n
-            top = table[_TOP, i]
-            if is_plain(top, rate):
-                scale = plain_scale(top, rate)
-                sums = lane_moments(entries, start, stop, lanes, lanes, scale, None, table)
-            else:
-                scale, guard = guarded_scale(top, temperature)
-                sums = lane_moments(entries, start, stop, lanes, lanes, scale, guard, table)
-            total, error = sum_lanes(sums[0], sums[1])
-            first, first_error = sum_lanes(sums[2], sums[3])
-            second, _ = sum_lanes(sums[4], zero)
-            write_moments(moments, i, table[_WEIGHT, i], total, error, first, first_error, second)
+    entries, zero = pointer(x), spread(0.0, table)
+    rate = rate_of(temperature, 0.0)
+    first_row, last_row = span_of(part, parts, rows)
+    for i in range(first_row, last_row):
+        start, stop = i * n, i * n + n
+        top = table[_TOP, i]
+        if is_plain(top, rate):
+            scale = plain_scale(top, rate)
+            sums = lane_moments(entries, start, stop, lanes, lanes, scale, None, table)
+        else:
+            scale, guard = guarded_scale(top, temperature)
+            sums = lane_moments(entries, start, stop, lanes, lanes, scale, guard, table)
+        total, error = sum_lanes(sums[0], sums[1])
+        first, first_error = sum_lanes(sums[2], sums[3])
+        second, _ = sum_lanes(sums[4], zero)
+        write_moments(moments, i, table[_WEIGHT, i], total, error, first, first_error, second)
 
 
 @Kernel
-def fit_columns(x, table, temperature, moments, parts):
+def fit_columns(team, parts, x, table, temperature, moments):
     """Mean and variance of b d in each column, at one temperature."""
+    work = workspaces(parts, 11 * lane_count(table), table)
+    each_part(fit_some_columns, team, parts, (x, table, temperature, moments, work))
+
+
+@jit
+def fit_some_columns(part, parts, x, table, temperature, moments, work):
+    """Mean and variance of b d in a part of the vectors of columns."""
     outer, n, inner = x.shape
     lanes = lane_count(table)
     vectors = -(-inner // lanes)
-    tasks = outer * vectors
-    work = workspaces(parts, 11 * lanes, table)
-    for k in prange(parts):
-        part = np.intp(k)
-        entries, w = pointer(x), pointer(part_of(work, part, parts))
-        rate = rate_of(temperature, 0.0)
-        for task in range(tasks * part // parts, tasks * (part + 1) // parts):
-            column = task % vectors * lanes
-            start, width = task // vectors * n * inner + column, min(lanes, inner - column)
-            stop, number = start + n * inner, task // vectors * inner + column
-            for j in range(lanes):
-                top = table[_TOP, number + min(j, width - 1)]
-                if is_plain(top, rate):
-                    put_scale(w, j, lanes, plain_scale(top, rate), no_guard(top), 1.0)
-                else:
-                    scale, guard = guarded_scale(top, temperature)
-                    put_scale(w, j, lanes, scale, guard, 0.0)
-            scale, guard = scales_at(w, lanes)
-            sums = lane_moments(entries, start, stop, inner, width, scale, guard, table)
-            store(w, 0, sums[0])
-            store(w, lanes, sums[1])
-            store(w, 2 * lanes, sums[2])
-            store(w, 3 * lanes, sums[3])
-            store(w, 4 * lanes, sums[4])
-            for j in range(width):
-                total, error, first = get(w, j), get(w, lanes + j), get(w, 2 * lanes + j)
-                first_error, second = get(w, 3 * lanes + j), get(w, 4 * lanes + j)
-                weight = table[_WEIGHT, number + j]
-                write_moments(moments, number + j, weight, total, error, first, first_error, second)
+    entries, w = pointer(x), pointer(part_of(work, part, parts))
+    rate = rate_of(temperature, 0.0)
+    begin, end = span_of(part, parts, outer * vectors)
+    for task in range(begin, end):
+        column = task % vectors * lanes
+        start, width = task // vectors * n * inner + column, min(lanes, inner - column)
+        stop, number = start + n * inner, task // vectors * inner + column
+        for j in range(lanes):
+            top = table[_TOP, number + min(j, width - 1)]
+            if is_plain(top, rate):
+                put_scale(w, j, lanes, plain_scale(top, rate), no_guard(top), 1.0)
+            else:
+                scale, guard = guarded_scale(top, temperature)
+                put_scale(w, j, lanes, scale, guard, 0.0)
+        scale, guard = scales_at(w, lanes)
+        sums = lane_moments(entries, start, stop, inner, width, scale, guard, table)
+        store(w, 0, sums[0])
+        store(w, lanes, sums[1])
+        store(w, 2 * lanes, sums[2])
+        store(w, 3 * lanes, sums[3])
+        store(w, 4 * lanes, sums[4])
+        for j in range(width):
+            total, error, first = get(w, j), get(w, lanes + j), get(w, 2 * lanes + j)
+            first_error, second = get(w, 3 * lanes + j), get(w, 4 * lanes + j)
+            weight = table[_WEIGHT, number + j]
+            write_moments(moments, number + j, weight, total, error, first, first_error, second)
 
 
 # Sums of distances in this range need no factor; with the other, neither they nor squares of them overflow.
@@ -1188,11 +1219,11 @@ _LAST_STEP = 1e-8
 _MOST_PASSES = 200
 
 
-def fit_start(threads, x, classes, probs, factor):
+def fit_start(parts, x, classes, probs, factor):
     """Table of what a fit needs of each sample, and the sums of its rows from that of gaps on."""
     table = np.empty((FIT_ROWS, x.size // x.shape[1]))
     run = fit_start_rows if x.ndim == 2 else fit_start_columns
-    run(threads, x, classes, probs, factor, table, threads)
+    run(parts, x, classes, probs, factor, table)
     with np.errstate(all="ignore"):
         return table, table[_GAP:].sum(axis=1).tolist()
 
@@ -1206,9 +1237,9 @@ def fit(x, classes, probs):
     almost straight, as E[d] falls like a power of b or exponentially. A step beyond what is known of b is
     replaced: the loss is at least b times the labels' d, so b is at most the loss at b = 0 over that.
     """
-    threads = _threads(x.size, PARALLEL_ROWS)
+    parts = parts_for(x.size, PARALLEL_ROWS)
     factor = 1.0
-    table, (gap, mean, variance, log_count) = fit_start(threads, x, classes, probs, factor)
+    table, (gap, mean, variance, log_count) = fit_start(parts, x, classes, probs, factor)
     # Without a factor no distance rounds to 0: these say whether a label, and an entry, is below its maximum.
     missed, width = gap != 0.0, table[_WIDTH].max()
     if not math.isfinite(gap + mean + variance):
@@ -1216,7 +1247,7 @@ def fit(x, classes, probs):
     elif width > 0.0 and not _LEAST_WIDTH < width < _MOST_WIDTH:
         factor = 2.0 ** min(-math.frexp(width)[1], 1000)
     if factor != 1.0:
-        table, (gap, mean, variance, log_count) = fit_start(threads, x, classes, probs, factor)
+        table, (gap, mean, variance, log_count) = fit_start(parts, x, classes, probs, factor)
     if not math.isfinite(gap + mean + variance + log_count):
         with np.errstate(all="ignore"):
             bad = ~np.isfinite(table[_GAP:].cumsum(axis=1)).all(axis=0)
@@ -1234,7 +1265,7 @@ def fit(x, classes, probs):
     rate = min((mean - gap) / variance, high) if variance > 0.0 else high
     for passes in range(2, _MOST_PASSES):
         rate = max(rate, least)
-        run(threads, x, table, 1.0 / rate / factor, moments, threads)
+        run(parts, x, table, 1.0 / rate / factor, moments)
         mean, variance = moments.sum(axis=1).tolist()
         low, high = (rate, high) if mean > rate * gap else (low, rate)
         if high == least:
@@ -1350,24 +1381,28 @@ def solve_distances(w, count, ties, low, high, temperature, goal):
 
 
 @Kernel
-def solve_slices(x, entropies, at_limit, temperatures, found, parts):
+def solve_slices(team, parts, x, entropies, at_limit, temperatures, found):
     """Solve for the temperature of each slice over axis 1 of an array (outer, n, inner)."""
+    work = workspaces(parts, x.shape[1], 0.0)
+    each_part(solve_some_slices, team, parts, (x, entropies, at_limit, temperatures, found, work))
+
+
+@jit
+def solve_some_slices(part, parts, x, entropies, at_limit, temperatures, found, work):
+    """Solve for the temperature of a part of the slices."""
     outer, n, inner = x.shape
-    slices = outer * inner
-    work = workspaces(parts, n, 0.0)
-    for k in prange(parts):
-        part = np.intp(k)
-        w = pointer(part_of(work, part, parts))
-        for i in range(slices * part // parts, slices * (part + 1) // parts):
-            start = i // inner * n * inner + i % inner
-            target = temperature_at(entropies, i)
-            temperatures[i], found[i] = solve_slice(pointer(x), start, inner, n, target, at_limit, w)
+    w = pointer(part_of(work, part, parts))
+    first, stop = span_of(part, parts, outer * inner)
+    for i in range(first, stop):
+        start = i // inner * n * inner + i % inner
+        target = temperature_at(entropies, i)
+        temperatures[i], found[i] = solve_slice(pointer(x), start, inner, n, target, at_limit, w)
 
 
 def solve(x, entropies, at_limit, temperatures, found):
     """Write the temperature of each slice, and 0; or 1 or 2 if it has only greater or smaller entropies."""
-    threads = _threads(x.size, PARALLEL_ROWS)
-    solve_slices(threads, x, entropies, at_limit, temperatures, found, threads)
+    parts = parts_for(x.size, PARALLEL_ROWS)
+    solve_slices(parts, x, entropies, at_limit, temperatures, found)
 
 
 # -- the choice of a schedule ----------------------------------------------------------------------------
@@ -1376,13 +1411,13 @@ def solve(x, entropies, at_limit, temperatures, found):
 def cross_entropy(x, classes, probs, temperature, samples, losses, out):
     """Write the loss of each sample over axis 1 and, unless out is None, its gradient over ``samples``."""
     outer, n, *inner = x.shape
-    threads = _threads(x.size, PARALLEL_ROWS)
+    parts = parts_for(x.size, PARALLEL_ROWS)
     flat = [None if array is None else array.reshape(-1) for array in (x, probs, out)]
     if inner or n <= SHORT:
         shape = Samples(outer, n, inner[0], inner[0], 1) if inner else Samples(1, n, outer, 1, n)
         run = cross_entropy_tall if inner and n * LANE_BYTES > COLUMN_BYTES else cross_entropy_tiles
-        run(threads, flat[0], classes, flat[1], shape, temperature, samples, losses, flat[2], threads)
+        run(parts, flat[0], classes, flat[1], shape, temperature, samples, losses, flat[2])
         return
     keeps = out is not None and n * x.itemsize <= STORED_BYTES
     run = cross_entropy_rows if keeps else cross_entropy_long_rows
-    run(threads, x, classes, probs, temperature, samples, losses, out, threads)
+    run(parts, x, classes, probs, temperature, samples, losses, out)
