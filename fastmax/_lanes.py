@@ -28,7 +28,7 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import lower_builtin, models, overload, register_model
 
 from fastmax._jit import jit
-from fastmax._tracing import intrinsic, traced
+from fastmax._tracing import intrinsic, kind_of, traced
 
 
 def _register_bytes():
@@ -870,9 +870,16 @@ def write(x, i, count, value):
         store_first(x, i, count, value)
 
 
+@traced
+def is_as_wide(array):
+    """Whether entries have as many bits in memory as in lanes: float32 and float64, not the 16-bit types."""
+    array_type: Any = kind_of(array)
+    return array_type.dtype in _COUNT
+
+
 @intrinsic
 def is_pointer(typingctx, array):
-    """Whether an array is given by a pointer, which this package does for working memory."""
+    """Whether an array is given by a pointer: working memory, or results that are no fewer than lanes."""
     answer = isinstance(array, types.CPointer)
     return types.boolean(array), lambda context, builder, sig, args: _SCALAR[types.boolean](answer)
 

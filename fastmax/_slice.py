@@ -124,7 +124,7 @@ def last_lanes(x, start, stop):
 
 @jit
 def write_stored(stored, i, count, value):
-    """Write terms: whole lanes to working memory, which has room for them, else the first ``count``."""
+    """Write terms: whole lanes from a pointer on, where there is room for them, else the first ``count``."""
     if is_pointer(stored):
         store(stored, i, value)
     else:
