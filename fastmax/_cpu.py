@@ -108,7 +108,8 @@ PARALLEL_SLICE = 2**17
 # Terms of rows that a thread takes at a time: they and the rows themselves fit the first cache.
 GROUP = 2**11
 
-# Bytes of a row up to which a thread keeps its terms, in the second or third cache, until they are scaled.
+# Bytes of a row up to which a thread keeps its terms, in the second or third cache, until they are scaled:
+# where the results will be, if those have as many bits.
 STORED_BYTES = 2**21
 
 # Bytes of the results of long rows from which they are written past the caches.
@@ -167,7 +168,7 @@ def row_work_size(n, like):
 
 @jit
 def workspaces(parts, size, like):
-    """Working memory of so many entries for each thread, allocated by the calling one, which keeps its pages.
+    """Working memory of so many entries for each part, allocated by the caller, which keeps its pages.
 
     The shares are at least a page apart, beyond which prefetchers do not go: 1024 x 64 float32 takes 0.93 of
     the time.
@@ -177,7 +178,7 @@ def workspaces(parts, size, like):
 
 @jit
 def part_of(work, part, parts):
-    """Share of one thread in its `workspaces`."""
+    """Share of one part in its `workspaces`."""
     size = len(work) // parts
     return work[part * size : (part + 1) * size]
 
@@ -810,7 +811,7 @@ def softmax_wide_row(x, mask, temperature, out, i, work):
     n = out.shape[1]
     row, step = i * row_step(x, n), row_step(x, n)
     entries, results, stored = entries_of(x, mask), pointer(out), place_of_terms(out, work)
-    rate = rate_of(temperature_at(temperature, i), get(entries, row))
+    rate = rate_of(temperature_at(temperature, i), get(entries, 0))
     soon = Soon(entries, min(i + 1, len(out) - 1) * step, results, i * n, lane_count(entries))
     if is_new(results, i * n + n):
         touch(results, i * n, i * n + n)
@@ -1097,9 +1098,10 @@ def tile_width(n, inner, tasks, far, like):
     lanes = lane_count(like)
     fit = TILE_BYTES // (n * lanes * like.itemsize)
     share = -(-inner // (lanes * tasks))
-    few = FEW_FAR_ROWS if far else SECOND_CACHE_BYTES // (4 * AHEAD_BYTES)
     row = AHEAD_BYTES // LANE_BYTES
-    return lanes * max(1, min(fit, share, row if n <= few else row // 2))
+    if far or n > SECOND_CACHE_BYTES // (4 * AHEAD_BYTES):
+        row //= 2
+    return lanes * max(1, min(fit, share, row))
 
 
 @jit
@@ -1127,13 +1129,16 @@ def are_far_columns(x, out):
 
 @jit
 def lack_of_columns(out, width, far):
-    """By how many columns the first tile is narrower, so that the others begin a line if they are far."""
+    """By how many columns the first tile is narrower, so that the others begin a line if they are far.
+
+    It has those before the first line alone, which are fewer than lanes.
+    """
     lead = to_stream(pointer(out), 0) if far else 0
     return width - lead if lead > 0 else 0
 
 
 @jit
-def write_ahead(out, i, count, value, ahead, far):
+def write_far_or_ahead(out, i, count, value, ahead, far):
     """Write lanes, or the first ``count``, past the caches if they are far; else fetch what comes later."""
     if far and count >= lane_count(out):
         stream(out, i, value)
@@ -1382,7 +1387,7 @@ def softmax_tile(x, mask, temperature, out, new, i, first, width, parts, far, wo
             high, low = load(w, field(_RECIPROCAL, j, width)), load(w, field(_RECIPROCAL + 1, j, width))
             value = times_pair(load(w, terms + j * n), high, low)
             value = present(entries, row + j, count - j, value, zero)
-            write_ahead(results, row + j, count - j, value, ahead + j, far)
+            write_far_or_ahead(results, row + j, count - j, value, ahead + j, far)
     if far:
         settle()
 
@@ -1453,7 +1458,7 @@ def write_log_row(x, out, row, work, at, n, count, width, plain, ahead, far):
         else:
             value = log_terms(entries, read_gap(work, j, width), read_guard(work, j, width))
         value = present(x, row + j, count - j, value, lowest)
-        write_ahead(out, row + j, count - j, value, ahead + j, far)
+        write_far_or_ahead(out, row + j, count - j, value, ahead + j, far)
 
 
 @jit

@@ -214,8 +214,7 @@ def _enabled():
 class _Linked(JITCodeLibrary):
     """Code that is linked to other code, and with it optimised and turned into machine code.
 
-    Numba does that for each function by itself, too, and three times more for the body of a loop over
-    threads: a first call then takes 1.7 times as long. It also links all that a function calls, and what that
+    Numba does that for each function by itself, too. It also links all that a function calls, and what that
     calls, into each function; here only into those that a kernel itself calls.
     """
 

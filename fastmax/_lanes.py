@@ -816,13 +816,14 @@ def stream(typingctx, array, index, value):
 
 @intrinsic
 def to_stream(typingctx, array, index):
-    """Number of entries from an index to the next where a line begins."""
+    """Number of entries, fewer than lanes, from an index to the next where a line, or lanes, begin."""
 
     def codegen(context, builder, sig, args):
         first, index = args
         itemsize = array.dtype.bitwidth // 8
+        size = min(itemsize * getattr(_lanes_of(array), "count", 1), LINE_BYTES)
         pointer = _pointer(context, builder, sig.args[0], first, index, ir.IntType(8))
-        bytes_left = builder.and_(builder.neg(builder.ptrtoint(pointer, _SIZE)), _SIZE(LINE_BYTES - 1))
+        bytes_left = builder.and_(builder.neg(builder.ptrtoint(pointer, _SIZE)), _SIZE(size - 1))
         return builder.udiv(bytes_left, _SIZE(itemsize))
 
     return types.intp(array, types.intp), codegen
@@ -875,13 +876,6 @@ def is_as_wide(array):
     """Whether entries have as many bits in memory as in lanes: float32 and float64, not the 16-bit types."""
     array_type: Any = kind_of(array)
     return array_type.dtype in _COUNT
-
-
-@intrinsic
-def is_pointer(typingctx, array):
-    """Whether an array is given by a pointer: working memory, or results that are no fewer than lanes."""
-    answer = isinstance(array, types.CPointer)
-    return types.boolean(array), lambda context, builder, sig, args: _SCALAR[types.boolean](answer)
 
 
 @intrinsic

@@ -914,8 +914,8 @@ def vjp_some_rows(part, parts, probs, cotangent, temperature, out, log):
     n, lanes = probs.shape[1], lane_count(probs)
     p, g, results = pointer(probs), pointer(cotangent), pointer(out)
     like = get(p, 0)
-    first, last = span_of(part, parts, len(probs))
-    for i in range(first, last):
+    begin, end = span_of(part, parts, len(probs))
+    for i in range(begin, end):
         start, stop = i * n, i * n + n
         total, error = sum_products(p, g, start, stop, lanes, lanes, log)
         total, error = sum_lanes(total, error)
@@ -1047,8 +1047,8 @@ def fit_start_some_rows(part, parts, x, classes, probs, factor, table):
     rows, n = x.shape
     lanes = lane_count(table)
     entries, zero = pointer(x), spread(0.0, table)
-    first_row, last_row = span_of(part, parts, rows)
-    for i in range(first_row, last_row):
+    begin, end = span_of(part, parts, rows)
+    for i in range(begin, end):
         start, stop = i * n, i * n + n
         top = np.float64(_slice.maximum(entries, start, stop))
         sums = lane_uniform(entries, start, stop, lanes, lanes, top, factor, table)
@@ -1152,8 +1152,8 @@ def fit_some_rows(part, parts, x, table, temperature, moments):
     lanes = lane_count(table)
     entries, zero = pointer(x), spread(0.0, table)
     rate = rate_of(temperature, 0.0)
-    first_row, last_row = span_of(part, parts, rows)
-    for i in range(first_row, last_row):
+    begin, end = span_of(part, parts, rows)
+    for i in range(begin, end):
         start, stop = i * n, i * n + n
         top = table[_TOP, i]
         if is_plain(top, rate):

@@ -27,7 +27,6 @@ from fastmax._lanes import (
     fma,
     fold,
     get,
-    is_pointer,
     lane_count,
     load,
     load_first,
@@ -123,23 +122,6 @@ def last_lanes(x, start, stop):
 
 
 @jit
-def write_stored(stored, i, count, value):
-    """Write terms: whole lanes from a pointer on, where there is room for them, else the first ``count``."""
-    if is_pointer(stored):
-        store(stored, i, value)
-    else:
-        write(stored, i, count, value)
-
-
-@jit
-def read_stored(stored, i, count):
-    """Terms that `write_stored` wrote."""
-    if is_pointer(stored):
-        return load(stored, i)
-    return read(stored, i, count, spread(0.0, stored))
-
-
-@jit
 def lane_sums(x, start, stop, scale, guard, stored, at, soon, zero):
     """Sum of the terms as a pair; the terms are written to ``stored`` from ``at`` on, unless that is None.
 
@@ -166,7 +148,7 @@ def lane_sums(x, start, stop, scale, guard, stored, at, soon, zero):
         fetch(soon, (i - start) // lanes)
         term, total, error = add_terms(last, i - first, scale, guard, total, error)
         if stored is not None:
-            write_stored(stored, at + first, stop - first, term)
+            write(stored, at + first, stop - first, term)
     return total - top_term(zero), error
 
 
@@ -217,7 +199,7 @@ def scale_stored(stored, at, x, start, stop, high, low, out, shift):
     high, low, zero = spread(high, x), spread(low, x), spread(0.0, x)
     at -= start
     i, first = start, max(start, stop - lanes)
-    last = read_stored(stored, at + first, stop - first)  # before ``out``, which ``stored`` may be
+    last = read(stored, at + first, stop - first, zero)  # before ``out``, which ``stored`` may be
     while i <= stop - lanes:
         value = times_pair(load(stored, at + i), high, low)
         store(out, i + shift, present(x, i, lanes, value, zero))

@@ -48,9 +48,10 @@ def parts_for(size, enough):
 @functools.cache
 def _team():
     """What does the parts of any kernel: the address of `_all_parts`."""
-    return compiled_address(kernel(_all_parts, parallel=True), _PARTS)
+    return compiled_address(_all_parts, _PARTS)
 
 
+@functools.partial(kernel, parallel=True)
 def _all_parts(function, data, parts):
     for part in prange(parts):
         _call(function, data, part)
@@ -81,7 +82,8 @@ def span_of(part, parts, count):
 def each_part(typingctx, function, team, parts, arguments):
     """Call ``function(part, parts, *arguments)`` for each part: all in turn, or by the team if that is not 0.
 
-    It returns None. It allocates nothing, and so raises no error, which a thread could tell nobody.
+    It returns None. It allocates nothing, and so raises no error, which a thread could tell nobody. For
+    kernels only: what they call is linked by name, and what is made here has a name for its kernel alone.
     """
     own = function.get_call_type(typingctx, (types.intp, types.intp, *arguments), {})
 

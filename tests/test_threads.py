@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from paths import IN_PLACE, PATHS
 
 import fastmax
 from fastmax import _cpu
+from fastmax._slice import CHUNK
 
 every = pytest.mark.parametrize("name", oracle.FUNCTIONS)
 float_types = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -164,12 +166,12 @@ def test_masked_rows_of_each_length_have_the_bits_of_the_vector(name, dtype):
 @pytest.mark.parametrize("name", oracle.ELEMENTWISE)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("is_masked", [False, True])
-@pytest.mark.parametrize("columns", [0, 40, _cpu.FEW_FAR_ROWS])
-def test_results_written_past_the_caches_have_the_bits_of_those_in_place(name, dtype, is_masked, columns):
+@pytest.mark.parametrize("n", [0, 40, _cpu.FEW_FAR_ROWS])
+def test_results_written_past_the_caches_have_the_bits_of_those_in_place(name, dtype, is_masked, n):
     """Results in place are never written past the caches; the others begin at each kind of address."""
     function = getattr(fastmax, name)
     k = _cpu.FAR_BYTES // np.dtype(dtype).itemsize
-    shape = (2, columns, -(-k // columns // 128) * 64) if columns else (k + 3,)
+    shape = (2, n, -(-k // n // 128) * 64) if n else (k + 3,)
     x = draw(math.prod(shape), dtype).reshape(shape)
     where = {"where": (np.arange(x.size) % 7 > 0).reshape(shape)} if is_masked else {}
     in_place, axis = x.copy(), len(shape) // 2
@@ -181,6 +183,53 @@ def test_results_written_past_the_caches_have_the_bits_of_those_in_place(name, d
         np.testing.assert_array_equal(bits(out), bits(in_place))
         assert (buffer[:offset] == 9).all()
         assert (buffer[offset + x.size :] == 9).all()
+
+
+@pytest.mark.parametrize("name", oracle.ELEMENTWISE)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("beyond", [-1, 0, 1, 31])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_wide_rows_have_the_bits_of_the_vector_wherever_their_last_chunk_ends(name, dtype, beyond, is_masked):
+    function, n = getattr(fastmax, name), 2 * CHUNK * 32 + beyond
+    x = draw(24 * n, dtype).reshape(24, n)
+    mask = np.arange(x.size).reshape(x.shape) % 7 > 0 if is_masked else None
+    buffer = np.full(x.size + 64, 9, dtype)
+    out = buffer[: x.size].reshape(x.shape)
+    function(x, 0.7, axis=1, where=mask, out=out)
+    assert (buffer[x.size :] == 9).all()
+    in_place = x.copy()
+    function(in_place, 0.7, axis=1, where=mask, out=in_place)
+    np.testing.assert_array_equal(bits(in_place), bits(out))
+    for i in (0, 11, 12, 23):
+        alone = function(x[i], 0.7, where=None if mask is None else mask[i])
+        np.testing.assert_array_equal(bits(out[i]), bits(alone))
+    temperatures = np.linspace(0.5, 1.0, 24)
+    swept = function(x[0], temperatures, axis=-1)
+    for temperature, row in zip(temperatures, swept, strict=True):
+        np.testing.assert_array_equal(bits(row), bits(function(x[0], temperature)))
+
+
+def test_lines_of_narrow_registers_are_written_past_the_caches():
+    """Where lanes of 16-bit results are half a line, each entry is written all the same."""
+    program = """
+import numpy as np, fastmax
+for shape, axis in (((2**23 + 64,), 0), ((4096, 64, 32), 1)):
+    x = np.random.default_rng(0).normal(size=shape).astype("f2")
+    in_place = x.copy()
+    fastmax.log_softmax(in_place, axis=axis, out=in_place)
+    for offset in range(0, 32, 4):
+        buffer = np.full(x.size + 64, 9, "f2")
+        out = buffer[offset:][: x.size].reshape(shape)
+        fastmax.log_softmax(x, axis=axis, out=out)
+        assert (out == in_place).all(), (shape, offset)
+        assert (buffer[:offset] == 9).all() and (buffer[offset + x.size :] == 9).all()
+"""
+    narrow = {"x86_64": "ivybridge", "AMD64": "ivybridge"}.get(platform.machine())
+    chosen = {"NUMBA_CPU_NAME": narrow, "NUMBA_CPU_FEATURES": "+avx"} if narrow else {}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | chosen, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("name", oracle.ELEMENTWISE)
