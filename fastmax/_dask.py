@@ -20,7 +20,7 @@ from dask.graph_manipulation import bind
 
 from fastmax import _api, _cpu, _slice
 from fastmax._jit import jit, kernel
-from fastmax._lanes import entries_of, fma, lane_count, pointer, spread, workspace
+from fastmax._lanes import as_float64, entries_of, fma, lane_count, pointer, spread, workspace
 from fastmax._math import (
     BIAS,
     FAINT_REST,
@@ -30,10 +30,12 @@ from fastmax._math import (
     logsumexp_value,
     merge,
     misses_faint_terms,
+    over,
     rate_of,
     reciprocal,
     terms,
     top_term,
+    unit_of,
 )
 
 _FIELDS = 8
@@ -336,7 +338,7 @@ def _write(x, states, mask, reduced, operation):
         rows = len(chunk.blocks) == 2
         if operation == "softmax":
             high, low = np.empty_like(maxima), np.empty_like(maxima)
-            reciprocals(maxima, sums, high, low)
+            reciprocals(maxima, sums, own, high, low)
             if rows:
                 write_rows(chunk.x, chunk.mask, own, maxima, high, low, out)
             else:
@@ -404,6 +406,7 @@ def sums_of_row(x, start, stop, row_max, temperature, weighted, tied, soon):
     """
     if tied is None:
         total, error = _cpu.chunk_sums(x, start, stop, row_max, temperature, soon)
+        total, error = over(total, error, unit_of(row_max, rate_of(temperature, row_max)))
         zero = spread(0.0, total)
         return zero, total, error, zero, zero
     rate = rate_of(temperature, row_max)
@@ -524,18 +527,20 @@ def sums_beside_maxima(states, sums):
 
 
 @kernel
-def reciprocals(maxima, sums, high, low):
-    """Write 1 / sum of the terms of each slice as a pair in the dtype of the maxima, in its units."""
+def reciprocals(maxima, sums, temperature, high, low):
+    """Write 1 / sum of the `ratio_terms` of each slice as a pair in the dtype of the maxima."""
     for i in range(len(maxima)):
         if maxima[i] == -math.inf:
             high[i] = low[i] = math.nan
         else:
             ties = sums[i, 0] * top_term(sums[i, 0])
             total, error = merge(ties, 0.0, sums[i, 1], sums[i, 2])
-            unit = top_term(maxima[i]) / top_term(sums[i, 0])
-            total, error = total * unit, error * unit
-            rounded = spread(total, maxima[i])
-            high[i], low[i] = reciprocal(rounded, spread((total - rounded) + error, maxima[i]))
+            rate = rate_of(_cpu.temperature_at(temperature, i), maxima[i])
+            unit = as_float64(top_term(maxima[i]) * unit_of(maxima[i], rate)) / top_term(sums[i, 0])
+            product = total * unit
+            error = fma(total, unit, -product) + error * unit
+            rounded = spread(product, maxima[i])
+            high[i], low[i] = reciprocal(rounded, spread((product - rounded) + error, maxima[i]))
 
 
 @kernel

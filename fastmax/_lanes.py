@@ -230,6 +230,29 @@ def fma(typingctx, a, b, c):
     return a(a, a, a), codegen
 
 
+@intrinsic
+def fma_down(typingctx, a, b, c):
+    """``a * b + c``, rounded down, which AVX-512 alone does in one instruction."""
+    dtype = _dtype(a)
+
+    def codegen(context, builder, sig, args):
+        name = {types.float32: "ps", types.float64: "pd"}[dtype]
+        register = ir.VectorType(_SCALAR[dtype], _register_count(dtype))
+        function_type = ir.FunctionType(register, [register, register, register, _INDEX])
+        function = get_or_insert_function(builder.module, function_type, f"llvm.x86.avx512.vfmadd.{name}.512")
+
+        def downward(*factors):
+            return builder.call(function, [*factors, _INDEX(_DOWNWARD)])
+
+        return _by_registers(builder, downward, args, register.count)
+
+    return a(a, a, a), codegen
+
+
+# Rounding toward -inf, exceptions suppressed, as instructions of AVX-512 encode it.
+_DOWNWARD = 9
+
+
 @jit
 def log1p(x):
     """log(1 + x) of a float."""
@@ -277,7 +300,8 @@ def make_table(heads, lows, steps):
     """Make two functions of a sum of lanes with a number so large that its ulp is 1/steps.
 
     The first clears what is below 1/m. The second takes that, n + j/m, biased, and returns 2**n heads[j] and
-    lows[j]; heads[0] is 1. Each argument is (float32's, float64's), ``heads`` and ``lows`` m constants.
+    lows[j] plus a shift, which may be None; heads[0] is 1. Each argument is (float32's, float64's), ``heads``
+    and ``lows`` m constants.
     """
 
     @intrinsic
@@ -293,28 +317,33 @@ def make_table(heads, lows, steps):
         return x(x), codegen
 
     @intrinsic
-    def table_power(typingctx, exponent):
+    def table_power(typingctx, exponent, shift):
         dtype = _dtype(exponent)
         precision = {types.float32: 0, types.float64: 1}[dtype]
-        shift = _EXPONENT_SHIFT[dtype] - (steps[precision].bit_length() - 1)
+        to_exponent = _EXPONENT_SHIFT[dtype] - (steps[precision].bit_length() - 1)
         entries = len(heads[precision])
         step = 1 << (_EXPONENT_SHIFT[dtype] - (entries.bit_length() - 1))
 
         def codegen(context, builder, sig, args):
-            bits = _as_integers(builder, args[0])
+            exponent, shift = args[0], None if isinstance(sig.args[1], types.NoneType) else args[1]
+            bits = _as_integers(builder, exponent)
             # The shift leaves j at the top of the fraction, from where adding takes it away again, and
             # with it the exponent of 1.
             one, *fields = _bits((1.0, *heads[precision]), dtype)
             fields = [field - one - j * step for j, field in enumerate(fields)]
             index = builder.and_(bits, _constant(bits.type, steps[precision] // 2)) if entries == 2 else bits
-            head = builder.add(
-                builder.shl(bits, _constant(bits.type, shift)), _looked_up(builder, index, fields, dtype)
-            )
-            low = _looked_up(builder, index, _bits(lows[precision], dtype), dtype)
-            results = [builder.bitcast(value, args[0].type) for value in (head, low)]
-            return context.make_tuple(builder, sig.return_type, results)
+            power = builder.shl(bits, _constant(bits.type, to_exponent))
+            power = builder.add(power, _looked_up(builder, index, _table(fields, dtype), dtype))
+            table = _table(_bits(lows[precision], dtype), dtype)
+            shared = isinstance(exponent.type, ir.VectorType) and not isinstance(sig.args[1], Lanes)
+            if shift is not None and shared:  # added once, where the table is outside of a loop
+                table = [_added(builder, register, shift) for register in table]
+            low = builder.bitcast(_looked_up(builder, index, table, dtype), exponent.type)
+            if shift is not None and not shared:
+                low = builder.fadd(low, shift)
+            return context.make_tuple(builder, sig.return_type, [builder.bitcast(power, exponent.type), low])
 
-        return types.UniTuple(exponent, 2)(exponent), codegen
+        return types.UniTuple(exponent, 2)(exponent, shift), codegen
 
     return whole_steps, table_power
 
@@ -334,28 +363,46 @@ def _bits(numbers, dtype):
     return floats.view(f"int{dtype.bitwidth}").tolist()
 
 
+def _table(entries, dtype):
+    """Registers that hold a table of integers; of two entries the first is 0, and the other stands alone."""
+    integer, count = ir.IntType(dtype.bitwidth), _register_count(dtype)
+    if len(entries) == 2:
+        return [ir.Constant(integer, entries[1])]
+    starts = range(0, len(entries), count)
+    return [ir.Constant(ir.VectorType(integer, count), entries[start : start + count]) for start in starts]
+
+
+def _added(builder, register, shift):
+    """Bits of floats in a register, to which another is added."""
+    floats = ir.VectorType(shift.type, register.type.count)
+    shifted = builder.fadd(builder.bitcast(register, floats), _splat(builder, shift, floats))
+    return builder.bitcast(shifted, register.type)
+
+
 def _looked_up(builder, index, table, dtype):
-    """Entries of a table of integers at the low bits of lanes; of two, the first, 0, where the index is 0."""
-    if len(table) == 2:
+    """Entries of a `_table` at the low bits of lanes; of two, the first where the index is 0."""
+    if len(table) == 1 and not isinstance(table[0].type, ir.VectorType):
         second = builder.sext(builder.icmp_unsigned("!=", index, _constant(index.type, 0)), index.type)
-        return builder.and_(second, _constant(index.type, table[1]))
-    count = _register_count(dtype)
-    if not isinstance(index.type, ir.VectorType):
-        undefined = ir.Constant(ir.VectorType(index.type, count), ir.Undefined)
-        part = builder.insert_element(undefined, index, _INDEX(0))
-        return builder.extract_element(_permuted(builder, part, table, dtype), _INDEX(0))
-    parts = _parted(builder, index, count)
-    return _joined(builder, [_permuted(builder, part, table, dtype) for part in parts])
-
-
-def _permuted(builder, index, table, dtype):
-    """`_looked_up` for one register of AVX-512."""
-    integers, count = index.type, index.type.count
+        return builder.and_(second, _splat(builder, table[0], index.type))
     name = "permvar.si.512" if dtype == types.float32 else "vpermi2var.q.512"
-    registers = [ir.Constant(integers, table[start : start + count]) for start in range(0, len(table), count)]
-    function_type = ir.FunctionType(integers, [integers for _ in (index, *registers)])
+    register = table[0].type
+    function_type = ir.FunctionType(register, [register for _ in (index, *table)])
     function = get_or_insert_function(builder.module, function_type, f"llvm.x86.avx512.{name}")
-    return builder.call(function, [registers[0], index, *registers[1:]])
+
+    def permuted(index):
+        return builder.call(function, [table[0], index, *table[1:]])
+
+    return _by_registers(builder, permuted, [index], register.count)
+
+
+def _by_registers(builder, function, values, count):
+    """What a function makes of registers of so many lanes, for lanes of several registers or for floats."""
+    if isinstance(values[0].type, ir.VectorType):
+        parts = zip(*(_parted(builder, value, count) for value in values), strict=True)
+        return _joined(builder, [function(*own) for own in parts])
+    undefined = ir.Constant(ir.VectorType(values[0].type, count), ir.Undefined)
+    registers = [builder.insert_element(undefined, value, _INDEX(0)) for value in values]
+    return builder.extract_element(function(*registers), _INDEX(0))
 
 
 def _parted(builder, x, count):

@@ -697,7 +697,7 @@ def vector_losses(
         sums = sum_rests(x, start, stop, step, width, row_max, plain_scales, None, stored, start, soon)
         share = share_of(load(w, _LABEL * lanes), row_max, plain_scales, None)
     else:
-        write_scales(row_max, rates, temperature, number, w, 0, lanes)
+        write_scales(row_max, plain_scales, rates, temperature, number, w, 0, lanes)
         scale, guard = read_scale(w, 0, lanes), read_guard(w, 0, lanes)
         sums = sum_rests(x, start, stop, step, width, row_max, scale, guard, stored, start, soon)
         share = share_of(load(w, _LABEL * lanes), row_max, scale, guard)

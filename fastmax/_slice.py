@@ -65,8 +65,11 @@ from fastmax._math import (
     plain_gap,
     plain_scale,
     rate_of,
+    ratio_scale,
+    ratio_terms,
     reciprocal,
     settled,
+    start_of_sum,
     term_of,
     terms,
     times_pair,
@@ -129,7 +132,7 @@ def lane_sums(x, start, stop, scale, guard, stored, at, soon, zero):
     ``soon`` is None or what to fetch from memory meanwhile.
     """
     lanes = lane_count(x)
-    total, error = top_term(zero), zero
+    total, error = start_of_sum(zero), zero
     # Read before ``stored`` is written, which may be x.
     last, first = last_lanes(x, start, stop), max(start, stop - lanes)
     at -= start
@@ -149,13 +152,13 @@ def lane_sums(x, start, stop, scale, guard, stored, at, soon, zero):
         term, total, error = add_terms(last, i - first, scale, guard, total, error)
         if stored is not None:
             write(stored, at + first, stop - first, term)
-    return total - top_term(zero), error
+    return total - start_of_sum(zero), error
 
 
 @traced
 def add_terms(x, counted, scale, guard, total, error):
     """Terms, and the sum to which those after the first ``counted`` are added."""
-    power, excess, _ = terms(x, scale, guard)
+    power, excess = ratio_terms(x, scale, guard)
     term = abreast(term_of(power, excess))
     total, error = add_in_turn(total, error, drop_first(power, counted, spread(0.0, x)), excess)
     return term, total, error
@@ -253,7 +256,7 @@ def write_terms(x, start, stop, scale, guard, high, low, out, shift, far):
 @traced
 def scaled_terms(x, scale, guard, high, low):
     """Terms times high + low."""
-    power, excess, _ = terms(x, scale, guard)
+    power, excess = ratio_terms(x, scale, guard)
     return times_pair(term_of(power, excess), high, low)
 
 
@@ -465,13 +468,13 @@ def softmax_of_few(x, start, count, rate, out, shift):
     entries = load_first(x, start, count, lowest)
     row_max = max_lanes(larger(entries, lowest))
     none = piece_zeros(x)
-    top = top_term(none)
+    most = start_of_sum(none)
     if is_plain(row_max, rate):
-        term, total, error = add_terms(entries, 0, plain_scale(row_max, rate), None, top, none)
+        term, total, error = add_terms(entries, 0, ratio_scale(row_max, rate), None, most, none)
     else:
         scale, guard = guarded_scale(row_max, rate.temperature)
-        term, total, error = add_terms(entries, 0, scale, guard, top, none)
-    total, error = sum_lanes(total - top, error)
+        term, total, error = add_terms(entries, 0, scale, guard, most, none)
+    total, error = sum_lanes(total - most, error)
     high, low = reciprocal(total, error)
     value = times_pair(term, spread(high, x), spread(low, x))
     store_first(out, start + shift, count, present(x, start, count, value, zero))
@@ -485,7 +488,7 @@ def softmax_of(x, start, stop, rate, stored, at, out, shift, soon):
         return
     row_max = maximum(x, start, stop)
     if is_plain(row_max, rate):
-        scale = plain_scale(row_max, rate)
+        scale = ratio_scale(row_max, rate)
         total, error = sum_terms(x, start, stop, scale, None, stored, at, soon)
     else:
         scale, guard = guarded_scale(row_max, rate.temperature)

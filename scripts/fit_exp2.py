@@ -3,8 +3,9 @@
 The kernels reduce an exponential to 2**n * 2**(j/m) * 2**f with 0 <= j < m, where m is the number of powers
 in a table that registers hold: 16, 2, or 1, which is none. With 2 powers |f| is hardly above 1/4, with 16 it
 is up to 1/16, as the exponent is rounded to a multiple of 1/16 before that of the maximum is subtracted.
-Without a table it is 3/4 <= 2**f <= 3/2, as with |f| <= 1/2 errors are largest below log2(3/4): there what
-rounds 2**f - 1 doubles while 2**f is small.
+Softmax with 16 powers has 0 <= f < 1/16, or hardly below and above, and takes Horner's rule. Without a table
+it is 3/4 <= 2**f <= 3/2, as with |f| <= 1/2 errors are largest below log2(3/4): there what rounds 2**f - 1
+doubles while 2**f is small.
 
 This script fits 2**f by 1 + c1*f + ... + cd*f**d in two steps:
 
@@ -16,7 +17,9 @@ Then the evaluation of the kernels, `value`, is measured at random f, with every
 one the kernels keep a small part of f apart, which is 0 here). It does not decrease in f: for f >= 0 each
 step keeps the order of the one before, and between neighbours of f < 0, an ulp apart, rounding changes
 f**2 * (c2 + ...) by less than 0.4 ulp of f while 2**f - 1 increases by more than 0.48; adding c1*f and then 1
-keeps that order. The script counts the decreases all the same, and fails if it finds one.
+keeps that order. By Horner's rule it does not decrease for f >= 0; where f is below, x c is so large that the
+f of two entries are far from neighbours. The script counts the decreases all the same, and fails if it finds
+one.
 
 At a seam, where j changes, f and f - 1/m both stand for the same power or nearly, and rounding can make the
 value at f the larger one by an ulp; the script says how often where that f is 1/(2m), though it depends on
@@ -46,7 +49,7 @@ NEIGHBOURS = 1000  # of a seam on either side, where it is measured
 
 
 class Form(NamedTuple):
-    """A working type, its precision in bits, the entries of its table, a degree, and the range of f."""
+    """A working type, its precision in bits, the entries of its table, a degree, the range of f, the rule."""
 
     dtype: type
     precision: int
@@ -54,6 +57,7 @@ class Form(NamedTuple):
     degree: int
     low: float
     high: float
+    horner: bool = False
 
 
 def form(dtype, precision, entries, degree, margin):
@@ -70,6 +74,11 @@ FORMS = (
     form(np.float64, 53, 1, 11, 2.0**-12),
     form(np.float64, 53, 2, 10, 2.0**-9),
     form(np.float64, 53, 16, 7, 2.0**-5 + 2.0**-12),
+)
+# For softmax, where n is rounded down.
+FORMS_FROM_0 = (
+    Form(np.float32, 24, 16, 3, -(2.0**-9), 2.0**-4 + 2.0**-9, horner=True),
+    Form(np.float64, 53, 16, 7, -(2.0**-13), 2.0**-4 + 2.0**-13, horner=True),
 )
 # For float32 on a GPU, where n is the nearest integer.
 HALVES = Form(np.float32, 24, 1, 6, -0.5 - 2.0**-8, 0.5 + 2.0**-8)
@@ -192,12 +201,16 @@ def check_exp2(table, count, rng):
 
 
 @numba.njit
-def value(f, coefficients, head, low):
+def value(f, coefficients, head, low, horner):
     """Return head * (1 + low) times the polynomial at f, as the kernels evaluate it."""
     tail = coefficients[-1]
-    for j in range(len(coefficients) - 2, 1, -1):
+    for j in range(len(coefficients) - 2, 0 if horner else 1, -1):
         tail = fma(tail, f, coefficients[j])
-    return fma(fma(f, coefficients[1], fma(f * f, tail, low)), head, head)
+    if horner:
+        excess = fma(f, tail, low)
+    else:
+        excess = fma(f, coefficients[1], fma(f * f, tail, low))
+    return fma(excess, head, head)
 
 
 @numba.njit
@@ -214,7 +227,7 @@ def larger_errors(ulp, relative, this, f, j, precision, table):
 
 
 @numba.njit
-def measure(points, coefficients, heads, lows, precision, table):
+def measure(points, coefficients, heads, lows, precision, horner, table):
     """Measure the polynomial at ascending f, with each entry of the table.
 
     Returns how often the value decreases from one f to the next, and the largest errors, each with
@@ -224,10 +237,10 @@ def measure(points, coefficients, heads, lows, precision, table):
     for j in range(len(heads)):
         previous = 0.0
         for f in points:
-            this = value(f, coefficients, heads[j], lows[j])
+            this = value(f, coefficients, heads[j], lows[j], horner)
             slot = j * (SLOTS // len(heads))
             ulp, relative = larger_errors(ulp, relative, this, f, slot, precision, table)
-            decreases += this < previous
+            decreases += this < previous and (f > 0.0 or not horner)
             previous = this
     return decreases, ulp, relative
 
@@ -262,7 +275,8 @@ def count_seams(form, coefficients, heads, lows):
     pairs = list(zip(f.astype(form.dtype), (f - 1.0 / form.entries).astype(form.dtype), strict=True))
     heads, lows = np.append(heads, heads[:1] * 2), np.append(lows, lows[:1])
     return sum(
-        value(high, coefficients, heads[j], lows[j]) > value(low, coefficients, heads[j + 1], lows[j + 1])
+        value(high, coefficients, heads[j], lows[j], form.horner)
+        > value(low, coefficients, heads[j + 1], lows[j + 1], form.horner)
         for j in range(form.entries)
         for high, low in pairs
     )
@@ -293,9 +307,10 @@ def report(form, samples, rng, table):
     heads, lows = np.array(table_entries(form), form.dtype)
     decreases, ulp, relative = 0, (0.0, 0.0), (0.0, 0.0)
     for f in random_points(form, samples, rng):
-        found = measure(f, coefficients, heads, lows, form.precision, table)
+        found = measure(f, coefficients, heads, lows, form.precision, form.horner, table)
         decreases, ulp, relative = decreases + found[0], max(ulp, found[1]), max(relative, found[2])
     beside = f"with {form.entries} entries" if form.entries > 1 else "without a table"
+    beside += " from 0" if form.horner else ""
     name, unit = f"{form.dtype.__name__} {beside}", f"2**-{form.precision}"
     print(f"{name}: degree {form.degree}, {form.low:.4f} <= f <= {form.high:.4f}")
     print(f"  relative error 2**{bits_exact:.2f}, with rounded coefficients 2**{bits:.2f}")
@@ -366,12 +381,18 @@ def main():
         print(f"reference: relative error {deviation:.1e} ({args.checks} random f, from mpmath)")
         results = [(form, report(form, args.samples, rng, table)) for form in FORMS]
         comment, halves = report_halves(args.samples, rng, table)
+        from_0 = [report(form, args.samples, rng, table) for form in FORMS_FROM_0]
         tables = [table_entries(form) for form in FORMS if form.entries == SLOTS]
     print("\nfastmax/_math.py:\n")
     print(*(comment for _, (comment, _) in results), sep="", end="")
     print_polynomials(results)
     print(comment, end="")
     print("EXP2_OF_HALVES = (", *(f"    {source(number)}," for number in halves[1:]), ")", sep="\n")
+    print(*(own for own, _ in from_0), sep="", end="")
+    print("EXP2_FROM_0 = (")
+    for _, coefficients in from_0:
+        print_numbers("", coefficients[1:])
+    print(")")
     for name, numbers in zip(("HEADS", "LOWS"), zip(*tables, strict=True), strict=True):
         print(f"{name} = (")
         for own in numbers:

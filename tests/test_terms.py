@@ -1,6 +1,7 @@
 """Terms with the tables of all processors, of which this is but one: `_math` in plain Python."""
 
 import math
+from fractions import Fraction
 
 import mpmath
 import numpy as np
@@ -25,15 +26,22 @@ def in_python(function, dtype, entries):
     def whole_steps(x):
         return dtype(math.floor(float(x) * entries) / entries)
 
-    def table_power(exponent):
+    def fma_down(a, b, c):
+        exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
+        value = dtype(float(exact))
+        return value if Fraction(float(value)) <= exact else np.nextafter(value, dtype(-np.inf))
+
+    def table_power(exponent, shift):
         multiple = float(exponent) - 1.5 * 2.0**bits / step - bias
         n, j = divmod(round(multiple * entries), entries)
-        return dtype(math.ldexp(heads[precision][j], n)), dtype(lows[precision][j])
+        low = dtype(lows[precision][j])
+        return dtype(math.ldexp(heads[precision][j], n)), low if shift is None else low + shift
 
     primitives = simulator._Target.PRIMITIVES
     if entries > 1:
         primitives = {
             **{name: value for name, value in primitives.items() if name not in _math.WITHOUT_TABLE},
+            "TABLE_ENTRIES": entries,
             "ZERO": form.zero,
             "MIDDLE": form.middle,
             "ROUNDER": form.zero,
@@ -42,6 +50,7 @@ def in_python(function, dtype, entries):
             "abreast": lambda x: x,
             "whole_steps": whole_steps,
             "table_power": table_power,
+            "fma_down": fma_down,
         }
     return _cuda_target.rebuilt(function, primitives, lambda copy: copy, lambda copy: copy)
 
@@ -87,3 +96,30 @@ def test_terms_are_within_an_ulp(dtype, entries, limit, guarded):
             error = abs(float(simulator.fma(excess, power, power)) - exact)
             errors.append(float(error) / float(np.spacing(dtype(float(exact)))))
     assert max(errors) < limit
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_terms_of_softmax_are_within_an_ulp_times_their_unit(dtype):
+    rate_of, ratio_scale, ratio_terms, unit_of = (
+        in_python(getattr(_math, name), dtype, 16)
+        for name in ("rate_of", "ratio_scale", "ratio_terms", "unit_of")
+    )
+    precision, bits, _ = FORMATS[dtype]
+    errors, units = [], []
+    for temperature, row_max, x in draws(dtype, np.random.default_rng(0)):
+        rate = rate_of(temperature, row_max)
+        scale = ratio_scale(row_max, rate)
+        unit = float(unit_of(row_max, rate))
+        power, excess = ratio_terms(row_max, scale, None)
+        assert power == 2.0 ** _math.BIAS[precision]
+        assert abs(Fraction(float(excess)) - (Fraction(unit) - 1)) < Fraction(2) ** (-2 * bits)
+        power, excess = ratio_terms(x, scale, None)
+        with mpmath.workprec(200):
+            exact = unit * mpmath.exp((mpmath.mpf(float(x)) - float(row_max)) / temperature)
+            exact *= 2.0 ** _math.BIAS[precision]
+            error = abs(float(simulator.fma(excess, power, power)) - exact)
+            errors.append(float(error) / float(np.spacing(dtype(float(exact)))))
+        units.append(unit)
+    assert max(errors) < 0.62
+    assert 1.0 <= min(units) < 1.01
+    assert 1.04 < max(units) <= 2.0 ** (1 / 16) + 2.0**-9
