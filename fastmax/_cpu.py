@@ -97,7 +97,7 @@ from fastmax._slice import (
     register_maxima,
     sums_of,
 )
-from fastmax._threads import Kernel, each_part, span_of
+from fastmax._threads import Kernel, each_in_turn, each_part
 from fastmax._tracing import traced
 
 # Entries from which all threads take no longer than one, on two cores: rows, columns, one slice (see
@@ -174,14 +174,15 @@ def workspaces(parts, size, like):
     The shares are almost a page apart, beyond which prefetchers do not go: 1024 x 64 float32 takes 0.93 of
     the time.
     """
-    return workspace(parts * (size + PAGE_BYTES // 4), like)
+    size += PAGE_BYTES // 4
+    return workspace(parts * size, like).reshape(parts, size)
 
 
 @jit
-def part_of(work, part, parts):
+def part_of(work, part):
     """Share of one part in its `workspaces`, from where a line begins: rows take 0.97 of the time for it."""
-    size = len(work) // parts
-    return work[part * size + to_stream(work, part * size) : (part + 1) * size]
+    own = work[part]
+    return own[to_stream(own, 0) :]
 
 
 @traced
@@ -335,16 +336,17 @@ def row_step(x, n):
 def softmax_rows(team, parts, x, mask, temperature, out):
     """Softmax of rows of at most one chunk."""
     work = workspaces(parts, row_work_size(out.shape[1], x), x)
-    each_part(softmax_groups, team, parts, (x, mask, temperature, out, work))
+    groups = -(-len(out) // group_size(out.shape[1], x))
+    each_part(softmax_groups, team, parts, groups, (x, mask, temperature, out, work))
 
 
 @jit
-def softmax_groups(part, parts, x, mask, temperature, out, work):
-    """Softmax of a part of the rows, group by group."""
-    first, stop = span_of(part, parts, len(out))
+def softmax_groups(first, stop, part, x, mask, temperature, out, work):
+    """Softmax of some groups of rows."""
     n, step = out.shape[1], row_step(x, out.shape[1])
-    entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part, parts))
+    entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part))
     size, lanes = group_size(n, w), lane_count(w)
+    first, stop = first * size, min(stop * size, len(out))
     rate = rate_of(temperature_at(temperature, first), get(w, 0))
     new = is_new(results, stop * n)
     for start in range(first, stop, size):
@@ -372,16 +374,17 @@ def softmax_groups(part, parts, x, mask, temperature, out, work):
 def log_softmax_rows(team, parts, x, mask, temperature, out):
     """Logarithm of the softmax of rows of at most one chunk."""
     work = workspaces(parts, row_work_size(out.shape[1], x), x)
-    each_part(log_softmax_groups, team, parts, (x, mask, temperature, out, work))
+    groups = -(-len(out) // group_size(out.shape[1], x))
+    each_part(log_softmax_groups, team, parts, groups, (x, mask, temperature, out, work))
 
 
 @jit
-def log_softmax_groups(part, parts, x, mask, temperature, out, work):
-    """Logarithm of the softmax of a part of the rows, group by group."""
-    first, stop = span_of(part, parts, len(out))
+def log_softmax_groups(first, stop, part, x, mask, temperature, out, work):
+    """Logarithm of the softmax of some groups of rows."""
     n, step = out.shape[1], row_step(x, out.shape[1])
-    entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part, parts))
+    entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part))
     size, lanes = group_size(n, w), lane_count(w)
+    first, stop = first * size, min(stop * size, len(out))
     rate = rate_of(temperature_at(temperature, first), get(w, 0))
     new = is_new(results, stop * n)
     for start in range(first, stop, size):
@@ -412,16 +415,17 @@ def log_softmax_groups(part, parts, x, mask, temperature, out, work):
 def value_rows(team, parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of rows of at most one chunk."""
     work = workspaces(parts, row_work_size(x.shape[1], x), x)
-    each_part(value_groups, team, parts, (x, mask, temperature, out, weighted, work))
+    groups = -(-len(out) // group_size(x.shape[1], x))
+    each_part(value_groups, team, parts, groups, (x, mask, temperature, out, weighted, work))
 
 
 @jit
-def value_groups(part, parts, x, mask, temperature, out, weighted, work):
-    """`value_rows` of a part of the rows, group by group."""
-    first, stop = span_of(part, parts, len(out))
+def value_groups(first, stop, part, x, mask, temperature, out, weighted, work):
+    """`value_rows` of some groups of rows."""
     n, step = x.shape[1], row_step(x, x.shape[1])
-    entries, w = entries_of(x, mask), pointer(part_of(work, part, parts))
+    entries, w = entries_of(x, mask), pointer(part_of(work, part))
     size, lanes = group_size(n, w), lane_count(w)
+    first, stop = first * size, min(stop * size, len(out))
     rate = rate_of(temperature_at(temperature, first), get(w, 0))
     for start in range(first, stop, size):
         count = min(size, stop - start)
@@ -563,17 +567,19 @@ def merge_chains(work, totals, errors, n):
 def softmax_narrow_rows(team, parts, x, mask, temperature, out):
     """Softmax of narrow rows."""
     work = workspaces(parts, narrow_work_size(out.shape[1], x), x)
-    each_part(softmax_narrow_groups, team, parts, (x, mask, temperature, out, work))
+    each_part(
+        softmax_narrow_groups, team, parts, -(-len(out) // lane_count(x)), (x, mask, temperature, out, work)
+    )
 
 
 @jit
-def softmax_narrow_groups(part, parts, x, mask, temperature, out, work):
-    """Softmax of a part of the narrow rows, as many at a time as there are lanes."""
-    first, stop = span_of(part, parts, len(out))
-    n, own = out.shape[1], part_of(work, part, parts)
-    new = is_new(pointer(out), stop * n)
-    for row in range(first, stop, lane_count(x)):
-        count = min(lane_count(x), stop - row)
+def softmax_narrow_groups(first, stop, part, x, mask, temperature, out, work):
+    """Softmax of some groups of narrow rows, of as many as there are lanes."""
+    n, own = out.shape[1], part_of(work, part)
+    new = is_new(pointer(out), min(stop * lane_count(x), len(out)) * n)
+    for group in range(first, stop):
+        row = group * lane_count(x)
+        count = min(lane_count(x), len(out) - row)
         if new:
             touch(pointer(out), row * n, (row + count) * n)
         softmax_narrow_group(x, mask, temperature, out, row, count, own)
@@ -676,16 +682,22 @@ def narrow_split(x, temperature, first, n, step, count, weighted, work):
 def log_softmax_narrow_rows(team, parts, x, mask, temperature, out):
     """Logarithm of the softmax of narrow rows."""
     work = workspaces(parts, narrow_work_size(out.shape[1], x), x)
-    each_part(log_softmax_narrow_groups, team, parts, (x, mask, temperature, out, work))
+    each_part(
+        log_softmax_narrow_groups,
+        team,
+        parts,
+        -(-len(out) // lane_count(x)),
+        (x, mask, temperature, out, work),
+    )
 
 
 @jit
-def log_softmax_narrow_groups(part, parts, x, mask, temperature, out, work):
-    """Logarithm of the softmax of a part of the narrow rows, as many at a time as there are lanes."""
-    first, stop = span_of(part, parts, len(out))
-    own = part_of(work, part, parts)
-    for row in range(first, stop, lane_count(x)):
-        count = min(lane_count(x), stop - row)
+def log_softmax_narrow_groups(first, stop, part, x, mask, temperature, out, work):
+    """Logarithm of the softmax of some groups of narrow rows, of as many as there are lanes."""
+    own = part_of(work, part)
+    for group in range(first, stop):
+        row = group * lane_count(x)
+        count = min(lane_count(x), len(out) - row)
         log_softmax_narrow_group(x, mask, temperature, out, row, count, own)
 
 
@@ -723,16 +735,22 @@ def log_softmax_narrow_group(x, mask, temperature, out, first, count, work):
 def value_narrow_rows(team, parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of narrow rows."""
     work = workspaces(parts, narrow_work_size(x.shape[1], x), x)
-    each_part(value_narrow_groups, team, parts, (x, mask, temperature, out, weighted, work))
+    each_part(
+        value_narrow_groups,
+        team,
+        parts,
+        -(-len(out) // lane_count(x)),
+        (x, mask, temperature, out, weighted, work),
+    )
 
 
 @jit
-def value_narrow_groups(part, parts, x, mask, temperature, out, weighted, work):
-    """`value_narrow_rows` of a part of the rows, as many at a time as there are lanes."""
-    first, stop = span_of(part, parts, len(out))
-    own = part_of(work, part, parts)
-    for row in range(first, stop, lane_count(x)):
-        count = min(lane_count(x), stop - row)
+def value_narrow_groups(first, stop, part, x, mask, temperature, out, weighted, work):
+    """`value_narrow_rows` of some groups of rows, of as many as there are lanes."""
+    own = part_of(work, part)
+    for group in range(first, stop):
+        row = group * lane_count(x)
+        count = min(lane_count(x), len(out) - row)
         value_narrow_group(x, mask, temperature, out, row, count, weighted, own)
 
 
@@ -784,26 +802,25 @@ def value_narrow_group(x, mask, temperature, out, first, count, weighted, work):
 def softmax_wide_rows(team, parts, x, mask, temperature, out):
     """Softmax of rows of more than a chunk, each by one thread."""
     work = workspaces(parts, 0 if is_as_wide(out) else padded_size(out.shape[1], x), x)
-    each_part(softmax_some_wide_rows, team, parts, (x, mask, temperature, out, work))
+    each_part(softmax_some_wide_rows, team, parts, len(out), (x, mask, temperature, out, work))
 
 
 @jit
-def softmax_some_wide_rows(part, parts, x, mask, temperature, out, work):
-    """Softmax of a part of the rows."""
-    first, stop = span_of(part, parts, len(out))
-    own = part_of(work, part, parts)
+def softmax_some_wide_rows(first, stop, part, x, mask, temperature, out, work):
+    """Softmax of some rows."""
+    own = part_of(work, part)
     for i in range(first, stop):
         softmax_wide_row(x, mask, temperature, out, i, own)
 
 
 @traced
-def place_of_terms(out, work):
+def place_of_terms(out, start, work):
     """Where terms of a row are kept until they are scaled: in its results, unless those have 16 bits.
 
     Working memory would take as much of the second cache again: on an Emerald Rapids rows of 32000 entries
     take 0.85 of the time without it, and of 128256 0.65.
     """
-    return pointer(out) if is_as_wide(out) else pointer(work)
+    return (pointer(out), start) if is_as_wide(out) else (pointer(work), 0)
 
 
 @jit
@@ -811,25 +828,24 @@ def softmax_wide_row(x, mask, temperature, out, i, work):
     """Softmax of row i."""
     n = out.shape[1]
     row, step = i * row_step(x, n), row_step(x, n)
-    entries, results, stored = entries_of(x, mask), pointer(out), place_of_terms(out, work)
+    entries, results = entries_of(x, mask), pointer(out)
+    stored, at = place_of_terms(out, i * n, work)
     rate = rate_of(temperature_at(temperature, i), get(entries, 0))
     soon = Soon(entries, min(i + 1, len(out) - 1) * step, results, i * n, lane_count(entries))
     if is_new(results, i * n + n):
         touch(results, i * n, i * n + n)
-    at = i * n if is_as_wide(out) else 0
     _slice.softmax_of(entries, row, row + n, rate, stored, at, results, i * n - row, soon)
 
 
 @Kernel
 def log_softmax_wide_rows(team, parts, x, mask, temperature, out):
     """Logarithm of the softmax of rows of more than a chunk, each by one thread."""
-    each_part(log_softmax_some_wide_rows, team, parts, (x, mask, temperature, out))
+    each_part(log_softmax_some_wide_rows, team, parts, len(out), (x, mask, temperature, out))
 
 
 @jit
-def log_softmax_some_wide_rows(part, parts, x, mask, temperature, out):
-    """Logarithm of the softmax of a part of the rows."""
-    first, stop = span_of(part, parts, len(out))
+def log_softmax_some_wide_rows(first, stop, part, x, mask, temperature, out):
+    """Logarithm of the softmax of some rows."""
     for i in range(first, stop):
         log_softmax_wide_row(x, mask, temperature, out, i)
 
@@ -850,13 +866,12 @@ def log_softmax_wide_row(x, mask, temperature, out, i):
 @Kernel
 def value_wide_rows(team, parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of rows of more than a chunk, each by one thread."""
-    each_part(value_some_wide_rows, team, parts, (x, mask, temperature, out, weighted))
+    each_part(value_some_wide_rows, team, parts, len(out), (x, mask, temperature, out, weighted))
 
 
 @jit
-def value_some_wide_rows(part, parts, x, mask, temperature, out, weighted):
-    """`value_wide_rows` of a part of the rows."""
-    first, stop = span_of(part, parts, len(out))
+def value_some_wide_rows(first, stop, part, x, mask, temperature, out, weighted):
+    """`value_wide_rows` of some rows."""
     for i in range(first, stop):
         value_wide_row(x, mask, temperature, out, i, weighted)
 
@@ -896,16 +911,15 @@ def long_maxima(team, parts, x, mask):
     rows, n = x.shape
     chunks = chunk_count(n, x)
     partial, maxima = workspace(rows * chunks, x), workspace(rows, x)
-    each_part(chunk_maxima, team, parts, (x, mask, partial))
+    each_part(chunk_maxima, team, parts, rows * chunks, (x, mask, partial))
     for row in range(rows):
         maxima[row] = _slice.maximum(partial, row * chunks, (row + 1) * chunks)
     return maxima
 
 
 @jit
-def chunk_maxima(part, parts, x, mask, partial):
-    """Maxima of a part of the chunks."""
-    first, stop = span_of(part, parts, len(partial))
+def chunk_maxima(first, stop, part, x, mask, partial):
+    """Maxima of some chunks."""
     for task in range(first, stop):
         _, start, end = chunk_of(task, x.shape[1], x)
         partial[task] = _slice.maximum(entries_of(x, mask), start, end)
@@ -917,7 +931,7 @@ def long_reciprocals(team, parts, x, mask, temperature, maxima):
     rows, n = x.shape
     chunks = chunk_count(n, x)
     totals, errors = workspace(rows * chunks, x), workspace(rows * chunks, x)
-    each_part(chunk_totals, team, parts, (x, mask, temperature, maxima, totals, errors))
+    each_part(chunk_totals, team, parts, rows * chunks, (x, mask, temperature, maxima, totals, errors))
     high, low = workspace(rows, x), workspace(rows, x)
     for row in range(rows):
         total = error = spread(0.0, maxima[row])
@@ -928,9 +942,8 @@ def long_reciprocals(team, parts, x, mask, temperature, maxima):
 
 
 @jit
-def chunk_totals(part, parts, x, mask, temperature, maxima, totals, errors):
-    """Sums of the terms of a part of the chunks."""
-    first, stop = span_of(part, parts, len(totals))
+def chunk_totals(first, stop, part, x, mask, temperature, maxima, totals, errors):
+    """Sums of the terms of some chunks."""
     for task in range(first, stop):
         row, start, end = chunk_of(task, x.shape[1], x)
         own = temperature_at(temperature, row)
@@ -951,14 +964,19 @@ def chunk_sums(x, start, stop, row_max, temperature, soon):
 @Kernel
 def long_write(team, parts, x, mask, temperature, maxima, high, low, out):
     """Write the terms of each row times its reciprocal."""
-    each_part(write_chunks, team, parts, (x, mask, temperature, maxima, high, low, out))
+    each_part(
+        write_chunks,
+        team,
+        parts,
+        len(x) * chunk_count(x.shape[1], x),
+        (x, mask, temperature, maxima, high, low, out),
+    )
 
 
 @jit
-def write_chunks(part, parts, x, mask, temperature, maxima, high, low, out):
-    """Write a part of the chunks."""
-    rows, n = x.shape
-    first, stop = span_of(part, parts, rows * chunk_count(n, x))
+def write_chunks(first, stop, part, x, mask, temperature, maxima, high, low, out):
+    """Write some chunks."""
+    n = x.shape[1]
     for task in range(first, stop):
         row, start, end = chunk_of(task, n, x)
         own = temperature_at(temperature, row)
@@ -989,7 +1007,7 @@ def long_split_sums(team, parts, x, mask, temperature, maxima, weighted):
     rows, n = x.shape
     chunks = chunk_count(n, x)
     partial = workspace(rows * chunks * 5, x).reshape(rows * chunks, 5)
-    each_part(chunk_split_sums, team, parts, (x, mask, temperature, maxima, weighted, partial))
+    each_part(chunk_split_sums, team, parts, rows * chunks, (x, mask, temperature, maxima, weighted, partial))
     sums = workspace(rows * 5, x).reshape(rows, 5)
     for row in range(rows):
         zero = spread(0.0, maxima[row])
@@ -1002,9 +1020,8 @@ def long_split_sums(team, parts, x, mask, temperature, maxima, weighted):
 
 
 @jit
-def chunk_split_sums(part, parts, x, mask, temperature, maxima, weighted, partial):
-    """`sum_split_terms` of a part of the chunks."""
-    first, stop = span_of(part, parts, len(partial))
+def chunk_split_sums(first, stop, part, x, mask, temperature, maxima, weighted, partial):
+    """`sum_split_terms` of some chunks."""
     for task in range(first, stop):
         row, start, end = chunk_of(task, x.shape[1], x)
         rate = rate_of(temperature_at(temperature, row), maxima[row])
@@ -1022,14 +1039,19 @@ def five(sums, i):
 @Kernel
 def long_write_log(team, parts, x, mask, temperature, maxima, sums, out):
     """Write the logarithms of each row."""
-    each_part(write_log_chunks, team, parts, (x, mask, temperature, maxima, sums, out))
+    each_part(
+        write_log_chunks,
+        team,
+        parts,
+        len(x) * chunk_count(x.shape[1], x),
+        (x, mask, temperature, maxima, sums, out),
+    )
 
 
 @jit
-def write_log_chunks(part, parts, x, mask, temperature, maxima, sums, out):
-    """Write the logarithms of a part of the chunks."""
-    rows, n = x.shape
-    first, stop = span_of(part, parts, rows * chunk_count(n, x))
+def write_log_chunks(first, stop, part, x, mask, temperature, maxima, sums, out):
+    """Write the logarithms of some chunks."""
+    n = x.shape[1]
     for task in range(first, stop):
         row, start, end = chunk_of(task, n, x)
         rate = rate_of(temperature_at(temperature, row), maxima[row])
@@ -1082,6 +1104,21 @@ _RECIPROCAL = 11
 _FIELDS = 13
 
 
+Tiles = namedtuple("Tiles", "width count lack far new parts")
+Tiles.__doc__ = """How columns are cut into tiles.
+
+So many columns wide, so many side by side; by how many columns the first is narrower; whether results are
+written past the caches, and may lie in new memory; how many threads take them in turn.
+"""
+
+Tile = namedtuple("Tile", "count base number following further step")
+Tile.__doc__ = """A tile of columns.
+
+Its number of columns, its first entry, its first slice; where the next tile that a thread may take begins,
+and `steps_ahead`.
+"""
+
+
 @traced
 def field(quantity, j, width):
     """Where a field of the columns from j on stands."""
@@ -1129,13 +1166,38 @@ def are_far_columns(x, out):
 
 
 @jit
-def lack_of_columns(out, width, far):
-    """By how many columns the first tile is narrower, so that the others begin a line if they are far.
+def tiles_of(x, out, parts):
+    """How columns are cut into tiles; out is None if no results of their shape are written.
 
-    It has those before the first line alone, which are fewer than lanes.
+    The first tile is narrower if columns are far, so that the others begin a line: it has those before the
+    first line alone, which are fewer than lanes.
     """
-    lead = to_stream(pointer(out), 0) if far else 0
-    return width - lead if lead > 0 else 0
+    n, inner = x.shape[1:]
+    far = new = False
+    lack = 0
+    if out is not None:
+        far, new = are_far_columns(x, out), is_new(pointer(out), out.size)
+    width = tile_width(n, inner, parts, far, workspace(1, x))
+    if out is not None:
+        lead = to_stream(pointer(out), 0) if far else 0
+        lack = width - lead if lead > 0 else 0
+    return Tiles(width, -(-(inner + lack) // width), lack, far, new, parts)
+
+
+@jit
+def begin_tile(task, tiles, x, mask, out, work):
+    """Copy the tile of a task to working memory, and find what it needs later."""
+    n, inner = x.shape[1:]
+    i, first = task // tiles.count, task % tiles.count * tiles.width - tiles.lack
+    following = i * n * inner + next_tile(first, tiles.parts * tiles.width, inner)
+    first, count = max(first, 0), min(first + tiles.width, inner) - max(first, 0)
+    base = i * n * inner + first
+    further, step = steps_ahead(count, inner, work)
+    if out is not None:
+        if tiles.new:
+            touch_rows(pointer(out), base, inner, n, count)
+    pack(entries_of(x, mask), base, inner, n, count, pointer(work), _FIELDS * tiles.width, further)
+    return Tile(count, base, i * inner + first, following, further, step)
 
 
 @jit
@@ -1331,50 +1393,38 @@ def column_split_sums(work, at, n, row_max, scale, guard, weighted, soon):
 @Kernel
 def softmax_columns(team, parts, x, mask, temperature, out):
     """Softmax of columns that fit a tile."""
-    n, inner = out.shape[1:]
-    far = are_far_columns(x, out)
-    width = tile_width(n, inner, parts, far, workspace(1, x))
-    work = workspaces(parts, (_FIELDS + n) * width, x)
-    new = is_new(pointer(out), out.size)
-    each_part(softmax_tiles, team, parts, (x, mask, temperature, out, width, far, new, work))
+    tiles = tiles_of(x, out, parts)
+    work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, x)
+    arguments = x, mask, temperature, out, tiles, work
+    each_in_turn(softmax_tiles, team, parts, len(x) * tiles.count, arguments)
 
 
 @jit
-def softmax_tiles(part, parts, x, mask, temperature, out, width, far, new, work):
-    """Softmax of every so many-th tile."""
-    outer, _, inner = out.shape
-    lack, own = lack_of_columns(out, width, far), part_of(work, part, parts)
-    tiles = -(-(inner + lack) // width)
-    for task in range(part, outer * tiles, parts):
-        i, first = task // tiles, task % tiles * width - lack
-        softmax_tile(x, mask, temperature, out, new, i, first, width, parts, far, own)
+def softmax_tiles(first, stop, part, x, mask, temperature, out, tiles, work):
+    """Softmax of some tiles of columns."""
+    own = part_of(work, part)
+    for task in range(first, stop):
+        softmax_tile(task, tiles, x, mask, temperature, out, own)
 
 
 @jit
-def softmax_tile(x, mask, temperature, out, new, i, first, width, parts, far, work):
+def softmax_tile(task, tiles, x, mask, temperature, out, work):
     """Softmax of a tile of columns."""
     n, inner = x.shape[1:]
     entries, results, w = entries_of(x, mask), pointer(out), pointer(work)
-    lanes = lane_count(w)
-    following = i * n * inner + next_tile(first, parts * width, inner)
-    first, count = max(first, 0), min(first + width, inner) - max(first, 0)
-    base = i * n * inner + first
-    tile = _FIELDS * width
-    further, step = steps_ahead(count, inner, work)
-    if new:
-        touch_rows(results, base, inner, n, count)
-    pack(entries, base, inner, n, count, w, tile, further)
+    lanes, width = lane_count(w), tiles.width
+    tile, at_first = begin_tile(task, tiles, x, mask, out, work), _FIELDS * width
     rate = rate_of(temperature_at(temperature, 0), get(w, 0))
-    for j in range(0, count, lanes):
-        at = tile + j * n
+    for j in range(0, tile.count, lanes):
+        at = at_first + j * n
         row_max = lane_maxima(w, at, at + n * lanes)
-        soon = Soon(entries, following + j, results, base + j, step)
-        number = i * inner + first + j
-        rates = lane_rates(temperature, number, count - j, rate, w)
+        soon = Soon(entries, tile.following + j, results, tile.base + j, tile.step)
+        rates = lane_rates(temperature, tile.number + j, tile.count - j, rate, w)
         if are_plain(row_max, rates):
             total, error = column_sums(w, at, n, ratio_scale(row_max, rates), None, soon)
         else:
-            write_scales(row_max, ratio_scale(row_max, rates), rates, temperature, number, w, j, width)
+            scales = ratio_scale(row_max, rates)
+            write_scales(row_max, scales, rates, temperature, tile.number + j, w, j, width)
             scale, guard = read_scale(w, j, width), read_guard(w, j, width)
             total, error = column_sums(w, at, n, scale, guard, soon)
         high, low = reciprocal(total, error)
@@ -1382,68 +1432,56 @@ def softmax_tile(x, mask, temperature, out, new, i, first, width, parts, far, wo
         store(w, field(_RECIPROCAL + 1, j, width), low)
     zero = spread(0.0, w)
     for k in range(n):
-        row, terms = base + k * inner, tile + k * lanes
-        ahead = row + min(further, (n - 1 - k) * inner)
-        for j in range(0, count, lanes):
+        row, terms = tile.base + k * inner, at_first + k * lanes
+        ahead = row + min(tile.further, (n - 1 - k) * inner)
+        for j in range(0, tile.count, lanes):
             high, low = load(w, field(_RECIPROCAL, j, width)), load(w, field(_RECIPROCAL + 1, j, width))
             value = times_pair(load(w, terms + j * n), high, low)
-            value = present(entries, row + j, count - j, value, zero)
-            write_far_or_ahead(results, row + j, count - j, value, ahead + j, far)
-    if far:
+            value = present(entries, row + j, tile.count - j, value, zero)
+            write_far_or_ahead(results, row + j, tile.count - j, value, ahead + j, tiles.far)
+    if tiles.far:
         settle()
 
 
 @Kernel
 def log_softmax_columns(team, parts, x, mask, temperature, out):
     """Logarithm of the softmax of columns that fit a tile."""
-    n, inner = out.shape[1:]
-    far = are_far_columns(x, out)
-    width = tile_width(n, inner, parts, far, workspace(1, x))
-    work = workspaces(parts, (_FIELDS + n) * width, x)
-    new = is_new(pointer(out), out.size)
-    each_part(log_softmax_tiles, team, parts, (x, mask, temperature, out, width, far, new, work))
+    tiles = tiles_of(x, out, parts)
+    work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, x)
+    arguments = x, mask, temperature, out, tiles, work
+    each_in_turn(log_softmax_tiles, team, parts, len(x) * tiles.count, arguments)
 
 
 @jit
-def log_softmax_tiles(part, parts, x, mask, temperature, out, width, far, new, work):
-    """Logarithm of the softmax of every so many-th tile."""
-    outer, _, inner = out.shape
-    lack, own = lack_of_columns(out, width, far), part_of(work, part, parts)
-    tiles = -(-(inner + lack) // width)
-    for task in range(part, outer * tiles, parts):
-        i, first = task // tiles, task % tiles * width - lack
-        log_softmax_tile(x, mask, temperature, out, new, i, first, width, parts, far, own)
+def log_softmax_tiles(first, stop, part, x, mask, temperature, out, tiles, work):
+    """Logarithm of the softmax of some tiles of columns."""
+    own = part_of(work, part)
+    for task in range(first, stop):
+        log_softmax_tile(task, tiles, x, mask, temperature, out, own)
 
 
 @jit
-def log_softmax_tile(x, mask, temperature, out, new, i, first, width, parts, far, work):
+def log_softmax_tile(task, tiles, x, mask, temperature, out, work):
     """Logarithm of the softmax of a tile of columns."""
     n, inner = x.shape[1:]
     entries, results, w = entries_of(x, mask), pointer(out), pointer(work)
-    lanes = lane_count(w)
-    following = i * n * inner + next_tile(first, parts * width, inner)
-    first, count = max(first, 0), min(first + width, inner) - max(first, 0)
-    base = i * n * inner + first
-    tile = _FIELDS * width
-    further, step = steps_ahead(count, inner, work)
-    if new:
-        touch_rows(results, base, inner, n, count)
-    pack(entries, base, inner, n, count, w, tile, further)
+    lanes, width = lane_count(w), tiles.width
+    tile, at_first = begin_tile(task, tiles, x, mask, out, work), _FIELDS * width
     rate = rate_of(temperature_at(temperature, 0), get(w, 0))
     plain = True
-    for j in range(0, count, lanes):
-        row_max = lane_maxima(w, tile + j * n, tile + j * n + n * lanes)
-        soon = Soon(entries, following + j, results, base + j, step)
-        number = i * inner + first + j
-        rates = lane_rates(temperature, number, count - j, rate, w)
-        own = split_tile_sums(w, tile + j * n, n, row_max, temperature, number, rates, None, j, width, soon)
+    for j in range(0, tile.count, lanes):
+        at, number = at_first + j * n, tile.number + j
+        row_max = lane_maxima(w, at, at + n * lanes)
+        soon = Soon(entries, tile.following + j, results, tile.base + j, tile.step)
+        rates = lane_rates(temperature, number, tile.count - j, rate, w)
+        own = split_tile_sums(w, at, n, row_max, temperature, number, rates, None, j, width, soon)
         write_log_gaps(rates, temperature, number, w, j, width)
         plain = plain and own
     for k in range(n):
-        row, at = base + k * inner, tile + k * lanes
-        ahead = row + min(further, (n - 1 - k) * inner)
-        write_log_row(entries, results, row, w, at, n, count, width, plain, ahead, far)
-    if far:
+        row, at = tile.base + k * inner, at_first + k * lanes
+        ahead = row + min(tile.further, (n - 1 - k) * inner)
+        write_log_row(entries, results, row, w, at, n, tile.count, width, plain, ahead, tiles.far)
+    if tiles.far:
         settle()
 
 
@@ -1531,50 +1569,43 @@ def column_sums_at(work, j, width):
 @Kernel
 def value_columns(team, parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of columns that fit a tile."""
-    n, inner = x.shape[1:]
-    width = tile_width(n, inner, parts, False, workspace(1, x))
-    work = workspaces(parts, (_FIELDS + n) * width, x)
-    each_part(value_tiles, team, parts, (x, mask, temperature, out, weighted, width, work))
+    tiles = tiles_of(x, None, parts)
+    work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, x)
+    arguments = x, mask, temperature, out, weighted, tiles, work
+    each_in_turn(value_tiles, team, parts, len(x) * tiles.count, arguments)
 
 
 @jit
-def value_tiles(part, parts, x, mask, temperature, out, weighted, width, work):
-    """`value_columns` of every so many-th tile."""
-    outer, _, inner = x.shape
-    tiles, own = -(-inner // width), part_of(work, part, parts)
-    for task in range(part, outer * tiles, parts):
-        i, first = task // tiles, task % tiles * width
-        value_tile(x, mask, temperature, out, i, first, width, parts, weighted, own)
+def value_tiles(first, stop, part, x, mask, temperature, out, weighted, tiles, work):
+    """`value_columns` of some tiles."""
+    own = part_of(work, part)
+    for task in range(first, stop):
+        value_tile(task, tiles, x, mask, temperature, out, weighted, own)
 
 
 @jit
-def value_tile(x, mask, temperature, out, i, first, width, parts, weighted, work):
+def value_tile(task, tiles, x, mask, temperature, out, weighted, work):
     """`value_columns` of a tile of columns."""
     n, inner = x.shape[1:]
     entries, results, w = entries_of(x, mask), pointer(out), pointer(work)
-    lanes = lane_count(w)
-    count = min(width, inner - first)
-    base = i * n * inner + first
-    tile = _FIELDS * width
-    further, step = steps_ahead(count, inner, work)
-    following = i * n * inner + next_tile(first, parts * width, inner)
-    pack(entries, base, inner, n, count, w, tile, further)
+    lanes, width = lane_count(w), tiles.width
+    tile, at_first = begin_tile(task, tiles, x, mask, None, work), _FIELDS * width
     rate = rate_of(temperature_at(temperature, 0), get(w, 0))
-    for j in range(0, count, lanes):
-        at, number = tile + j * n, i * inner + first + j
+    for j in range(0, tile.count, lanes):
+        at, number = at_first + j * n, tile.number + j
         row_max = lane_maxima(w, at, at + n * lanes)
-        soon = Soon(entries, following + j, None, 0, step)
-        rates = lane_rates(temperature, number, count - j, rate, w)
+        soon = Soon(entries, tile.following + j, None, 0, tile.step)
+        rates = lane_rates(temperature, number, tile.count - j, rate, w)
         plain = split_tile_sums(w, at, n, row_max, temperature, number, rates, weighted, j, width, soon)
         row_max, sums = read_split(w, j, width)
         if plain and shows_all(row_max, rates.temperature, sums, weighted):
             value = plain_value(row_max, rates.temperature, sums, weighted)
-            write(results, number, count - j, value)
+            write(results, number, tile.count - j, value)
             continue
-        for k in range(min(lanes, count - j)):
+        for k in range(min(lanes, tile.count - j)):
             top, sums = get(w, field(0, j + k, width)), column_sums_at(w, j + k, width)
-            own = temperature_at(temperature, number + k)
-            value = _slice.value_of_sums(entries, base + j + k, inner, n, top, own, sums, weighted)
+            own, first = temperature_at(temperature, number + k), tile.base + j + k
+            value = _slice.value_of_sums(entries, first, inner, n, top, own, sums, weighted)
             put(results, number + k, value)
 
 
@@ -1648,7 +1679,13 @@ def tall_softmax(team, parts, x, mask, temperature, out):
     work = workspaces(parts, (_FIELDS + CHUNK) * width, x)
     numbers = maxima, high, low, totals, errors, width, work
     for step in range(3):
-        each_part(softmax_strips, team, parts, (step, x, mask, temperature, out, numbers))
+        each_part(
+            softmax_strips,
+            team,
+            parts,
+            strip_count(x.shape, width),
+            (step, x, mask, temperature, out, numbers),
+        )
         for i in range(outer):
             if step == 0:
                 merge_maxima(totals, i, chunks, inner, maxima)
@@ -1657,11 +1694,10 @@ def tall_softmax(team, parts, x, mask, temperature, out):
 
 
 @jit
-def softmax_strips(part, parts, step, x, mask, temperature, out, numbers):
-    """One pass over a part of the strips."""
+def softmax_strips(first, stop, part, step, x, mask, temperature, out, numbers):
+    """One pass over some strips."""
     maxima, high, low, totals, errors, width, work = numbers
-    first, stop = span_of(part, parts, strip_count(x.shape, width))
-    own = part_of(work, part, parts)
+    own = part_of(work, part)
     for task in range(first, stop):
         if step == 0:
             strip_maxima(x, mask, task, width, totals)
@@ -1719,14 +1755,19 @@ def tall_write(team, parts, x, mask, temperature, maxima, high, low, out):
     """Write the terms of each column times its reciprocal: the second pass alone, for columns in parts."""
     width = strip_width(x.shape[2], x)
     work = workspaces(parts, _FIELDS * width, x)
-    each_part(write_strips, team, parts, (x, mask, temperature, maxima, high, low, out, width, work))
+    each_part(
+        write_strips,
+        team,
+        parts,
+        strip_count(x.shape, width),
+        (x, mask, temperature, maxima, high, low, out, width, work),
+    )
 
 
 @jit
-def write_strips(part, parts, x, mask, temperature, maxima, high, low, out, width, work):
-    """Write a part of the strips."""
-    first, stop = span_of(part, parts, strip_count(x.shape, width))
-    own = part_of(work, part, parts)
+def write_strips(first, stop, part, x, mask, temperature, maxima, high, low, out, width, work):
+    """Write some strips."""
+    own = part_of(work, part)
     for task in range(first, stop):
         write_strip(x, mask, temperature, maxima, high, low, task, width, own, out)
 
@@ -1771,7 +1812,13 @@ def tall_split_sums(team, parts, x, mask, temperature, weighted):
     work = workspaces(parts, (_FIELDS + CHUNK) * width, x)
     numbers = maxima, partial, width, work
     for step in range(2):
-        each_part(split_strips, team, parts, (step, x, mask, temperature, weighted, numbers))
+        each_part(
+            split_strips,
+            team,
+            parts,
+            strip_count(x.shape, width),
+            (step, x, mask, temperature, weighted, numbers),
+        )
         for i in range(outer):
             if step == 0:
                 merge_maxima(partial, i, chunks, inner, maxima)
@@ -1781,11 +1828,10 @@ def tall_split_sums(team, parts, x, mask, temperature, weighted):
 
 
 @jit
-def split_strips(part, parts, step, x, mask, temperature, weighted, numbers):
-    """One pass over a part of the strips."""
+def split_strips(first, stop, part, step, x, mask, temperature, weighted, numbers):
+    """One pass over some strips."""
     maxima, partial, width, work = numbers
-    first, stop = span_of(part, parts, strip_count(x.shape, width))
-    own = part_of(work, part, parts)
+    own = part_of(work, part)
     for task in range(first, stop):
         if step == 0:
             strip_maxima(x, mask, task, width, partial)
@@ -1867,7 +1913,13 @@ def tall_log_softmax(team, parts, x, mask, temperature, out):
     work = workspaces(parts, (_FIELDS + CHUNK) * width, x)
     numbers = maxima, sums, partial, width, work
     for step in range(3):
-        each_part(log_softmax_strips, team, parts, (step, x, mask, temperature, out, numbers))
+        each_part(
+            log_softmax_strips,
+            team,
+            parts,
+            strip_count(x.shape, width),
+            (step, x, mask, temperature, out, numbers),
+        )
         for i in range(outer):
             if step == 0:
                 merge_maxima(partial, i, chunks, inner, maxima)
@@ -1876,11 +1928,10 @@ def tall_log_softmax(team, parts, x, mask, temperature, out):
 
 
 @jit
-def log_softmax_strips(part, parts, step, x, mask, temperature, out, numbers):
-    """One pass over a part of the strips."""
+def log_softmax_strips(first, stop, part, step, x, mask, temperature, out, numbers):
+    """One pass over some strips."""
     maxima, sums, partial, width, work = numbers
-    first, stop = span_of(part, parts, strip_count(x.shape, width))
-    own = part_of(work, part, parts)
+    own = part_of(work, part)
     for task in range(first, stop):
         if step == 0:
             strip_maxima(x, mask, task, width, partial)
@@ -1895,14 +1946,19 @@ def tall_write_log(team, parts, x, mask, temperature, maxima, sums, out):
     """Write the logarithms of each column: the second pass alone, for columns in parts."""
     width = strip_width(x.shape[2], x)
     work = workspaces(parts, _FIELDS * width, x)
-    each_part(write_log_strips, team, parts, (x, mask, temperature, maxima, sums, out, width, work))
+    each_part(
+        write_log_strips,
+        team,
+        parts,
+        strip_count(x.shape, width),
+        (x, mask, temperature, maxima, sums, out, width, work),
+    )
 
 
 @jit
-def write_log_strips(part, parts, x, mask, temperature, maxima, sums, out, width, work):
-    """Write the logarithms of a part of the strips."""
-    first, stop = span_of(part, parts, strip_count(x.shape, width))
-    own = part_of(work, part, parts)
+def write_log_strips(first, stop, part, x, mask, temperature, maxima, sums, out, width, work):
+    """Write the logarithms of some strips."""
+    own = part_of(work, part)
     for task in range(first, stop):
         write_log_strip(x, mask, temperature, maxima, sums, task, width, own, out)
 

@@ -349,9 +349,14 @@ def _compile(compile_for_args, *arguments):
 
 def compiled_address(dispatcher, signature):
     """Address of the machine code of a kernel for a signature, under Numba's own convention for calls."""
-    uninterrupted(_compile, dispatcher.compile, signature)
-    code = dispatcher.overloads[signature]
+    code = _compiled(dispatcher, signature)
     return code.library.get_pointer_to_function(code.fndesc.llvm_func_name)
+
+
+def _compiled(dispatcher, signature):
+    """What Numba knows of a kernel for a signature, compiled or loaded if need be."""
+    uninterrupted(_compile, dispatcher.compile, signature)
+    return dispatcher.overloads[signature]
 
 
 class plain_kernel(dict):
@@ -372,8 +377,7 @@ class plain_kernel(dict):
         values = numba.from_dtype(dtype)
         x, *out = (numba.types.Array(values, ndim, "C") for ndim in self._ndims)
         signature = x, numba.float64, *out
-        uninterrupted(_compile, self._kernel.compile, signature)
-        code = self[dtype] = self._kernel.overloads[signature].entry_point
+        code = self[dtype] = _compiled(self._kernel, signature).entry_point
         return code
 
 

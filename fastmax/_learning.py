@@ -82,7 +82,7 @@ from fastmax._math import (
     top_term,
 )
 from fastmax._slice import CHUNK, Soon, fetch, is_new, lane_maxima, later, sum_lanes
-from fastmax._threads import Kernel, each_part, parts_for, span_of
+from fastmax._threads import Kernel, each_in_turn, each_part, parts_for
 from fastmax._tracing import traced
 
 # Rows up to so many entries are taken many at a time, transposed, one in each lane.
@@ -437,26 +437,27 @@ def gradient_rate_at(rate, temperature, i, like):
 def cross_entropy_rows(team, parts, x, classes, probs, temperature, samples, losses, out):
     """Losses and gradients of rows whose terms a thread keeps."""
     work = workspaces(parts, padded_size(x.shape[1], x), x)
-    each_part(kept_row_losses, team, parts, (x, classes, probs, temperature, samples, losses, out, work))
+    arguments = x, classes, probs, temperature, samples, losses, out, work
+    each_part(kept_row_losses, team, parts, len(x), arguments)
 
 
 @jit
-def kept_row_losses(part, parts, x, classes, probs, temperature, samples, losses, out, work):
+def kept_row_losses(first, stop, part, x, classes, probs, temperature, samples, losses, out, work):
     """`row_losses` from stored terms."""
-    stored = pointer(part_of(work, part, parts))
-    row_losses(part, parts, x, classes, probs, temperature, samples, losses, out, stored, None)
+    stored = pointer(part_of(work, part))
+    row_losses(first, stop, part, x, classes, probs, temperature, samples, losses, out, stored, None)
 
 
 @Kernel
 def cross_entropy_long_rows(team, parts, x, classes, probs, temperature, samples, losses, out):
     """Losses of rows and, unless out is None, gradients; for these, terms are computed twice."""
-    each_part(row_losses, team, parts, (x, classes, probs, temperature, samples, losses, out, None, True))
+    arguments = x, classes, probs, temperature, samples, losses, out, None, True
+    each_part(row_losses, team, parts, len(x), arguments)
 
 
 @jit
-def row_losses(part, parts, x, classes, probs, temperature, samples, losses, out, stored, anew):
-    """Losses and gradients of a part of the rows, from stored terms unless these are computed anew."""
-    first, stop = span_of(part, parts, len(x))
+def row_losses(first, stop, part, x, classes, probs, temperature, samples, losses, out, stored, anew):
+    """Losses and gradients of some rows, from stored terms unless these are computed anew."""
     n = x.shape[1]
     entries = pointer(x)
     like = get(entries, 0)
@@ -588,17 +589,17 @@ def cross_entropy_tiles(team, parts, x, classes, probs, shape, temperature, samp
     width = tile_size(shape.n, shape.inner, parts, tiles, workspace(1, x))
     work = workspaces(parts, (_FIELDS + piece_size(x)) * lanes + tiles * shape.n * width, x)
     new = is_new(pointer_to(out), x.size)
-    arguments = x, classes, probs, shape, temperature, samples, losses, out, width, new, work
-    each_part(tiles_of_losses, team, parts, arguments)
+    arguments = x, classes, probs, shape, temperature, samples, losses, out, width, parts, new, work
+    each_in_turn(tiles_of_losses, team, parts, shape.outer * -(-shape.inner // width), arguments)
 
 
 @jit
 def tiles_of_losses(
-    part, parts, x, classes, probs, shape, temperature, samples, losses, out, width, new, work
+    begin, end, part, x, classes, probs, shape, temperature, samples, losses, out, width, parts, new, work
 ):
-    """Losses and gradients of every so many-th tile."""
-    count, own = -(-shape.inner // width), pointer(part_of(work, part, parts))
-    for task in range(part, shape.outer * count, parts):
+    """Losses and gradients of some tiles."""
+    count, own = -(-shape.inner // width), pointer(part_of(work, part))
+    for task in range(begin, end):
         i, first = task // count, task % count * width
         tile_losses(
             x, classes, probs, shape, temperature, samples, losses, out, new, i, first, width, parts, own
@@ -642,15 +643,19 @@ def cross_entropy_tall(team, parts, x, classes, probs, shape, temperature, sampl
     """Losses of columns and, unless out is None, gradients; each vector of columns is read where it lies."""
     work = workspaces(parts, _FIELDS * lane_count(x), x)
     arguments = x, classes, probs, shape, temperature, samples, losses, out, work
-    each_part(vectors_of_tall_losses, team, parts, arguments)
+    each_in_turn(
+        vectors_of_tall_losses, team, parts, shape.outer * -(-shape.inner // lane_count(x)), arguments
+    )
 
 
 @jit
-def vectors_of_tall_losses(part, parts, x, classes, probs, shape, temperature, samples, losses, out, work):
-    """Losses and gradients of every so many-th vector of columns."""
+def vectors_of_tall_losses(
+    begin, end, part, x, classes, probs, shape, temperature, samples, losses, out, work
+):
+    """Losses and gradients of some vectors of columns."""
     lanes = lane_count(x)
-    vectors, own = -(-shape.inner // lanes), pointer(part_of(work, part, parts))
-    for task in range(part, shape.outer * vectors, parts):
+    vectors, own = -(-shape.inner // lanes), pointer(part_of(work, part))
+    for task in range(begin, end):
         i, first = task // vectors, task % vectors * lanes
         tall_losses(x, classes, probs, shape, temperature, samples, losses, out, i, first, own)
 
@@ -905,16 +910,15 @@ def write_products(probs, cotangent, start, stop, step, width, total, error, fac
 @Kernel
 def vjp_rows(team, parts, probs, cotangent, temperature, out, log):
     """Product of the cotangent with the Jacobian of softmax, or log_softmax, in each row."""
-    each_part(vjp_some_rows, team, parts, (probs, cotangent, temperature, out, log))
+    each_part(vjp_some_rows, team, parts, len(probs), (probs, cotangent, temperature, out, log))
 
 
 @jit
-def vjp_some_rows(part, parts, probs, cotangent, temperature, out, log):
-    """`vjp_rows` of a part of the rows."""
+def vjp_some_rows(begin, end, part, probs, cotangent, temperature, out, log):
+    """`vjp_rows` of some rows."""
     n, lanes = probs.shape[1], lane_count(probs)
     p, g, results = pointer(probs), pointer(cotangent), pointer(out)
     like = get(p, 0)
-    begin, end = span_of(part, parts, len(probs))
     for i in range(begin, end):
         start, stop = i * n, i * n + n
         total, error = sum_products(p, g, start, stop, lanes, lanes, log)
@@ -923,26 +927,45 @@ def vjp_some_rows(part, parts, probs, cotangent, temperature, out, log):
         write_products(p, g, start, stop, lanes, lanes, total, error, factors, log, results)
 
 
+@traced
+def vectors_of(shape, like):
+    """Number of vectors of columns."""
+    outer, _, inner = shape
+    return outer * -(-inner // lane_count(like))
+
+
+@jit
+def vector_of(task, shape, like):
+    """First and stop of the entries of a vector of columns, how many columns it has, and its first slice."""
+    _, n, inner = shape
+    vectors = -(-inner // lane_count(like))
+    i, first = task // vectors, task % vectors * lane_count(like)
+    start = i * n * inner + first
+    return start, start + n * inner, min(lane_count(like), inner - first), i * inner + first
+
+
 @Kernel
 def vjp_columns(team, parts, probs, cotangent, temperature, out, log):
     """Product of the cotangent with the Jacobian of softmax, or log_softmax, in each column."""
     work = workspaces(parts, 3 * lane_count(probs), probs)
-    each_part(vjp_some_columns, team, parts, (probs, cotangent, temperature, out, log, work))
+    each_part(
+        vjp_some_columns,
+        team,
+        parts,
+        vectors_of(probs.shape, probs),
+        (probs, cotangent, temperature, out, log, work),
+    )
 
 
 @jit
-def vjp_some_columns(part, parts, probs, cotangent, temperature, out, log, work):
-    """`vjp_columns` of a part of the vectors of columns."""
-    outer, n, inner = probs.shape
+def vjp_some_columns(begin, end, part, probs, cotangent, temperature, out, log, work):
+    """`vjp_columns` of some vectors of columns."""
+    inner = probs.shape[2]
     lanes = lane_count(probs)
-    vectors = -(-inner // lanes)
-    w = pointer(part_of(work, part, parts))
+    w = pointer(part_of(work, part))
     p, g, results = pointer(probs), pointer(cotangent), pointer(out)
-    begin, end = span_of(part, parts, outer * vectors)
     for task in range(begin, end):
-        first = task % vectors * lanes
-        start, width = task // vectors * n * inner + first, min(lanes, inner - first)
-        stop, number = start + n * inner, task // vectors * inner + first
+        start, stop, width, number = vector_of(task, probs.shape, probs)
         total, error = sum_products(p, g, start, stop, inner, width, log)
         for j in range(lanes):
             own = temperature_at(temperature, number + j)
@@ -1038,16 +1061,15 @@ def write_start(table, i, top, number, first, second, weight, gap):
 @Kernel
 def fit_start_rows(team, parts, x, classes, probs, factor, table):
     """Find what a fit needs of each row."""
-    each_part(fit_start_some_rows, team, parts, (x, classes, probs, factor, table))
+    each_part(fit_start_some_rows, team, parts, len(x), (x, classes, probs, factor, table))
 
 
 @jit
-def fit_start_some_rows(part, parts, x, classes, probs, factor, table):
-    """Find what a fit needs of a part of the rows."""
-    rows, n = x.shape
+def fit_start_some_rows(begin, end, part, x, classes, probs, factor, table):
+    """Find what a fit needs of some rows."""
+    n = x.shape[1]
     lanes = lane_count(table)
     entries, zero = pointer(x), spread(0.0, table)
-    begin, end = span_of(part, parts, rows)
     for i in range(begin, end):
         start, stop = i * n, i * n + n
         top = np.float64(_slice.maximum(entries, start, stop))
@@ -1075,21 +1097,23 @@ def label_gap(top, logit, factor):
 def fit_start_columns(team, parts, x, classes, probs, factor, table):
     """Find what a fit needs of each column."""
     work = workspaces(parts, 6 * lane_count(table), table)
-    each_part(fit_start_some_columns, team, parts, (x, classes, probs, factor, table, work))
+    each_part(
+        fit_start_some_columns,
+        team,
+        parts,
+        vectors_of(x.shape, table),
+        (x, classes, probs, factor, table, work),
+    )
 
 
 @jit
-def fit_start_some_columns(part, parts, x, classes, probs, factor, table, work):
-    """Find what a fit needs of a part of the vectors of columns."""
-    outer, n, inner = x.shape
+def fit_start_some_columns(begin, end, part, x, classes, probs, factor, table, work):
+    """Find what a fit needs of some vectors of columns."""
+    inner = x.shape[2]
     lanes = lane_count(table)
-    vectors = -(-inner // lanes)
-    entries, w = pointer(x), pointer(part_of(work, part, parts))
-    begin, end = span_of(part, parts, outer * vectors)
+    entries, w = pointer(x), pointer(part_of(work, part))
     for task in range(begin, end):
-        column = task % vectors * lanes
-        start, width = task // vectors * n * inner + column, min(lanes, inner - column)
-        stop, number = start + n * inner, task // vectors * inner + column
+        start, stop, width, number = vector_of(task, x.shape, table)
         top = wide_tops(entries, start, stop, inner, width, table)
         sums = lane_uniform(entries, start, stop, inner, width, top, factor, table)
         store(w, 0, top)
@@ -1142,17 +1166,16 @@ def write_moments(moments, i, weight, total, error, first, first_error, second):
 @Kernel
 def fit_rows(team, parts, x, table, temperature, moments):
     """Mean and variance of b d in each row, at one temperature."""
-    each_part(fit_some_rows, team, parts, (x, table, temperature, moments))
+    each_part(fit_some_rows, team, parts, len(x), (x, table, temperature, moments))
 
 
 @jit
-def fit_some_rows(part, parts, x, table, temperature, moments):
-    """Mean and variance of b d in a part of the rows."""
-    rows, n = x.shape
+def fit_some_rows(begin, end, part, x, table, temperature, moments):
+    """Mean and variance of b d in some rows."""
+    n = x.shape[1]
     lanes = lane_count(table)
     entries, zero = pointer(x), spread(0.0, table)
     rate = rate_of(temperature, 0.0)
-    begin, end = span_of(part, parts, rows)
     for i in range(begin, end):
         start, stop = i * n, i * n + n
         top = table[_TOP, i]
@@ -1172,22 +1195,20 @@ def fit_some_rows(part, parts, x, table, temperature, moments):
 def fit_columns(team, parts, x, table, temperature, moments):
     """Mean and variance of b d in each column, at one temperature."""
     work = workspaces(parts, 11 * lane_count(table), table)
-    each_part(fit_some_columns, team, parts, (x, table, temperature, moments, work))
+    each_part(
+        fit_some_columns, team, parts, vectors_of(x.shape, table), (x, table, temperature, moments, work)
+    )
 
 
 @jit
-def fit_some_columns(part, parts, x, table, temperature, moments, work):
-    """Mean and variance of b d in a part of the vectors of columns."""
-    outer, n, inner = x.shape
+def fit_some_columns(begin, end, part, x, table, temperature, moments, work):
+    """Mean and variance of b d in some vectors of columns."""
+    inner = x.shape[2]
     lanes = lane_count(table)
-    vectors = -(-inner // lanes)
-    entries, w = pointer(x), pointer(part_of(work, part, parts))
+    entries, w = pointer(x), pointer(part_of(work, part))
     rate = rate_of(temperature, 0.0)
-    begin, end = span_of(part, parts, outer * vectors)
     for task in range(begin, end):
-        column = task % vectors * lanes
-        start, width = task // vectors * n * inner + column, min(lanes, inner - column)
-        stop, number = start + n * inner, task // vectors * inner + column
+        start, stop, width, number = vector_of(task, x.shape, table)
         for j in range(lanes):
             top = table[_TOP, number + min(j, width - 1)]
             if is_plain(top, rate):
@@ -1384,15 +1405,20 @@ def solve_distances(w, count, ties, low, high, temperature, goal):
 def solve_slices(team, parts, x, entropies, at_limit, temperatures, found):
     """Solve for the temperature of each slice over axis 1 of an array (outer, n, inner)."""
     work = workspaces(parts, x.shape[1], 0.0)
-    each_part(solve_some_slices, team, parts, (x, entropies, at_limit, temperatures, found, work))
+    each_part(
+        solve_some_slices,
+        team,
+        parts,
+        len(x) * x.shape[2],
+        (x, entropies, at_limit, temperatures, found, work),
+    )
 
 
 @jit
-def solve_some_slices(part, parts, x, entropies, at_limit, temperatures, found, work):
-    """Solve for the temperature of a part of the slices."""
-    outer, n, inner = x.shape
-    w = pointer(part_of(work, part, parts))
-    first, stop = span_of(part, parts, outer * inner)
+def solve_some_slices(first, stop, part, x, entropies, at_limit, temperatures, found, work):
+    """Solve for the temperature of some slices."""
+    n, inner = x.shape[1:]
+    w = pointer(part_of(work, part))
     for i in range(first, stop):
         start = i // inner * n * inner + i % inner
         target = temperature_at(entropies, i)

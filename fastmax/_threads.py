@@ -2,7 +2,7 @@
 
 Numba compiles the body of a loop over ``prange`` by itself, with a wrapper that its threads call, and a
 kernel anew without it for calls that stay on one thread. Here there is one such loop, which calls a function
-by its address, and a kernel hands it what is to be done for each part of its work, or does that itself.
+by its address, and a kernel hands it what is to be done by each of its threads, or does that itself.
 """
 
 import functools
@@ -15,7 +15,8 @@ from numba.core import cgutils, types
 
 from fastmax import _process
 from fastmax._jit import compiled_address, kernel
-from fastmax._tracing import intrinsic, traced
+from fastmax._lanes import LINE_BYTES
+from fastmax._tracing import intrinsic
 
 _SIZE = ir.IntType(8 * np.intp().itemsize)
 _PART = types.voidptr, types.intp  # what the function of a part takes: data, and the number of the part
@@ -72,40 +73,66 @@ def _call(typingctx, function, data, part):
     return types.none(types.intp, types.intp, types.intp), codegen
 
 
-@traced
-def span_of(part, parts, count):
-    """First and stop of what a part has of so many slices or tasks."""
-    return count * part // parts, count * (part + 1) // parts
+# Pieces that each thread's share of some tasks is cut into.
+_PIECES = 8
 
 
-@intrinsic
-def each_part(typingctx, function, team, parts, arguments):
-    """Call ``function(part, parts, *arguments)`` for each part: all in turn, or by the team if that is not 0.
+def _each(in_turn):
+    @intrinsic
+    def each(typingctx, function, team, parts, count, arguments):
+        task = types.intp
+        own = function.get_call_type(typingctx, (task, task, types.intp, *arguments), {})
 
-    It returns None. It allocates nothing, and so raises no error, which a thread could tell nobody. For
-    kernels only: what they call is linked by name, and what is made here has a name for its kernel alone.
-    """
-    own = function.get_call_type(typingctx, (types.intp, types.intp, *arguments), {})
+        def codegen(context, builder, sig, args):
+            _, team, parts, count, values = args
+            values = _uncounted(context, builder, arguments, values)
+            values = [builder.extract_value(values, i) for i in range(len(arguments))]
+            is_alone = builder.icmp_unsigned("==", team, _SIZE(0))
+            shares = _SIZE(1) if in_turn else builder.select(is_alone, _SIZE(1), parts)
+            pieces = builder.select(is_alone, _SIZE(1), count if in_turn else _SIZE(_PIECES))
+            counters = _counters(builder, shares)
+            values = [count, shares, pieces, counters, *values]
+            data = cgutils.alloca_once(builder, ir.LiteralStructType([value.type for value in values]))
+            builder.store(cgutils.pack_struct(builder, values), data)
+            call = _function_of_part(context, builder.module, function, own, data.type)
+            data = builder.bitcast(data, call.args[2].type)
+            with builder.if_else(is_alone) as (alone, together):
+                with alone:
+                    context.call_conv.call_function(builder, call, types.none, _PART, [data, _SIZE(0)])
+                with together:
+                    kind = context.call_conv.get_function_type(types.none, _PARTS)
+                    addresses = [builder.ptrtoint(pointer, _SIZE) for pointer in (call, data)]
+                    team = builder.inttoptr(team, kind.as_pointer())
+                    context.call_conv.call_function(builder, team, types.none, _PARTS, [*addresses, parts])
+            return context.get_dummy_value()
 
-    def codegen(context, builder, sig, args):
-        _, team, parts, values = args
-        values = _uncounted(context, builder, arguments, values)
-        values = [parts, *(builder.extract_value(values, i) for i in range(len(arguments)))]
-        data = cgutils.alloca_once(builder, ir.LiteralStructType([value.type for value in values]))
-        builder.store(cgutils.pack_struct(builder, values), data)
-        call = _function_of_part(context, builder.module, function, own, data.type)
-        data = builder.bitcast(data, call.args[2].type)
-        with builder.if_else(builder.icmp_unsigned("==", team, _SIZE(0))) as (alone, together):
-            with alone, cgutils.for_range(builder, parts) as loop:
-                context.call_conv.call_function(builder, call, types.none, _PART, [data, loop.index])
-            with together:
-                kind = context.call_conv.get_function_type(types.none, _PARTS)
-                addresses = [builder.ptrtoint(pointer, _SIZE) for pointer in (call, data)]
-                team = builder.inttoptr(team, kind.as_pointer())
-                context.call_conv.call_function(builder, team, types.none, _PARTS, [*addresses, parts])
-        return context.get_dummy_value()
+        return types.none(function, types.intp, types.intp, types.intp, arguments), codegen
 
-    return types.none(function, types.intp, types.intp, arguments), codegen
+    return each
+
+
+# Call ``function(first, stop, part, *arguments)`` until all of so many tasks are done: once for all tasks, or
+# by a team if that is not 0, where each of so many parts goes on to another span of tasks when it is done
+# with one. `each_part` gives each thread a share of its own, in pieces, and pieces of others when that is
+# done; `each_in_turn` gives the next task to whoever is free, so that neighbours are worked on together. With
+# equal shares the slowest core, which may be a small one or one that others use, had all wait: on two cores
+# of which one was shared 1024 x 64 float32 took as long as on one.
+#
+# They return None. They allocate nothing, and so raise no error, which a thread could tell nobody. They are
+# for kernels only: what those call is linked by name, and what is made here has a name for one kernel alone.
+each_part = _each(in_turn=False)
+each_in_turn = _each(in_turn=True)
+
+
+def _counters(builder, count):
+    """Counters at 0, a line of the cache for each."""
+    counters = builder.alloca(_SIZE, builder.mul(count, _SIZE(_COUNTER)))
+    with cgutils.for_range(builder, count) as loop:
+        builder.store(_SIZE(0), builder.gep(counters, [builder.mul(loop.index, _SIZE(_COUNTER))]))
+    return counters
+
+
+_COUNTER = LINE_BYTES // np.intp().itemsize
 
 
 def _uncounted(context, builder, kind, value):
@@ -126,13 +153,35 @@ def _uncounted(context, builder, kind, value):
 
 
 def _function_of_part(context, module, function, signature, kind):
-    """LLVM function that calls a jitted function for a part, with arguments from the data."""
+    """LLVM function that a thread calls for a part, with `_each`'s data: it claims pieces until none is left.
+
+    A piece is claimed by counting up the counter of a share.
+    """
     own = context.call_conv.get_function_type(types.none, _PART)
     call = ir.Function(module, own, module.get_unique_name("fastmax.part"))
     call.linkage = "internal"
     builder = ir.IRBuilder(call.append_basic_block("entry"))
     data, part = call.args[2:]
-    parts, *values = cgutils.unpack_tuple(builder, builder.load(builder.bitcast(data, kind)))
-    context.get_function(function, signature)(builder, [part, parts, *values])
+    count, shares, pieces, counters, *values = cgutils.unpack_tuple(
+        builder, builder.load(builder.bitcast(data, kind))
+    )
+    all_pieces = builder.mul(shares, pieces)
+    with cgutils.for_range(builder, shares) as loop:
+        share = builder.urem(builder.add(part, loop.index), shares)
+        counter = builder.gep(counters, [builder.mul(share, _SIZE(_COUNTER))])
+        claim, work, end = (builder.append_basic_block(name) for name in ("claim", "work", "end"))
+        builder.branch(claim)
+        builder.position_at_end(claim)
+        claimed = builder.atomic_rmw("add", counter, _SIZE(1), "monotonic")
+        builder.cbranch(builder.icmp_signed("<", claimed, pieces), work, end)
+        builder.position_at_end(work)
+        piece = builder.add(builder.mul(share, pieces), claimed)
+        first, stop = (
+            builder.sdiv(builder.mul(count, builder.add(piece, _SIZE(i))), all_pieces) for i in range(2)
+        )
+        with builder.if_then(builder.icmp_signed("<", first, stop)):
+            context.get_function(function, signature)(builder, [first, stop, part, *values])
+        builder.branch(claim)
+        builder.position_at_end(end)
     builder.ret(own.return_type(0))
     return call

@@ -16,8 +16,10 @@ from bits import LENGTHS
 from paths import IN_PLACE, PATHS
 
 import fastmax
-from fastmax import _cpu
+from fastmax import _cpu, _process
+from fastmax._jit import jit
 from fastmax._slice import CHUNK
+from fastmax._threads import Kernel, each_in_turn, each_part
 
 every = pytest.mark.parametrize("name", oracle.FUNCTIONS)
 float_types = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -88,6 +90,39 @@ def test_number_of_threads_changes_no_bit():
 def test_kernels_that_are_loaded_give_the_bits_of_those_just_compiled(tmp_path):
     compiled = digests(NUMBA_CACHE_DIR=str(tmp_path))
     assert digests(NUMBA_CACHE_DIR=str(tmp_path)) == compiled
+
+
+@jit
+def take(first, stop, part, counts, owners, burnt):
+    """Count tasks, of which those of part 0 take a millisecond or so."""
+    for task in range(first, stop):
+        counts[task] += 1
+        owners[task] = part
+        if part == 0:
+            for i in range(10**6):
+                burnt[0] = burnt[0] * 0.5 + i
+
+
+@Kernel
+def take_shares(team, parts, counts, owners, burnt):
+    each_part(take, team, parts, len(counts), (counts, owners, burnt))
+
+
+@Kernel
+def take_turns(team, parts, counts, owners, burnt):
+    each_in_turn(take, team, parts, len(counts), (counts, owners, burnt))
+
+
+@pytest.mark.parametrize("kernel", [take_shares, take_turns])
+@pytest.mark.parametrize("tasks", [0, 1, 15, 16, 17, 100])
+def test_each_task_is_done_once_and_a_slow_thread_holds_up_no_other(kernel, tasks):
+    threads = _process.usable_threads()
+    for parts in (1, 2, 3):
+        counts, owners = np.zeros(tasks, np.int64), np.zeros(tasks, np.int64)
+        kernel(parts, counts, owners, np.zeros(1))
+        assert (counts == 1).all()
+        if parts == 2 <= threads and tasks == 100:
+            assert (owners == 1).sum() > 75
 
 
 @every
