@@ -72,16 +72,16 @@ from fastmax._math import (
     log_terms,
     merge,
     misses_faint_terms,
+    normalizer,
     plain_gap,
     plain_logsumexp,
     plain_scale,
+    probability,
     rate_of,
     ratio_scale,
     ratio_terms,
-    reciprocal,
     start_of_sum,
     term_of,
-    times_pair,
 )
 from fastmax._slice import (
     CHUNK,
@@ -138,9 +138,9 @@ TALL = 2**11
 # have found and summed up is kept side by side for each row and quantity, and merged for all rows of a group
 # at once, in a fifth of the instructions.
 
-# Vectors in the working memory beside those of the sums, with one row in each lane: maxima, 1 / sum as high
-# and low (or inverse and summand of a gap), the largest maximum of a plain row, and the fields of a scale,
-# which all rows of a group get at once.
+# Vectors in the working memory beside those of the sums, with one row in each lane: maxima, normalizers as
+# high and low (or inverse and summand of a gap), the largest maximum of a plain row, and the fields of a
+# scale, which all rows of a group get at once.
 _MAXIMA, _HIGH, _LOW, _LIMIT, _SCALE, _VECTORS = 0, 1, 2, 3, 4, 9
 # Sums: total and error, or ties, rest, error, moment, its error, and zeros.
 _SUMS = 6
@@ -358,7 +358,7 @@ def softmax_groups(first, stop, part, x, mask, temperature, out, work):
         put_row_scales(ratio_scale(maxima_at(w, count), rates), rates, w)
         further = min(size, stop - start - count)
         group_sums(entries, n, step, start, count, further, temperature, w, results)
-        high, low = reciprocal(load(w, sums_at(w, 0)), load(w, sums_at(w, 1)))
+        high, low = normalizer(load(w, sums_at(w, 0)), load(w, sums_at(w, 1)))
         store(w, _HIGH * lanes, high)
         store(w, _LOW * lanes, low)
         terms = sums_at(w, _SUMS)
@@ -621,9 +621,9 @@ def softmax_narrow_group(x, mask, temperature, out, first, count, work):
     else:
         write_scales(row_max, ratio_scale(row_max, rates), rates, temperature, first, w, 0, lanes)
         total, error = narrow_sums(w, tile, n, read_scale(w, 0, lanes), read_guard(w, 0, lanes))
-    high, low = reciprocal(total, error)
+    high, low = normalizer(total, error)
     for i in range(tile, tile + n * lanes, lanes):
-        store(w, i, times_pair(load(w, i), high, low))
+        store(w, i, probability(load(w, i), high, low))
     unpack_rows(w, tile, pointer(out), first * n, n, count, entries, spread(0.0, get(w, tile)))
 
 
@@ -926,8 +926,8 @@ def chunk_maxima(first, stop, part, x, mask, partial):
 
 
 @Kernel
-def long_reciprocals(team, parts, x, mask, temperature, maxima):
-    """1 / sum of the terms of each row, as a pair."""
+def long_normalizers(team, parts, x, mask, temperature, maxima):
+    """Normalizer of each row."""
     rows, n = x.shape
     chunks = chunk_count(n, x)
     totals, errors = workspace(rows * chunks, x), workspace(rows * chunks, x)
@@ -937,7 +937,7 @@ def long_reciprocals(team, parts, x, mask, temperature, maxima):
         total = error = spread(0.0, maxima[row])
         for task in range(row * chunks, (row + 1) * chunks):
             total, error = merge(total, error, totals[task], errors[task])
-        high[row], low[row] = reciprocal(total, error)
+        high[row], low[row] = normalizer(total, error)
     return high, low
 
 
@@ -963,7 +963,7 @@ def chunk_sums(x, start, stop, row_max, temperature, soon):
 
 @Kernel
 def long_write(team, parts, x, mask, temperature, maxima, high, low, out):
-    """Write the terms of each row times its reciprocal."""
+    """Write the terms of each row times its normalizer."""
     each_part(
         write_chunks,
         team,
@@ -992,7 +992,7 @@ def is_far(x, out):
 
 @jit
 def chunk_write(x, start, stop, row_max, temperature, high, low, out, shift, far):
-    """Write the terms of a chunk times a reciprocal, at an index shifted by so much."""
+    """Write the terms of a chunk times a normalizer, at an index shifted by so much."""
     rate = rate_of(temperature, row_max)
     if is_plain(row_max, rate):
         _slice.write_terms(x, start, stop, ratio_scale(row_max, rate), None, high, low, out, shift, far)
@@ -1074,7 +1074,7 @@ def long_values(x, mask, temperature, maxima, sums, out, weighted):
 def softmax_long_rows(parts, x, mask, temperature, out):
     """Softmax of rows that all threads share."""
     maxima = long_maxima(parts, x, mask)
-    high, low = long_reciprocals(parts, x, mask, temperature, maxima)
+    high, low = long_normalizers(parts, x, mask, temperature, maxima)
     long_write(parts, x, mask, temperature, maxima, high, low, out)
 
 
@@ -1098,9 +1098,9 @@ def value_long_rows(parts, x, mask, temperature, out, weighted):
 # which a cache keeps no more than eight. Numbers for each column, their fields, stand before the tile.
 # Threads take turns in tiles: the lines of neighbours share pages of memory.
 
-# Fields of a column: those of Scale and Guard, or of Gap and Guard, and 1 / sum.
+# Fields of a column: those of Scale and Guard, or of Gap and Guard, and a normalizer.
 _GUARD = 6
-_RECIPROCAL = 11
+_NORMALIZER = 11
 _FIELDS = 13
 
 
@@ -1174,13 +1174,12 @@ def tiles_of(x, out, parts):
     """
     n, inner = x.shape[1:]
     far = new = False
-    lack = 0
+    lead = 0
     if out is not None:
         far, new = are_far_columns(x, out), is_new(pointer(out), out.size)
-    width = tile_width(n, inner, parts, far, workspace(1, x))
-    if out is not None:
         lead = to_stream(pointer(out), 0) if far else 0
-        lack = width - lead if lead > 0 else 0
+    width = tile_width(n, inner, parts, far, workspace(1, x))
+    lack = width - lead if lead > 0 else 0
     return Tiles(width, -(-(inner + lack) // width), lack, far, new, parts)
 
 
@@ -1427,16 +1426,16 @@ def softmax_tile(task, tiles, x, mask, temperature, out, work):
             write_scales(row_max, scales, rates, temperature, tile.number + j, w, j, width)
             scale, guard = read_scale(w, j, width), read_guard(w, j, width)
             total, error = column_sums(w, at, n, scale, guard, soon)
-        high, low = reciprocal(total, error)
-        store(w, field(_RECIPROCAL, j, width), high)
-        store(w, field(_RECIPROCAL + 1, j, width), low)
+        high, low = normalizer(total, error)
+        store(w, field(_NORMALIZER, j, width), high)
+        store(w, field(_NORMALIZER + 1, j, width), low)
     zero = spread(0.0, w)
     for k in range(n):
         row, terms = tile.base + k * inner, at_first + k * lanes
         ahead = row + min(tile.further, (n - 1 - k) * inner)
         for j in range(0, tile.count, lanes):
-            high, low = load(w, field(_RECIPROCAL, j, width)), load(w, field(_RECIPROCAL + 1, j, width))
-            value = times_pair(load(w, terms + j * n), high, low)
+            high, low = load(w, field(_NORMALIZER, j, width)), load(w, field(_NORMALIZER + 1, j, width))
+            value = probability(load(w, terms + j * n), high, low)
             value = present(entries, row + j, tile.count - j, value, zero)
             write_far_or_ahead(results, row + j, tile.count - j, value, ahead + j, tiles.far)
     if tiles.far:
@@ -1736,7 +1735,7 @@ def strip_sums(x, mask, temperature, maxima, task, width, work, totals, errors):
 
 @jit
 def merge_strips(totals, errors, i, chunks, inner, high, low):
-    """Merge the sums of all chunks of some columns into 1 / sum."""
+    """Merge the sums of all chunks of some columns into normalizers."""
     zero = spread(0.0, high)
     lanes = lane_count(high)
     for j in range(0, inner, lanes):
@@ -1745,14 +1744,14 @@ def merge_strips(totals, errors, i, chunks, inner, high, low):
         for at in range(i * chunks * inner + j, (i + 1) * chunks * inner, inner):
             part, part_error = read(pointer(totals), at, count, zero), read(pointer(errors), at, count, zero)
             total, error = merge(total, error, part, part_error)
-        part, part_error = reciprocal(total, error)
+        part, part_error = normalizer(total, error)
         write(pointer(high), i * inner + j, count, part)
         write(pointer(low), i * inner + j, count, part_error)
 
 
 @Kernel
 def tall_write(team, parts, x, mask, temperature, maxima, high, low, out):
-    """Write the terms of each column times its reciprocal: the second pass alone, for columns in parts."""
+    """Write the terms of each column times its normalizer: the second pass alone, for columns in parts."""
     width = strip_width(x.shape[2], x)
     work = workspaces(parts, _FIELDS * width, x)
     each_part(
@@ -1774,7 +1773,7 @@ def write_strips(first, stop, part, x, mask, temperature, maxima, high, low, out
 
 @jit
 def write_strip(x, mask, temperature, maxima, high, low, task, width, work, out):
-    """Write the terms of a strip times the reciprocals of its columns."""
+    """Write the terms of a strip times the normalizers of its columns."""
     zero = spread(0.0, x)
     i, chunk, rows, first, count = strip_of(task, x.shape, width)
     n, inner = x.shape[1:]
@@ -1787,8 +1786,8 @@ def write_strip(x, mask, temperature, maxima, high, low, task, width, work, out)
         rates = lane_rates(temperature, column, count - j, rate, w)
         plain = plain and are_plain(row_max, rates)
         write_scales(row_max, ratio_scale(row_max, rates), rates, temperature, column, w, j, width)
-        store(w, field(_RECIPROCAL, j, width), read(pointer(high), column, count - j, zero))
-        store(w, field(_RECIPROCAL + 1, j, width), read(pointer(low), column, count - j, zero))
+        store(w, field(_NORMALIZER, j, width), read(pointer(high), column, count - j, zero))
+        store(w, field(_NORMALIZER + 1, j, width), read(pointer(low), column, count - j, zero))
     for k in range(rows):
         row = (i * n + chunk * CHUNK + k) * inner + first
         for j in range(0, count, lanes):
@@ -1797,8 +1796,8 @@ def write_strip(x, mask, temperature, maxima, high, low, task, width, work, out)
                 power, excess = ratio_terms(values, scale, None)
             else:
                 power, excess = ratio_terms(values, scale, read_guard(w, j, width))
-            inverse = load(w, field(_RECIPROCAL, j, width)), load(w, field(_RECIPROCAL + 1, j, width))
-            value = times_pair(term_of(power, excess), inverse[0], inverse[1])
+            inverse = load(w, field(_NORMALIZER, j, width)), load(w, field(_NORMALIZER + 1, j, width))
+            value = probability(term_of(power, excess), inverse[0], inverse[1])
             write(results, row + j, count - j, present(entries, row + j, count - j, value, zero))
 
 

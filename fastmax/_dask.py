@@ -30,9 +30,9 @@ from fastmax._math import (
     logsumexp_value,
     merge,
     misses_faint_terms,
+    normalizer,
     over,
     rate_of,
-    reciprocal,
     terms,
     top_term,
     unit_of,
@@ -338,7 +338,7 @@ def _write(x, states, mask, reduced, operation):
         rows = len(chunk.blocks) == 2
         if operation == "softmax":
             high, low = np.empty_like(maxima), np.empty_like(maxima)
-            reciprocals(maxima, sums, own, high, low)
+            normalizers(maxima, sums, own, high, low)
             if rows:
                 write_rows(chunk.x, chunk.mask, own, maxima, high, low, out)
             else:
@@ -415,7 +415,7 @@ def sums_of_row(x, start, stop, row_max, temperature, weighted, tied, soon):
 
 @_serial
 def write_rows(x, mask, temperature, maxima, high, low, out):
-    """Write the terms of rows times their reciprocals."""
+    """Write the terms of rows times their normalizers."""
     rows, n = x.shape
     entries, pitch, results = entries_of(x, mask), pitch_of(x), pointer(out)
     for row in range(rows):
@@ -527,8 +527,8 @@ def sums_beside_maxima(states, sums):
 
 
 @kernel
-def reciprocals(maxima, sums, temperature, high, low):
-    """Write 1 / sum of the `ratio_terms` of each slice as a pair in the dtype of the maxima."""
+def normalizers(maxima, sums, temperature, high, low):
+    """Write the normalizer of the `ratio_terms` of each slice in the dtype of the maxima."""
     for i in range(len(maxima)):
         if maxima[i] == -math.inf:
             high[i] = low[i] = math.nan
@@ -540,7 +540,7 @@ def reciprocals(maxima, sums, temperature, high, low):
             product = total * unit
             error = fma(total, unit, -product) + error * unit
             rounded = spread(product, maxima[i])
-            high[i], low[i] = reciprocal(rounded, spread((product - rounded) + error, maxima[i]))
+            high[i], low[i] = normalizer(rounded, spread((product - rounded) + error, maxima[i]))
 
 
 @kernel

@@ -18,8 +18,9 @@ takes 16 and 19 instructions (float32, float64) and is within 0.62 ulp, or 20 an
 Softmax needs no more of its terms than their ratios, and with AVX-512 takes them times a factor. There n is
 x high rounded down, and f = (x high - n) + x low is from 0 to 1/16, or hardly beyond: nothing of the maximum
 is subtracted from it. A term takes 13 and 17 instructions, and with fewer constants for f as well as fewer
-steps softmax of 8192 x 1000 float32 takes 0.6 to 0.9 of the time. The excess of the maximum, no longer 0, is
-rounded so that its term is a float, and what this adds, half an ulp of 1 at most, is added to all.
+steps softmax of 8192 x 1000 float32 takes 0.6 to 0.9 of the time. The term of the maximum is 2**BIAS times
+that factor. Its excess is rounded so that it is a float, and a single entry still has the probability 1; what
+this adds, half an ulp of 1 at most, is added to all.
 
 A GPU has no table: n is an integer and 3/4 <= 2**f <= 3/2, up to rounding. What rounds the difference is
 added to the rest of f, in 22 and 27 instructions, and a term is within 0.9 ulp.
@@ -73,11 +74,16 @@ LOG_2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
 # Coefficients of 2 atanh(s) / s - 2 in powers of s**2, from s**2 on.
 TWICE_ATANH = tuple(2.0 / (2 * i + 3) for i in range(10))
 
-# Terms lie between 2**(BIAS - DEPTH) and 2**BIAS: DEPTH reaches below the smallest subnormal by so much that
-# 2**24 dropped terms together stay under half of it, and 2**31 terms of 2**BIAS do not overflow.
+# Terms lie between 2**(BIAS - DEPTH) and 2**BIAS, or 1.05 times that: DEPTH reaches below the smallest
+# subnormal by so much that 2**24 dropped terms together stay under half of it, and 2**31 terms of 2**BIAS do
+# not overflow.
 BIAS = (56.0, 512.0)
 DEPTH = (180.0, 1110.0)
 TOP_TERM = (2.0 ** BIAS[0], 2.0 ** BIAS[1])
+
+# By how much a normalizer is larger than 1 / sum.
+RAISE = (2.0**64, 2.0**512)
+LOWER = (2.0**-64, 2.0**-512)
 
 # Half an ulp of 1, in the direction of 0.
 HALF_ULP = (2.0**-24, 2.0**-53)
@@ -185,24 +191,24 @@ EXP2_OF_HALVES = (
 )
 
 # The same with 0 <= f < 1/16, or hardly below or above, by Horner's rule.
-# float32 with 16 entries from 0: relative error 2**-29.29; worst measured errors
-# 0.5776 ulp and 1.0767 * 2**-24 relative (1e+07 random f).
-# float64 with 16 entries from 0: relative error 2**-64.78; worst measured errors
-# 0.5762 ulp and 1.0756 * 2**-53 relative (1e+07 random f).
+# float32 with 16 entries from 0: relative error 2**-28.78; worst measured errors
+# 0.5889 ulp and 1.0933 * 2**-24 relative (1e+07 random f).
+# float64 with 16 entries from 0: relative error 2**-64.77; worst measured errors
+# 0.5792 ulp and 1.0738 * 2**-53 relative (1e+07 random f).
 EXP2_FROM_0 = (
     (
-        float.fromhex("0x1.62e44p-1"),
-        float.fromhex("0x1.ebe436p-3"),
-        float.fromhex("0x1.d08f84p-5"),
+        float.fromhex("0x1.62e43cp-1"),
+        float.fromhex("0x1.ebe674p-3"),
+        float.fromhex("0x1.d04784p-5"),
     ),
     (
         float.fromhex("0x1.62e42fefa39efp-1"),
-        float.fromhex("0x1.ebfbdff82c645p-3"),
-        float.fromhex("0x1.c6b08d70405b8p-5"),
-        float.fromhex("0x1.3b2ab6fa4a6b2p-7"),
-        float.fromhex("0x1.5d8809708c64fp-10"),
-        float.fromhex("0x1.42fdf6303e581p-13"),
-        float.fromhex("0x1.047e8c6497631p-16"),
+        float.fromhex("0x1.ebfbdff82c643p-3"),
+        float.fromhex("0x1.c6b08d7040b5bp-5"),
+        float.fromhex("0x1.3b2ab6f9ef709p-7"),
+        float.fromhex("0x1.5d8809c4f909bp-10"),
+        float.fromhex("0x1.42fdd17e08221p-13"),
+        float.fromhex("0x1.04849a2122e73p-16"),
     ),
 )
 
@@ -555,13 +561,13 @@ def exponential(exponent, fraction, small):
 
 @traced
 def term_of(power, excess):
-    """Term that `terms` gave in two parts, rounded."""
+    """Term that `terms` or `ratio_terms` gave in two parts, rounded."""
     return fma(excess, power, power)
 
 
 @traced
 def top_term(like):
-    """Term of the maximum, 2**BIAS; no term is larger."""
+    """Term of the maximum as `terms` has it, 2**BIAS; none of these is larger."""
     return constant(TOP_TERM, like)
 
 
@@ -580,9 +586,7 @@ def ratio_scale(row_max, rate):
     if TABLE_ENTRIES < 16:
         return plain_scale(row_max, rate)
     high, low, one = spread(rate.high, row_max), spread(rate.low, row_max), spread(1.0, row_max)
-    lowest = row_max - spread(rate.depth, row_max)
-    rounder = constant(ROUNDER, row_max)
-    rounder = select(row_max < spread(0.0, row_max), -rounder, rounder)
+    lowest, rounder = row_max - spread(rate.depth, row_max), constant(ROUNDER, row_max)
     origin = fma_down(row_max, high, rounder) - rounder
     _, excess = plain_ratio(row_max, Scale(row_max, high, low, lowest, origin, None))
     return Scale(row_max, high, low, lowest, origin, ((one + excess) - one) - excess)
@@ -734,6 +738,23 @@ def reciprocal(total, error):
 def times_pair(term, high, low):
     """Term * (high + low), rounded once but for the last bits of low."""
     return fma(term, high, term * low)
+
+
+@traced
+def normalizer(total, error):
+    """1 / (total + error) for `probability`, as a pair."""
+    high, low = reciprocal(total, error)
+    return high * constant(RAISE, total), low * constant(RAISE, total)
+
+
+@traced
+def probability(term, high, low):
+    """Term times a `normalizer`.
+
+    It is raised so far that term * low is not subnormal, which would cost half an ulp of the smallest normal
+    results: they could be off by 2 ulp, and are by 1.6.
+    """
+    return times_pair(term, high, low) * constant(LOWER, term)
 
 
 @traced

@@ -62,17 +62,17 @@ from fastmax._math import (
     logsumexp_value,
     merge,
     misses_faint_terms,
+    normalizer,
     plain_gap,
     plain_scale,
+    probability,
     rate_of,
     ratio_scale,
     ratio_terms,
-    reciprocal,
     settled,
     start_of_sum,
     term_of,
     terms,
-    times_pair,
     top_term,
 )
 from fastmax._tracing import kind_of, traced
@@ -197,18 +197,18 @@ def fetch(soon, step):
 
 @jit
 def scale_stored(stored, at, x, start, stop, high, low, out, shift):
-    """Write the stored terms of entries of x times high + low to ``out``, at an index shifted by so much."""
+    """Write stored terms of entries of x times a normalizer to ``out``, at an index shifted by so much."""
     lanes = lane_count(x)
     high, low, zero = spread(high, x), spread(low, x), spread(0.0, x)
     at -= start
     i, first = start, max(start, stop - lanes)
     last = read(stored, at + first, stop - first, zero)  # before ``out``, which ``stored`` may be
     while i <= stop - lanes:
-        value = times_pair(load(stored, at + i), high, low)
+        value = probability(load(stored, at + i), high, low)
         store(out, i + shift, present(x, i, lanes, value, zero))
         i += lanes
     if i < stop:
-        value = present(x, first, stop - first, times_pair(last, high, low), zero)
+        value = present(x, first, stop - first, probability(last, high, low), zero)
         write(out, first + shift, stop - first, value)
 
 
@@ -233,7 +233,7 @@ def write_whole(out, i, value, far):
 
 @jit
 def write_terms(x, start, stop, scale, guard, high, low, out, shift, far):
-    """Write the terms times high + low to ``out``, at an index shifted by so much."""
+    """Write the terms times a normalizer to ``out``, at an index shifted by so much."""
     lanes = lane_count(x)
     high, low, zero = spread(high, x), spread(low, x), spread(0.0, x)
     # Read before ``out`` is written, which may be x.
@@ -255,9 +255,9 @@ def write_terms(x, start, stop, scale, guard, high, low, out, shift, far):
 
 @traced
 def scaled_terms(x, scale, guard, high, low):
-    """Terms times high + low."""
+    """Terms times a normalizer."""
     power, excess = ratio_terms(x, scale, guard)
-    return times_pair(term_of(power, excess), high, low)
+    return probability(term_of(power, excess), high, low)
 
 
 @jit
@@ -475,8 +475,8 @@ def softmax_of_few(x, start, count, rate, out, shift):
         scale, guard = guarded_scale(row_max, rate.temperature)
         term, total, error = add_terms(entries, 0, scale, guard, most, none)
     total, error = sum_lanes(total - most, error)
-    high, low = reciprocal(total, error)
-    value = times_pair(term, spread(high, x), spread(low, x))
+    high, low = normalizer(total, error)
+    value = probability(term, spread(high, x), spread(low, x))
     store_first(out, start + shift, count, present(x, start, count, value, zero))
 
 
@@ -493,7 +493,7 @@ def softmax_of(x, start, stop, rate, stored, at, out, shift, soon):
     else:
         scale, guard = guarded_scale(row_max, rate.temperature)
         total, error = sum_terms(x, start, stop, scale, guard, stored, at, soon)
-    high, low = reciprocal(total, error)
+    high, low = normalizer(total, error)
     scale_stored(stored, at, x, start, stop, high, low, out, shift)
 
 

@@ -24,9 +24,9 @@ _PARTS = types.intp, types.intp, types.intp  # what `_all_parts` takes
 
 
 class Kernel:
-    """A jitted function of a team, a number of parts for `each_part`, and further arguments.
+    """A jitted function of a team, a number of parts for `each_part` or `each_in_turn`, and more arguments.
 
-    Other Python threads go on meanwhile. One call at a time has all threads; others do their parts in turn.
+    Other Python threads go on meanwhile. One call at a time has all threads; others keep to their own.
     """
 
     def __init__(self, function):
@@ -38,7 +38,7 @@ class Kernel:
                 return self._kernel(_team(), parts, *arguments)
             finally:
                 lock.release()
-        return self._kernel(0, parts, *arguments)
+        return self._kernel(0, 1, *arguments)
 
 
 def parts_for(size, enough):
@@ -75,13 +75,14 @@ def _call(typingctx, function, data, part):
 
 # Pieces that each thread's share of some tasks is cut into.
 _PIECES = 8
+# Integers from one counter of pieces to the next: a line of the cache.
+_COUNTER = LINE_BYTES // np.intp().itemsize
 
 
 def _each(in_turn):
     @intrinsic
     def each(typingctx, function, team, parts, count, arguments):
-        task = types.intp
-        own = function.get_call_type(typingctx, (task, task, types.intp, *arguments), {})
+        own = function.get_call_type(typingctx, (types.intp, types.intp, types.intp, *arguments), {})
 
         def codegen(context, builder, sig, args):
             _, team, parts, count, values = args
@@ -125,14 +126,11 @@ each_in_turn = _each(in_turn=True)
 
 
 def _counters(builder, count):
-    """Counters at 0, a line of the cache for each."""
+    """Counters at 0."""
     counters = builder.alloca(_SIZE, builder.mul(count, _SIZE(_COUNTER)))
     with cgutils.for_range(builder, count) as loop:
         builder.store(_SIZE(0), builder.gep(counters, [builder.mul(loop.index, _SIZE(_COUNTER))]))
     return counters
-
-
-_COUNTER = LINE_BYTES // np.intp().itemsize
 
 
 def _uncounted(context, builder, kind, value):

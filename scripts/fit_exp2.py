@@ -18,8 +18,8 @@ one the kernels keep a small part of f apart, which is 0 here). It does not decr
 step keeps the order of the one before, and between neighbours of f < 0, an ulp apart, rounding changes
 f**2 * (c2 + ...) by less than 0.4 ulp of f while 2**f - 1 increases by more than 0.48; adding c1*f and then 1
 keeps that order. By Horner's rule it does not decrease for f >= 0; where f is below, x c is so large that the
-f of two entries are far from neighbours. The script counts the decreases all the same, and fails if it finds
-one.
+f of two entries are far from neighbours. The script counts the decreases all the same, by Horner's rule those
+above 0, and fails if it finds one.
 
 At a seam, where j changes, f and f - 1/m both stand for the same power or nearly, and rounding can make the
 value at f the larger one by an ulp; the script says how often where that f is 1/(2m), though it depends on
@@ -77,8 +77,8 @@ FORMS = (
 )
 # For softmax, where n is rounded down.
 FORMS_FROM_0 = (
-    Form(np.float32, 24, 16, 3, -(2.0**-9), 2.0**-4 + 2.0**-9, horner=True),
-    Form(np.float64, 53, 16, 7, -(2.0**-13), 2.0**-4 + 2.0**-13, horner=True),
+    Form(np.float32, 24, 16, 3, -(2.0**-8), 2.0**-4 + 2.0**-8, horner=True),
+    Form(np.float64, 53, 16, 7, -(2.0**-12), 2.0**-4 + 2.0**-12, horner=True),
 )
 # For float32 on a GPU, where n is the nearest integer.
 HALVES = Form(np.float32, 24, 1, 6, -0.5 - 2.0**-8, 0.5 + 2.0**-8)
@@ -230,8 +230,8 @@ def larger_errors(ulp, relative, this, f, j, precision, table):
 def measure(points, coefficients, heads, lows, precision, horner, table):
     """Measure the polynomial at ascending f, with each entry of the table.
 
-    Returns how often the value decreases from one f to the next, and the largest errors, each with
-    its f: in ulp, and relative in units of 2**-precision.
+    Returns how often the value decreases from one f to the next (by Horner's rule, to one above 0), and the
+    largest errors, each with its f: in ulp, and relative in units of 2**-precision.
     """
     decreases, ulp, relative = 0, (0.0, 0.0), (0.0, 0.0)
     for j in range(len(heads)):
