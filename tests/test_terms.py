@@ -123,3 +123,14 @@ def test_terms_of_softmax_are_within_an_ulp_times_their_unit(dtype):
     assert max(errors) < 0.62
     assert 1.0 - 2.0**-8 < min(units) < 1.01
     assert 1.04 < max(units) <= 2.0 ** (1 / 16) + 2.0**-8
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_a_probability_is_not_subnormal_before_the_last_step(dtype):
+    """Not even that of the lowest term, beside 2**24 of the highest."""
+    precision, bits, _ = FORMATS[dtype]
+    bias, depth = _math.BIAS[precision], _math.DEPTH[precision]
+    raised = 2.0 ** -(bias + 24) * _math.RAISE[precision]
+    assert 2.0 ** (bias - depth) * raised * 2.0**-bits >= np.finfo(dtype).tiny
+    assert _math.RAISE[precision] * _math.LOWER[precision] == 1.0
+    assert _math.RAISE[precision] < np.finfo(dtype).max / 2
