@@ -394,7 +394,7 @@ def stop(*_):
     raise KeyboardInterrupt
 
 signal.signal(signal.SIGALRM, stop)
-signal.setitimer(signal.ITIMER_REAL, {delay})
+{when}
 try:
     {call}
     print("not interrupted")
@@ -407,11 +407,36 @@ assert threading.current_thread() is threading.main_thread()
 """
 
 
+AFTER_A_WHILE = "signal.setitimer(signal.ITIMER_REAL, {delay})"
+
+# Compiling the call's kernels takes some 400 passes, whatever the machine.
+AT_A_PASS = """
+from numba.core import event
+
+class Passes(event.Listener):
+    count = 0
+
+    def on_start(self, _):
+        self.count += 1
+        if self.count == {number}:
+            os.kill(os.getpid(), signal.SIGALRM)
+
+    def on_end(self, _):
+        pass
+
+event.register("numba:run_pass", Passes())
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="signals come otherwise here")
-@pytest.mark.parametrize("delay", [0.02, 1.5])
-def test_an_interrupt_while_kernels_are_compiled(delay, tmp_path):
+@pytest.mark.parametrize(
+    "when",
+    [AFTER_A_WHILE.format(delay=0.02), *(AT_A_PASS.format(number=number) for number in (1, 100))],
+    ids=["set up", "first pass", "pass 100"],
+)
+def test_an_interrupt_while_kernels_are_compiled(when, tmp_path):
     """While Numba is set up, and while code is made; the next call is right."""
-    program = INTERRUPTED.format(delay=delay, call="fastmax.softmax(x[:, ::2], axis=1)")
+    program = INTERRUPTED.format(when=when, call="fastmax.softmax(x[:, ::2], axis=1)")
     assert run(program, NUMBA_CACHE_DIR=str(tmp_path)) == "interrupted\n"
 
 
@@ -422,7 +447,8 @@ def test_an_interrupt_while_kernels_are_compiled(delay, tmp_path):
     "call", ["fastmax.softmax(x[0])", "fastmax.entropy(x)", "fastmax.softmax(x[::2, ::2])"]
 )
 def test_an_interrupt_at_any_time(delay, call, tmp_path):
-    run(INTERRUPTED.format(delay=delay, call=call), NUMBA_CACHE_DIR=str(tmp_path))
+    when = AFTER_A_WHILE.format(delay=delay)
+    run(INTERRUPTED.format(when=when, call=call), NUMBA_CACHE_DIR=str(tmp_path))
 
 
 def test_kernels_are_compiled_where_jit_is_disabled(tmp_path):

@@ -93,24 +93,24 @@ def test_kernels_that_are_loaded_give_the_bits_of_those_just_compiled(tmp_path):
 
 
 @jit
-def take(first, stop, part, counts, owners, burnt):
-    """Count tasks, of which those of part 0 take a millisecond or so."""
+def take(first, stop, part, counts, owners, burnt, steps):
+    """Count tasks, of which those of part 0 take some steps each."""
     for task in range(first, stop):
         counts[task] += 1
         owners[task] = part
         if part == 0:
-            for i in range(10**6):
+            for i in range(steps):
                 burnt[0] = burnt[0] * 0.5 + i
 
 
 @Kernel
-def take_shares(team, parts, counts, owners, burnt):
-    each_part(take, team, parts, len(counts), (counts, owners, burnt))
+def take_shares(team, parts, counts, owners, burnt, steps):
+    each_part(take, team, parts, len(counts), (counts, owners, burnt, steps))
 
 
 @Kernel
-def take_turns(team, parts, counts, owners, burnt):
-    each_in_turn(take, team, parts, len(counts), (counts, owners, burnt))
+def take_turns(team, parts, counts, owners, burnt, steps):
+    each_in_turn(take, team, parts, len(counts), (counts, owners, burnt, steps))
 
 
 @pytest.mark.parametrize("kernel", [take_shares, take_turns])
@@ -119,9 +119,10 @@ def test_each_task_is_done_once_and_a_slow_thread_holds_up_no_other(kernel, task
     threads = _process.usable_threads()
     for parts in (1, 2, 3):
         counts, owners = np.zeros(tasks, np.int64), np.zeros(tasks, np.int64)
-        kernel(parts, counts, owners, np.zeros(1))
+        is_slow = parts == 2 <= threads and tasks == 100
+        kernel(parts, counts, owners, np.zeros(1), 10**7 if is_slow else 0)  # 10 to 40 ms a task
         assert (counts == 1).all()
-        if parts == 2 <= threads and tasks == 100:
+        if is_slow:
             assert (owners == 1).sum() > 50
 
 
