@@ -160,6 +160,12 @@ def group_size(n, work):
     return min(lanes, max(1, GROUP // padded_size(n, work)))
 
 
+@traced
+def group_count(rows, n, work):
+    """Number of groups that so many rows make."""
+    return -(-rows // group_size(n, work))
+
+
 @jit
 def row_work_size(n, like):
     """Entries of working memory for a group of rows: vectors, sums of each row, and terms."""
@@ -183,6 +189,16 @@ def part_of(work, part):
     """Share of one part in its `workspaces`, from where a line begins: rows take 0.97 of the time for it."""
     own = work[part]
     return own[to_stream(own, 0) :]
+
+
+@jit
+def one_by_one(first, stop, part, arguments, function):
+    """Call a function for each of some tasks.
+
+    It stands last: where a tuple begins with a function, Numba warns that functions as values are new.
+    """
+    for task in range(first, stop):
+        function(task, part, *arguments)
 
 
 @traced
@@ -326,6 +342,12 @@ def temperature_at(temperature, i):
     return temperature[min(i, len(temperature) - 1)]
 
 
+@traced
+def first_rate(temperature, x):
+    """Rate of the first slice: that of all, where there is one temperature."""
+    return rate_of(temperature_at(temperature, 0), get(x, 0))
+
+
 @jit
 def row_step(x, n):
     """Distance from one row to the next: 0 if there is one for all temperatures."""
@@ -335,19 +357,19 @@ def row_step(x, n):
 @Kernel
 def softmax_rows(team, parts, x, mask, temperature, out):
     """Softmax of rows of at most one chunk."""
-    work = workspaces(parts, row_work_size(out.shape[1], x), x)
-    groups = -(-len(out) // group_size(out.shape[1], x))
-    each_part(softmax_groups, team, parts, groups, (x, mask, temperature, out, work))
+    n = out.shape[1]
+    work = workspaces(parts, row_work_size(n, x), x)
+    arguments = x, mask, temperature, first_rate(temperature, x), out, work
+    each_part(softmax_groups, team, parts, group_count(len(out), n, x), arguments)
 
 
 @jit
-def softmax_groups(first, stop, part, x, mask, temperature, out, work):
+def softmax_groups(first, stop, part, x, mask, temperature, rate, out, work):
     """Softmax of some groups of rows."""
     n, step = out.shape[1], row_step(x, out.shape[1])
     entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part))
     size, lanes = group_size(n, w), lane_count(w)
     first, stop = first * size, min(stop * size, len(out))
-    rate = rate_of(temperature_at(temperature, first), get(w, 0))
     new = is_new(results, stop * n)
     for start in range(first, stop, size):
         count = min(size, stop - start)
@@ -373,19 +395,19 @@ def softmax_groups(first, stop, part, x, mask, temperature, out, work):
 @Kernel
 def log_softmax_rows(team, parts, x, mask, temperature, out):
     """Logarithm of the softmax of rows of at most one chunk."""
-    work = workspaces(parts, row_work_size(out.shape[1], x), x)
-    groups = -(-len(out) // group_size(out.shape[1], x))
-    each_part(log_softmax_groups, team, parts, groups, (x, mask, temperature, out, work))
+    n = out.shape[1]
+    work = workspaces(parts, row_work_size(n, x), x)
+    arguments = x, mask, temperature, first_rate(temperature, x), out, work
+    each_part(log_softmax_groups, team, parts, group_count(len(out), n, x), arguments)
 
 
 @jit
-def log_softmax_groups(first, stop, part, x, mask, temperature, out, work):
+def log_softmax_groups(first, stop, part, x, mask, temperature, rate, out, work):
     """Logarithm of the softmax of some groups of rows."""
     n, step = out.shape[1], row_step(x, out.shape[1])
     entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part))
     size, lanes = group_size(n, w), lane_count(w)
     first, stop = first * size, min(stop * size, len(out))
-    rate = rate_of(temperature_at(temperature, first), get(w, 0))
     new = is_new(results, stop * n)
     for start in range(first, stop, size):
         count = min(size, stop - start)
@@ -414,19 +436,19 @@ def log_softmax_groups(first, stop, part, x, mask, temperature, out, work):
 @Kernel
 def value_rows(team, parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of rows of at most one chunk."""
-    work = workspaces(parts, row_work_size(x.shape[1], x), x)
-    groups = -(-len(out) // group_size(x.shape[1], x))
-    each_part(value_groups, team, parts, groups, (x, mask, temperature, out, weighted, work))
+    n = x.shape[1]
+    work = workspaces(parts, row_work_size(n, x), x)
+    arguments = x, mask, temperature, first_rate(temperature, x), out, weighted, work
+    each_part(value_groups, team, parts, group_count(len(out), n, x), arguments)
 
 
 @jit
-def value_groups(first, stop, part, x, mask, temperature, out, weighted, work):
+def value_groups(first, stop, part, x, mask, temperature, rate, out, weighted, work):
     """`value_rows` of some groups of rows."""
     n, step = x.shape[1], row_step(x, x.shape[1])
     entries, w = entries_of(x, mask), pointer(part_of(work, part))
     size, lanes = group_size(n, w), lane_count(w)
     first, stop = first * size, min(stop * size, len(out))
-    rate = rate_of(temperature_at(temperature, first), get(w, 0))
     for start in range(first, stop, size):
         count = min(size, stop - start)
         group_maxima(entries, n, step, start, count, w)
@@ -462,6 +484,12 @@ def narrow_work_size(n, like):
     """Entries of working memory for as many rows as there are lanes."""
     lanes = lane_count(like)
     return (_FIELDS + _CHAIN_SUMS * chain_count(n, like) + n + piece_size(like)) * lanes
+
+
+@traced
+def narrow_group_count(rows, like):
+    """Number of groups that so many narrow rows make: as many in each as there are lanes."""
+    return -(-rows // lane_count(like))
 
 
 @traced
@@ -567,22 +595,9 @@ def merge_chains(work, totals, errors, n):
 def softmax_narrow_rows(team, parts, x, mask, temperature, out):
     """Softmax of narrow rows."""
     work = workspaces(parts, narrow_work_size(out.shape[1], x), x)
-    each_part(
-        softmax_narrow_groups, team, parts, -(-len(out) // lane_count(x)), (x, mask, temperature, out, work)
-    )
-
-
-@jit
-def softmax_narrow_groups(first, stop, part, x, mask, temperature, out, work):
-    """Softmax of some groups of narrow rows, of as many as there are lanes."""
-    n, own = out.shape[1], part_of(work, part)
-    new = is_new(pointer(out), min(stop * lane_count(x), len(out)) * n)
-    for group in range(first, stop):
-        row = group * lane_count(x)
-        count = min(lane_count(x), len(out) - row)
-        if new:
-            touch(pointer(out), row * n, (row + count) * n)
-        softmax_narrow_group(x, mask, temperature, out, row, count, own)
+    arguments = x, mask, temperature, first_rate(temperature, x), out, is_new(pointer(out), out.size), work
+    groups = narrow_group_count(len(out), x)
+    each_part(one_by_one, team, parts, groups, (arguments, softmax_narrow_group))
 
 
 @plain_kernel(2, 2)
@@ -594,32 +609,35 @@ def softmax_few_rows(x, temperature, out):
     if not _slice.fits(x, out):
         return False
     rows, n = out.shape
-    work = workspace(narrow_work_size(n, x), x)
-    for row in range(0, rows, lane_count(x)):
-        softmax_narrow_group(x, None, (temperature,), out, row, min(lane_count(x), rows - row), work)
+    work, rate = workspaces(1, narrow_work_size(n, x), x), rate_of(temperature, get(x, 0))
+    for group in range(narrow_group_count(rows, x)):
+        softmax_narrow_group(group, 0, x, None, (temperature,), rate, out, False, work)
     return True
 
 
 @jit
-def softmax_narrow_group(x, mask, temperature, out, first, count, work):
-    """Softmax of as many rows as there are lanes, or fewer."""
+def softmax_narrow_group(group, part, x, mask, temperature, rate, out, new, work):
+    """Softmax of as many rows as there are lanes, or fewer; `first_rate`, and whether ``out`` `is_new`."""
     n, step = out.shape[1], row_step(x, out.shape[1])
-    entries, w = entries_of(x, mask), pointer(work)
+    entries, w = entries_of(x, mask), pointer(part_of(work, part))
     lanes = lane_count(w)
-    tile = _FIELDS * lanes
+    first, tile = group * lanes, _FIELDS * lanes
+    count = min(lanes, len(out) - first)
+    if new:
+        touch(pointer(out), first * n, (first + count) * n)
     pack_rows(entries, first * step, step, n, count, w, tile)
     row_max = lane_maxima(w, tile, tile + n * lanes)
-    rate = rate_of(temperature_at(temperature, 0), get(w, tile))
     following = min(first + count, len(out) - count) * step
     for i in range(0, count * n, lanes):
         if step > 0:
             prefetch(entries, following + i)
         prefetch_to_write(pointer(out), first * n + i)
     rates = lane_rates(temperature, first, count, rate, w)
+    scale = ratio_scale(row_max, rates)
     if are_plain(row_max, rates):
-        total, error = narrow_sums(w, tile, n, ratio_scale(row_max, rates), None)
+        total, error = narrow_sums(w, tile, n, scale, None)
     else:
-        write_scales(row_max, ratio_scale(row_max, rates), rates, temperature, first, w, 0, lanes)
+        write_scales(row_max, scale, rates, temperature, first, w, 0, lanes)
         total, error = narrow_sums(w, tile, n, read_scale(w, 0, lanes), read_guard(w, 0, lanes))
     high, low = normalizer(total, error)
     for i in range(tile, tile + n * lanes, lanes):
@@ -659,19 +677,18 @@ def narrow_split_sums(work, at, n, row_max, scale, guard, weighted):
 
 
 @jit
-def narrow_split(x, temperature, first, n, step, count, weighted, work):
+def narrow_split(x, temperature, rate, first, n, step, count, weighted, work):
     """Pack a group, write its maxima and sums to the first six fields; return rates, and if all are plain."""
     lanes = lane_count(work)
     tile = _FIELDS * lanes
     pack_rows(x, first * step, step, n, count, work, tile)
     row_max = lane_maxima(work, tile, tile + n * lanes)
-    rate = rate_of(temperature_at(temperature, 0), get(work, tile))
     rates = lane_rates(temperature, first, count, rate, work)
-    plain = are_plain(row_max, rates)
+    plain, scale = are_plain(row_max, rates), plain_scale(row_max, rates)
     if plain:
-        sums = narrow_split_sums(work, tile, n, row_max, plain_scale(row_max, rates), None, weighted)
+        sums = narrow_split_sums(work, tile, n, row_max, scale, None, weighted)
     else:
-        write_scales(row_max, plain_scale(row_max, rates), rates, temperature, first, work, 0, lanes)
+        write_scales(row_max, scale, rates, temperature, first, work, 0, lanes)
         scale, guard = read_scale(work, 0, lanes), read_guard(work, 0, lanes)
         sums = narrow_split_sums(work, tile, n, row_max, scale, guard, weighted)
     write_split(row_max, sums, work, 0, lanes)
@@ -682,23 +699,9 @@ def narrow_split(x, temperature, first, n, step, count, weighted, work):
 def log_softmax_narrow_rows(team, parts, x, mask, temperature, out):
     """Logarithm of the softmax of narrow rows."""
     work = workspaces(parts, narrow_work_size(out.shape[1], x), x)
-    each_part(
-        log_softmax_narrow_groups,
-        team,
-        parts,
-        -(-len(out) // lane_count(x)),
-        (x, mask, temperature, out, work),
-    )
-
-
-@jit
-def log_softmax_narrow_groups(first, stop, part, x, mask, temperature, out, work):
-    """Logarithm of the softmax of some groups of narrow rows, of as many as there are lanes."""
-    own = part_of(work, part)
-    for group in range(first, stop):
-        row = group * lane_count(x)
-        count = min(lane_count(x), len(out) - row)
-        log_softmax_narrow_group(x, mask, temperature, out, row, count, own)
+    arguments = x, mask, temperature, first_rate(temperature, x), out, work
+    groups = narrow_group_count(len(out), x)
+    each_part(one_by_one, team, parts, groups, (arguments, log_softmax_narrow_group))
 
 
 @plain_kernel(2, 2)
@@ -707,20 +710,21 @@ def log_softmax_few_rows(x, temperature, out):
     if not _slice.fits(x, out):
         return False
     rows, n = out.shape
-    work = workspace(narrow_work_size(n, x), x)
-    for row in range(0, rows, lane_count(x)):
-        log_softmax_narrow_group(x, None, (temperature,), out, row, min(lane_count(x), rows - row), work)
+    work, rate = workspaces(1, narrow_work_size(n, x), x), rate_of(temperature, get(x, 0))
+    for group in range(narrow_group_count(rows, x)):
+        log_softmax_narrow_group(group, 0, x, None, (temperature,), rate, out, work)
     return True
 
 
 @jit
-def log_softmax_narrow_group(x, mask, temperature, out, first, count, work):
+def log_softmax_narrow_group(group, part, x, mask, temperature, rate, out, work):
     """Logarithm of the softmax of as many rows as there are lanes, or fewer."""
     n, step = out.shape[1], row_step(x, out.shape[1])
-    entries, w = entries_of(x, mask), pointer(work)
+    entries, w = entries_of(x, mask), pointer(part_of(work, part))
     lanes = lane_count(w)
-    tile = _FIELDS * lanes
-    rates, plain = narrow_split(entries, temperature, first, n, step, count, None, w)
+    first, tile = group * lanes, _FIELDS * lanes
+    count = min(lanes, len(out) - first)
+    rates, plain = narrow_split(entries, temperature, rate, first, n, step, count, None, w)
     write_log_gaps(rates, temperature, first, w, 0, lanes)
     gap, guard = read_gap(w, 0, lanes), read_guard(w, 0, lanes)
     for i in range(tile, tile + n * lanes, lanes):
@@ -735,33 +739,18 @@ def log_softmax_narrow_group(x, mask, temperature, out, first, count, work):
 def value_narrow_rows(team, parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of narrow rows."""
     work = workspaces(parts, narrow_work_size(x.shape[1], x), x)
-    each_part(
-        value_narrow_groups,
-        team,
-        parts,
-        -(-len(out) // lane_count(x)),
-        (x, mask, temperature, out, weighted, work),
-    )
-
-
-@jit
-def value_narrow_groups(first, stop, part, x, mask, temperature, out, weighted, work):
-    """`value_narrow_rows` of some groups of rows, of as many as there are lanes."""
-    own = part_of(work, part)
-    for group in range(first, stop):
-        row = group * lane_count(x)
-        count = min(lane_count(x), len(out) - row)
-        value_narrow_group(x, mask, temperature, out, row, count, weighted, own)
+    arguments = x, mask, temperature, first_rate(temperature, x), out, weighted, work
+    groups = narrow_group_count(len(out), x)
+    each_part(one_by_one, team, parts, groups, (arguments, value_narrow_group))
 
 
 @jit
 def value_few_rows(x, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of narrow rows on one thread, at one temperature."""
     rows, n = x.shape
-    work = workspace(narrow_work_size(n, x), x)
-    for row in range(0, rows, lane_count(x)):
-        count = min(lane_count(x), rows - row)
-        value_narrow_group(x, None, (temperature,), out, row, count, weighted, work)
+    work, rate = workspaces(1, narrow_work_size(n, x), x), rate_of(temperature, get(x, 0))
+    for group in range(narrow_group_count(rows, x)):
+        value_narrow_group(group, 0, x, None, (temperature,), rate, out, weighted, work)
 
 
 @plain_kernel(2, 1)
@@ -777,12 +766,14 @@ def entropy_few_rows(x, temperature, out):
 
 
 @jit
-def value_narrow_group(x, mask, temperature, out, first, count, weighted, work):
+def value_narrow_group(group, part, x, mask, temperature, rate, out, weighted, work):
     """`value_narrow_rows` of as many rows as there are lanes, or fewer."""
     n, step = x.shape[1], row_step(x, x.shape[1])
-    entries, w = entries_of(x, mask), pointer(work)
+    entries, w = entries_of(x, mask), pointer(part_of(work, part))
     lanes = lane_count(w)
-    rates, plain = narrow_split(entries, temperature, first, n, step, count, weighted, w)
+    first = group * lanes
+    count = min(lanes, len(out) - first)
+    rates, plain = narrow_split(entries, temperature, rate, first, n, step, count, weighted, w)
     row_max, sums = read_split(w, 0, lanes)
     if plain and shows_all(row_max, rates.temperature, sums, weighted):
         value = plain_value(row_max, rates.temperature, sums, weighted)
@@ -802,15 +793,7 @@ def value_narrow_group(x, mask, temperature, out, first, count, weighted, work):
 def softmax_wide_rows(team, parts, x, mask, temperature, out):
     """Softmax of rows of more than a chunk, each by one thread."""
     work = workspaces(parts, 0 if is_as_wide(out) else padded_size(out.shape[1], x), x)
-    each_part(softmax_some_wide_rows, team, parts, len(out), (x, mask, temperature, out, work))
-
-
-@jit
-def softmax_some_wide_rows(first, stop, part, x, mask, temperature, out, work):
-    """Softmax of some rows."""
-    own = part_of(work, part)
-    for i in range(first, stop):
-        softmax_wide_row(x, mask, temperature, out, i, own)
+    each_part(one_by_one, team, parts, len(out), ((x, mask, temperature, out, work), softmax_wide_row))
 
 
 @traced
@@ -824,12 +807,12 @@ def place_of_terms(out, start, work):
 
 
 @jit
-def softmax_wide_row(x, mask, temperature, out, i, work):
+def softmax_wide_row(i, part, x, mask, temperature, out, work):
     """Softmax of row i."""
     n = out.shape[1]
     row, step = i * row_step(x, n), row_step(x, n)
     entries, results = entries_of(x, mask), pointer(out)
-    stored, at = place_of_terms(out, i * n, work)
+    stored, at = place_of_terms(out, i * n, part_of(work, part))
     rate = rate_of(temperature_at(temperature, i), get(entries, 0))
     soon = Soon(entries, min(i + 1, len(out) - 1) * step, results, i * n, lane_count(entries))
     if is_new(results, i * n + n):
@@ -840,18 +823,11 @@ def softmax_wide_row(x, mask, temperature, out, i, work):
 @Kernel
 def log_softmax_wide_rows(team, parts, x, mask, temperature, out):
     """Logarithm of the softmax of rows of more than a chunk, each by one thread."""
-    each_part(log_softmax_some_wide_rows, team, parts, len(out), (x, mask, temperature, out))
+    each_part(one_by_one, team, parts, len(out), ((x, mask, temperature, out), log_softmax_wide_row))
 
 
 @jit
-def log_softmax_some_wide_rows(first, stop, part, x, mask, temperature, out):
-    """Logarithm of the softmax of some rows."""
-    for i in range(first, stop):
-        log_softmax_wide_row(x, mask, temperature, out, i)
-
-
-@jit
-def log_softmax_wide_row(x, mask, temperature, out, i):
+def log_softmax_wide_row(i, part, x, mask, temperature, out):
     """Logarithm of the softmax of row i."""
     n = out.shape[1]
     row, step = i * row_step(x, n), row_step(x, n)
@@ -866,18 +842,12 @@ def log_softmax_wide_row(x, mask, temperature, out, i):
 @Kernel
 def value_wide_rows(team, parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of rows of more than a chunk, each by one thread."""
-    each_part(value_some_wide_rows, team, parts, len(out), (x, mask, temperature, out, weighted))
+    arguments = x, mask, temperature, out, weighted
+    each_part(one_by_one, team, parts, len(out), (arguments, value_wide_row))
 
 
 @jit
-def value_some_wide_rows(first, stop, part, x, mask, temperature, out, weighted):
-    """`value_wide_rows` of some rows."""
-    for i in range(first, stop):
-        value_wide_row(x, mask, temperature, out, i, weighted)
-
-
-@jit
-def value_wide_row(x, mask, temperature, out, i, weighted):
+def value_wide_row(i, part, x, mask, temperature, out, weighted):
     """`value_wide_rows` of row i."""
     n = x.shape[1]
     row, step = i * row_step(x, n), row_step(x, n)
@@ -911,18 +881,17 @@ def long_maxima(team, parts, x, mask):
     rows, n = x.shape
     chunks = chunk_count(n, x)
     partial, maxima = workspace(rows * chunks, x), workspace(rows, x)
-    each_part(chunk_maxima, team, parts, rows * chunks, (x, mask, partial))
+    each_part(one_by_one, team, parts, rows * chunks, ((x, mask, partial), chunk_maximum))
     for row in range(rows):
         maxima[row] = _slice.maximum(partial, row * chunks, (row + 1) * chunks)
     return maxima
 
 
 @jit
-def chunk_maxima(first, stop, part, x, mask, partial):
-    """Maxima of some chunks."""
-    for task in range(first, stop):
-        _, start, end = chunk_of(task, x.shape[1], x)
-        partial[task] = _slice.maximum(entries_of(x, mask), start, end)
+def chunk_maximum(task, part, x, mask, partial):
+    """Maximum of a chunk."""
+    _, start, stop = chunk_of(task, x.shape[1], x)
+    partial[task] = _slice.maximum(entries_of(x, mask), start, stop)
 
 
 @Kernel
@@ -931,7 +900,8 @@ def long_normalizers(team, parts, x, mask, temperature, maxima):
     rows, n = x.shape
     chunks = chunk_count(n, x)
     totals, errors = workspace(rows * chunks, x), workspace(rows * chunks, x)
-    each_part(chunk_totals, team, parts, rows * chunks, (x, mask, temperature, maxima, totals, errors))
+    arguments = x, mask, temperature, maxima, totals, errors
+    each_part(one_by_one, team, parts, rows * chunks, (arguments, chunk_total))
     high, low = workspace(rows, x), workspace(rows, x)
     for row in range(rows):
         total = error = spread(0.0, maxima[row])
@@ -942,13 +912,11 @@ def long_normalizers(team, parts, x, mask, temperature, maxima):
 
 
 @jit
-def chunk_totals(first, stop, part, x, mask, temperature, maxima, totals, errors):
-    """Sums of the terms of some chunks."""
-    for task in range(first, stop):
-        row, start, end = chunk_of(task, x.shape[1], x)
-        own = temperature_at(temperature, row)
-        sums = chunk_sums(entries_of(x, mask), start, end, maxima[row], own, None)
-        totals[task], errors[task] = sums
+def chunk_total(task, part, x, mask, temperature, maxima, totals, errors):
+    """Sum of the terms of a chunk."""
+    row, start, stop = chunk_of(task, x.shape[1], x)
+    own = temperature_at(temperature, row)
+    totals[task], errors[task] = chunk_sums(entries_of(x, mask), start, stop, maxima[row], own, None)
 
 
 @jit
@@ -964,24 +932,16 @@ def chunk_sums(x, start, stop, row_max, temperature, soon):
 @Kernel
 def long_write(team, parts, x, mask, temperature, maxima, high, low, out):
     """Write the terms of each row times its normalizer."""
-    each_part(
-        write_chunks,
-        team,
-        parts,
-        len(x) * chunk_count(x.shape[1], x),
-        (x, mask, temperature, maxima, high, low, out),
-    )
+    chunks, arguments = len(x) * chunk_count(x.shape[1], x), (x, mask, temperature, maxima, high, low, out)
+    each_part(one_by_one, team, parts, chunks, (arguments, write_chunk))
 
 
 @jit
-def write_chunks(first, stop, part, x, mask, temperature, maxima, high, low, out):
-    """Write some chunks."""
-    n = x.shape[1]
-    for task in range(first, stop):
-        row, start, end = chunk_of(task, n, x)
-        own = temperature_at(temperature, row)
-        entries, results = entries_of(x, mask), pointer(out)
-        chunk_write(entries, start, end, maxima[row], own, high[row], low[row], results, 0, is_far(x, out))
+def write_chunk(task, part, x, mask, temperature, maxima, high, low, out):
+    """Write a chunk."""
+    row, start, stop = chunk_of(task, x.shape[1], x)
+    entries, results, own = entries_of(x, mask), pointer(out), temperature_at(temperature, row)
+    chunk_write(entries, start, stop, maxima[row], own, high[row], low[row], results, 0, is_far(x, out))
 
 
 @jit
@@ -1007,7 +967,8 @@ def long_split_sums(team, parts, x, mask, temperature, maxima, weighted):
     rows, n = x.shape
     chunks = chunk_count(n, x)
     partial = workspace(rows * chunks * 5, x).reshape(rows * chunks, 5)
-    each_part(chunk_split_sums, team, parts, rows * chunks, (x, mask, temperature, maxima, weighted, partial))
+    arguments = x, mask, temperature, maxima, weighted, partial
+    each_part(one_by_one, team, parts, rows * chunks, (arguments, chunk_split_sums))
     sums = workspace(rows * 5, x).reshape(rows, 5)
     for row in range(rows):
         zero = spread(0.0, maxima[row])
@@ -1020,14 +981,13 @@ def long_split_sums(team, parts, x, mask, temperature, maxima, weighted):
 
 
 @jit
-def chunk_split_sums(first, stop, part, x, mask, temperature, maxima, weighted, partial):
-    """`sum_split_terms` of some chunks."""
-    for task in range(first, stop):
-        row, start, end = chunk_of(task, x.shape[1], x)
-        rate = rate_of(temperature_at(temperature, row), maxima[row])
-        sums = _slice.split_sums(entries_of(x, mask), start, end, maxima[row], rate, weighted, None)
-        for quantity in range(5):
-            partial[task, quantity] = sums[quantity]
+def chunk_split_sums(task, part, x, mask, temperature, maxima, weighted, partial):
+    """`sum_split_terms` of a chunk."""
+    row, start, stop = chunk_of(task, x.shape[1], x)
+    rate = rate_of(temperature_at(temperature, row), maxima[row])
+    sums = _slice.split_sums(entries_of(x, mask), start, stop, maxima[row], rate, weighted, None)
+    for quantity in range(5):
+        partial[task, quantity] = sums[quantity]
 
 
 @jit
@@ -1039,25 +999,18 @@ def five(sums, i):
 @Kernel
 def long_write_log(team, parts, x, mask, temperature, maxima, sums, out):
     """Write the logarithms of each row."""
-    each_part(
-        write_log_chunks,
-        team,
-        parts,
-        len(x) * chunk_count(x.shape[1], x),
-        (x, mask, temperature, maxima, sums, out),
-    )
+    chunks, arguments = len(x) * chunk_count(x.shape[1], x), (x, mask, temperature, maxima, sums, out)
+    each_part(one_by_one, team, parts, chunks, (arguments, write_log_chunk))
 
 
 @jit
-def write_log_chunks(first, stop, part, x, mask, temperature, maxima, sums, out):
-    """Write the logarithms of some chunks."""
-    n = x.shape[1]
-    for task in range(first, stop):
-        row, start, end = chunk_of(task, n, x)
-        rate = rate_of(temperature_at(temperature, row), maxima[row])
-        log_sum = log_of_sum(maxima[row], five(sums, row))
-        entries, results = entries_of(x, mask), pointer(out)
-        _slice.write_log(entries, start, end, maxima[row], rate, log_sum, results, 0, is_far(x, out))
+def write_log_chunk(task, part, x, mask, temperature, maxima, sums, out):
+    """Write the logarithms of a chunk."""
+    row, start, stop = chunk_of(task, x.shape[1], x)
+    rate = rate_of(temperature_at(temperature, row), maxima[row])
+    log_sum = log_of_sum(maxima[row], five(sums, row))
+    entries, results = entries_of(x, mask), pointer(out)
+    _slice.write_log(entries, start, stop, maxima[row], rate, log_sum, results, 0, is_far(x, out))
 
 
 @kernel
@@ -1148,7 +1101,7 @@ def steps_ahead(count, inner, work):
 
     The first is 0 where the next tile is fetched, else the second is.
     """
-    rows = AHEAD_BYTES // (count * work.itemsize)
+    rows = AHEAD_BYTES // (count * (LANE_BYTES // lane_count(work)))
     return (0, inner) if rows <= 1 else (rows * inner, 0)
 
 
@@ -1195,7 +1148,7 @@ def begin_tile(task, tiles, x, mask, out, work):
     if out is not None:
         if tiles.new:
             touch_rows(pointer(out), base, inner, n, count)
-    pack(entries_of(x, mask), base, inner, n, count, pointer(work), _FIELDS * tiles.width, further)
+    pack(entries_of(x, mask), base, inner, n, count, work, _FIELDS * tiles.width, further)
     return Tile(count, base, i * inner + first, following, further, step)
 
 
@@ -1394,36 +1347,27 @@ def softmax_columns(team, parts, x, mask, temperature, out):
     """Softmax of columns that fit a tile."""
     tiles = tiles_of(x, out, parts)
     work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, x)
-    arguments = x, mask, temperature, out, tiles, work
-    each_in_turn(softmax_tiles, team, parts, len(x) * tiles.count, arguments)
+    arguments = tiles, x, mask, temperature, first_rate(temperature, x), out, work
+    each_in_turn(one_by_one, team, parts, len(x) * tiles.count, (arguments, softmax_tile))
 
 
 @jit
-def softmax_tiles(first, stop, part, x, mask, temperature, out, tiles, work):
-    """Softmax of some tiles of columns."""
-    own = part_of(work, part)
-    for task in range(first, stop):
-        softmax_tile(task, tiles, x, mask, temperature, out, own)
-
-
-@jit
-def softmax_tile(task, tiles, x, mask, temperature, out, work):
+def softmax_tile(task, part, tiles, x, mask, temperature, rate, out, work):
     """Softmax of a tile of columns."""
     n, inner = x.shape[1:]
-    entries, results, w = entries_of(x, mask), pointer(out), pointer(work)
+    entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part))
     lanes, width = lane_count(w), tiles.width
-    tile, at_first = begin_tile(task, tiles, x, mask, out, work), _FIELDS * width
-    rate = rate_of(temperature_at(temperature, 0), get(w, 0))
+    tile, at_first = begin_tile(task, tiles, x, mask, out, w), _FIELDS * width
     for j in range(0, tile.count, lanes):
         at = at_first + j * n
         row_max = lane_maxima(w, at, at + n * lanes)
         soon = Soon(entries, tile.following + j, results, tile.base + j, tile.step)
         rates = lane_rates(temperature, tile.number + j, tile.count - j, rate, w)
+        scale = ratio_scale(row_max, rates)
         if are_plain(row_max, rates):
-            total, error = column_sums(w, at, n, ratio_scale(row_max, rates), None, soon)
+            total, error = column_sums(w, at, n, scale, None, soon)
         else:
-            scales = ratio_scale(row_max, rates)
-            write_scales(row_max, scales, rates, temperature, tile.number + j, w, j, width)
+            write_scales(row_max, scale, rates, temperature, tile.number + j, w, j, width)
             scale, guard = read_scale(w, j, width), read_guard(w, j, width)
             total, error = column_sums(w, at, n, scale, guard, soon)
         high, low = normalizer(total, error)
@@ -1447,26 +1391,17 @@ def log_softmax_columns(team, parts, x, mask, temperature, out):
     """Logarithm of the softmax of columns that fit a tile."""
     tiles = tiles_of(x, out, parts)
     work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, x)
-    arguments = x, mask, temperature, out, tiles, work
-    each_in_turn(log_softmax_tiles, team, parts, len(x) * tiles.count, arguments)
+    arguments = tiles, x, mask, temperature, first_rate(temperature, x), out, work
+    each_in_turn(one_by_one, team, parts, len(x) * tiles.count, (arguments, log_softmax_tile))
 
 
 @jit
-def log_softmax_tiles(first, stop, part, x, mask, temperature, out, tiles, work):
-    """Logarithm of the softmax of some tiles of columns."""
-    own = part_of(work, part)
-    for task in range(first, stop):
-        log_softmax_tile(task, tiles, x, mask, temperature, out, own)
-
-
-@jit
-def log_softmax_tile(task, tiles, x, mask, temperature, out, work):
+def log_softmax_tile(task, part, tiles, x, mask, temperature, rate, out, work):
     """Logarithm of the softmax of a tile of columns."""
     n, inner = x.shape[1:]
-    entries, results, w = entries_of(x, mask), pointer(out), pointer(work)
+    entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part))
     lanes, width = lane_count(w), tiles.width
-    tile, at_first = begin_tile(task, tiles, x, mask, out, work), _FIELDS * width
-    rate = rate_of(temperature_at(temperature, 0), get(w, 0))
+    tile, at_first = begin_tile(task, tiles, x, mask, out, w), _FIELDS * width
     plain = True
     for j in range(0, tile.count, lanes):
         at, number = at_first + j * n, tile.number + j
@@ -1502,12 +1437,11 @@ def write_log_row(x, out, row, work, at, n, count, width, plain, ahead, far):
 @jit
 def split_tile_sums(work, at, n, row_max, temperature, first, rates, weighted, j, width, soon):
     """Write maxima and `column_split_sums` to the first six fields; return whether all columns are plain."""
-    plain = are_plain(row_max, rates)
+    plain, scale = are_plain(row_max, rates), plain_scale(row_max, rates)
     if plain:
-        scale = plain_scale(row_max, rates)
         sums = column_split_sums(work, at, n, row_max, scale, None, weighted, soon)
     else:
-        write_scales(row_max, plain_scale(row_max, rates), rates, temperature, first, work, j, width)
+        write_scales(row_max, scale, rates, temperature, first, work, j, width)
         scale, guard = read_scale(work, j, width), read_guard(work, j, width)
         sums = column_split_sums(work, at, n, row_max, scale, guard, weighted, soon)
     write_split(row_max, sums, work, j, width)
@@ -1570,26 +1504,17 @@ def value_columns(team, parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of columns that fit a tile."""
     tiles = tiles_of(x, None, parts)
     work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, x)
-    arguments = x, mask, temperature, out, weighted, tiles, work
-    each_in_turn(value_tiles, team, parts, len(x) * tiles.count, arguments)
+    arguments = tiles, x, mask, temperature, first_rate(temperature, x), out, weighted, work
+    each_in_turn(one_by_one, team, parts, len(x) * tiles.count, (arguments, value_tile))
 
 
 @jit
-def value_tiles(first, stop, part, x, mask, temperature, out, weighted, tiles, work):
-    """`value_columns` of some tiles."""
-    own = part_of(work, part)
-    for task in range(first, stop):
-        value_tile(task, tiles, x, mask, temperature, out, weighted, own)
-
-
-@jit
-def value_tile(task, tiles, x, mask, temperature, out, weighted, work):
+def value_tile(task, part, tiles, x, mask, temperature, rate, out, weighted, work):
     """`value_columns` of a tile of columns."""
     n, inner = x.shape[1:]
-    entries, results, w = entries_of(x, mask), pointer(out), pointer(work)
+    entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part))
     lanes, width = lane_count(w), tiles.width
-    tile, at_first = begin_tile(task, tiles, x, mask, None, work), _FIELDS * width
-    rate = rate_of(temperature_at(temperature, 0), get(w, 0))
+    tile, at_first = begin_tile(task, tiles, x, mask, None, w), _FIELDS * width
     for j in range(0, tile.count, lanes):
         at, number = at_first + j * n, tile.number + j
         row_max = lane_maxima(w, at, at + n * lanes)
@@ -1676,15 +1601,11 @@ def tall_softmax(team, parts, x, mask, temperature, out):
     totals, errors = workspace(outer * chunks * inner, x), workspace(outer * chunks * inner, x)
     maxima, high, low = workspace(outer * inner, x), workspace(outer * inner, x), workspace(outer * inner, x)
     work = workspaces(parts, (_FIELDS + CHUNK) * width, x)
+    rate, count = first_rate(temperature, x), strip_count(x.shape, width)
     numbers = maxima, high, low, totals, errors, width, work
     for step in range(3):
-        each_part(
-            softmax_strips,
-            team,
-            parts,
-            strip_count(x.shape, width),
-            (step, x, mask, temperature, out, numbers),
-        )
+        arguments = step, x, mask, temperature, rate, out, numbers
+        each_part(one_by_one, team, parts, count, (arguments, softmax_strip))
         for i in range(outer):
             if step == 0:
                 merge_maxima(totals, i, chunks, inner, maxima)
@@ -1693,40 +1614,38 @@ def tall_softmax(team, parts, x, mask, temperature, out):
 
 
 @jit
-def softmax_strips(first, stop, part, step, x, mask, temperature, out, numbers):
-    """One pass over some strips."""
+def softmax_strip(task, part, step, x, mask, temperature, rate, out, numbers):
+    """One pass over a strip."""
     maxima, high, low, totals, errors, width, work = numbers
-    own = part_of(work, part)
-    for task in range(first, stop):
-        if step == 0:
-            strip_maxima(x, mask, task, width, totals)
-        elif step == 1:
-            strip_sums(x, mask, temperature, maxima, task, width, own, totals, errors)
-        else:
-            write_strip(x, mask, temperature, maxima, high, low, task, width, own, out)
+    if step == 0:
+        strip_maxima(x, mask, task, width, totals)
+    elif step == 1:
+        strip_sums(task, part, x, mask, temperature, rate, maxima, width, work, totals, errors)
+    else:
+        write_strip(task, part, x, mask, temperature, rate, maxima, high, low, out, width, work)
 
 
 @jit
-def strip_sums(x, mask, temperature, maxima, task, width, work, totals, errors):
+def strip_sums(task, part, x, mask, temperature, rate, maxima, width, work, totals, errors):
     """Sums of the terms of each column over the rows of a strip."""
     zero = spread(0.0, x)
     i, chunk, rows, first, count = strip_of(task, x.shape, width)
     n, inner = x.shape[1:]
-    w, lanes = pointer(work), lane_count(work)
+    w, lanes = pointer(part_of(work, part)), lane_count(work)
     tile = _FIELDS * width
     base = (i * n + chunk * CHUNK) * inner + first
     further, _ = steps_ahead(count, inner, work)
     pack(entries_of(x, mask), base, inner, rows, count, w, tile, further)
-    rate = rate_of(temperature_at(temperature, 0), get(w, tile))
     for j in range(0, count, lanes):
         at, to = tile + j * rows, (i * -(-n // CHUNK) + chunk) * inner + first + j
         column = i * inner + first + j
         row_max = read(pointer(maxima), column, count - j, zero)
         rates = lane_rates(temperature, column, count - j, rate, w)
+        scale = ratio_scale(row_max, rates)
         if are_plain(row_max, rates):
-            total, error = column_sums(w, at, rows, ratio_scale(row_max, rates), None, None)
+            total, error = column_sums(w, at, rows, scale, None, None)
         else:
-            write_scales(row_max, ratio_scale(row_max, rates), rates, temperature, column, w, j, width)
+            write_scales(row_max, scale, rates, temperature, column, w, j, width)
             scale, guard = read_scale(w, j, width), read_guard(w, j, width)
             total, error = column_sums(w, at, rows, scale, guard, None)
         write(pointer(totals), to, count - j, total)
@@ -1754,31 +1673,18 @@ def tall_write(team, parts, x, mask, temperature, maxima, high, low, out):
     """Write the terms of each column times its normalizer: the second pass alone, for columns in parts."""
     width = strip_width(x.shape[2], x)
     work = workspaces(parts, _FIELDS * width, x)
-    each_part(
-        write_strips,
-        team,
-        parts,
-        strip_count(x.shape, width),
-        (x, mask, temperature, maxima, high, low, out, width, work),
-    )
+    arguments = x, mask, temperature, first_rate(temperature, x), maxima, high, low, out, width, work
+    each_part(one_by_one, team, parts, strip_count(x.shape, width), (arguments, write_strip))
 
 
 @jit
-def write_strips(first, stop, part, x, mask, temperature, maxima, high, low, out, width, work):
-    """Write some strips."""
-    own = part_of(work, part)
-    for task in range(first, stop):
-        write_strip(x, mask, temperature, maxima, high, low, task, width, own, out)
-
-
-@jit
-def write_strip(x, mask, temperature, maxima, high, low, task, width, work, out):
+def write_strip(task, part, x, mask, temperature, rate, maxima, high, low, out, width, work):
     """Write the terms of a strip times the normalizers of its columns."""
     zero = spread(0.0, x)
     i, chunk, rows, first, count = strip_of(task, x.shape, width)
     n, inner = x.shape[1:]
-    entries, results, w, lanes = entries_of(x, mask), pointer(out), pointer(work), lane_count(work)
-    rate = rate_of(temperature_at(temperature, 0), maxima[0])
+    entries, results, lanes = entries_of(x, mask), pointer(out), lane_count(work)
+    w = pointer(part_of(work, part))
     plain = True
     for j in range(0, count, lanes):
         column = i * inner + first + j
@@ -1809,15 +1715,11 @@ def tall_split_sums(team, parts, x, mask, temperature, weighted):
     partial = workspace(outer * chunks * 5 * inner, x)
     maxima, sums = workspace(outer * inner, x), workspace(outer * 5 * inner, x)
     work = workspaces(parts, (_FIELDS + CHUNK) * width, x)
+    rate, count = first_rate(temperature, x), strip_count(x.shape, width)
     numbers = maxima, partial, width, work
     for step in range(2):
-        each_part(
-            split_strips,
-            team,
-            parts,
-            strip_count(x.shape, width),
-            (step, x, mask, temperature, weighted, numbers),
-        )
+        arguments = step, x, mask, temperature, rate, weighted, numbers
+        each_part(one_by_one, team, parts, count, (arguments, split_strip))
         for i in range(outer):
             if step == 0:
                 merge_maxima(partial, i, chunks, inner, maxima)
@@ -1827,29 +1729,26 @@ def tall_split_sums(team, parts, x, mask, temperature, weighted):
 
 
 @jit
-def split_strips(first, stop, part, step, x, mask, temperature, weighted, numbers):
-    """One pass over some strips."""
+def split_strip(task, part, step, x, mask, temperature, rate, weighted, numbers):
+    """One pass over a strip."""
     maxima, partial, width, work = numbers
-    own = part_of(work, part)
-    for task in range(first, stop):
-        if step == 0:
-            strip_maxima(x, mask, task, width, partial)
-        else:
-            strip_split_sums(x, mask, temperature, maxima, task, width, weighted, own, partial)
+    if step == 0:
+        strip_maxima(x, mask, task, width, partial)
+    else:
+        strip_split_sums(task, part, x, mask, temperature, rate, maxima, width, weighted, work, partial)
 
 
 @jit
-def strip_split_sums(x, mask, temperature, maxima, task, width, weighted, work, partial):
+def strip_split_sums(task, part, x, mask, temperature, rate, maxima, width, weighted, work, partial):
     """`lane_split_sums` of each column over the rows of a strip."""
     zero = spread(0.0, x)
     i, chunk, rows, first, count = strip_of(task, x.shape, width)
     n, inner = x.shape[1:]
-    w, lanes = pointer(work), lane_count(work)
+    w, lanes = pointer(part_of(work, part)), lane_count(work)
     tile = _FIELDS * width
     base = (i * n + chunk * CHUNK) * inner + first
     further, _ = steps_ahead(count, inner, work)
     pack(entries_of(x, mask), base, inner, rows, count, w, tile, further)
-    rate = rate_of(temperature_at(temperature, 0), get(w, tile))
     for j in range(0, count, lanes):
         column = i * inner + first + j
         row_max = read(pointer(maxima), column, count - j, zero)
@@ -1910,15 +1809,11 @@ def tall_log_softmax(team, parts, x, mask, temperature, out):
     partial = workspace(outer * chunks * 5 * inner, x)
     maxima, sums = workspace(outer * inner, x), workspace(outer * 5 * inner, x)
     work = workspaces(parts, (_FIELDS + CHUNK) * width, x)
+    rate, count = first_rate(temperature, x), strip_count(x.shape, width)
     numbers = maxima, sums, partial, width, work
     for step in range(3):
-        each_part(
-            log_softmax_strips,
-            team,
-            parts,
-            strip_count(x.shape, width),
-            (step, x, mask, temperature, out, numbers),
-        )
+        arguments = step, x, mask, temperature, rate, out, numbers
+        each_part(one_by_one, team, parts, count, (arguments, log_softmax_strip))
         for i in range(outer):
             if step == 0:
                 merge_maxima(partial, i, chunks, inner, maxima)
@@ -1927,17 +1822,15 @@ def tall_log_softmax(team, parts, x, mask, temperature, out):
 
 
 @jit
-def log_softmax_strips(first, stop, part, step, x, mask, temperature, out, numbers):
-    """One pass over some strips."""
+def log_softmax_strip(task, part, step, x, mask, temperature, rate, out, numbers):
+    """One pass over a strip."""
     maxima, sums, partial, width, work = numbers
-    own = part_of(work, part)
-    for task in range(first, stop):
-        if step == 0:
-            strip_maxima(x, mask, task, width, partial)
-        elif step == 1:
-            strip_split_sums(x, mask, temperature, maxima, task, width, None, own, partial)
-        else:
-            write_log_strip(x, mask, temperature, maxima, sums, task, width, own, out)
+    if step == 0:
+        strip_maxima(x, mask, task, width, partial)
+    elif step == 1:
+        strip_split_sums(task, part, x, mask, temperature, rate, maxima, width, None, work, partial)
+    else:
+        write_log_strip(task, part, x, mask, temperature, rate, maxima, sums, out, width, work)
 
 
 @Kernel
@@ -1945,31 +1838,18 @@ def tall_write_log(team, parts, x, mask, temperature, maxima, sums, out):
     """Write the logarithms of each column: the second pass alone, for columns in parts."""
     width = strip_width(x.shape[2], x)
     work = workspaces(parts, _FIELDS * width, x)
-    each_part(
-        write_log_strips,
-        team,
-        parts,
-        strip_count(x.shape, width),
-        (x, mask, temperature, maxima, sums, out, width, work),
-    )
+    arguments = x, mask, temperature, first_rate(temperature, x), maxima, sums, out, width, work
+    each_part(one_by_one, team, parts, strip_count(x.shape, width), (arguments, write_log_strip))
 
 
 @jit
-def write_log_strips(first, stop, part, x, mask, temperature, maxima, sums, out, width, work):
-    """Write the logarithms of some strips."""
-    own = part_of(work, part)
-    for task in range(first, stop):
-        write_log_strip(x, mask, temperature, maxima, sums, task, width, own, out)
-
-
-@jit
-def write_log_strip(x, mask, temperature, maxima, sums, task, width, work, out):
+def write_log_strip(task, part, x, mask, temperature, rate, maxima, sums, out, width, work):
     """Write the logarithms of a strip."""
     zero = spread(0.0, x)
     i, chunk, rows, first, count = strip_of(task, x.shape, width)
     n, inner = x.shape[1:]
-    entries, results, w, lanes = entries_of(x, mask), pointer(out), pointer(work), lane_count(work)
-    rate = rate_of(temperature_at(temperature, 0), maxima[0])
+    entries, results, lanes = entries_of(x, mask), pointer(out), lane_count(work)
+    w = pointer(part_of(work, part))
     plain = True
     for j in range(0, count, lanes):
         column = i * inner + first + j
