@@ -96,6 +96,7 @@ from fastmax._slice import (
     merge_split,
     register_maxima,
     sums_of,
+    touch_new,
 )
 from fastmax._threads import Kernel, each_in_turn, each_part
 from fastmax._tracing import traced
@@ -815,8 +816,7 @@ def softmax_wide_row(i, part, x, mask, temperature, out, work):
     stored, at = place_of_terms(out, i * n, part_of(work, part))
     rate = rate_of(temperature_at(temperature, i), get(entries, 0))
     soon = Soon(entries, min(i + 1, len(out) - 1) * step, results, i * n, lane_count(entries))
-    if is_new(results, i * n + n):
-        touch(results, i * n, i * n + n)
+    touch_new(results, i * n, i * n + n)
     _slice.softmax_of(entries, row, row + n, rate, stored, at, results, i * n - row, soon)
 
 
@@ -834,8 +834,7 @@ def log_softmax_wide_row(i, part, x, mask, temperature, out):
     entries, results = entries_of(x, mask), pointer(out)
     rate = rate_of(temperature_at(temperature, i), get(entries, 0))
     soon = Soon(entries, min(i + 1, len(out) - 1) * step, results, i * n, lane_count(entries))
-    if is_new(results, i * n + n):
-        touch(results, i * n, i * n + n)
+    touch_new(results, i * n, i * n + n)
     _slice.log_softmax_of(entries, row, row + n, rate, results, i * n - row, soon)
 
 

@@ -25,6 +25,7 @@ from fastmax._cpu import (
     lane_rates,
     next_tile,
     no_guard,
+    one_by_one,
     pack_rows,
     padded_size,
     part_of,
@@ -56,7 +57,6 @@ from fastmax._lanes import (
     spread,
     store,
     store_first,
-    touch,
     workspace,
     write,
 )
@@ -81,7 +81,7 @@ from fastmax._math import (
     times_pair,
     top_term,
 )
-from fastmax._slice import CHUNK, Soon, fetch, is_new, lane_maxima, later, sum_lanes
+from fastmax._slice import CHUNK, Soon, fetch, is_new, lane_maxima, later, sum_lanes, touch_new
 from fastmax._threads import Kernel, each_in_turn, each_part, parts_for
 from fastmax._tracing import traced
 
@@ -124,6 +124,23 @@ def unless_none(array, value):
 def labels_at(x, at, step):
     """`Labels`, or None if x is None."""
     return None if x is None else Labels(x, at, step)
+
+
+@traced
+def vectors_of(shape, like):
+    """Number of vectors of columns."""
+    outer, _, inner = shape
+    return outer * -(-inner // lane_count(like))
+
+
+@jit
+def vector_of(task, shape, like):
+    """First and stop of the entries of a vector of columns, how many columns it has, and its first slice."""
+    _, n, inner = shape
+    vectors = -(-inner // lane_count(like))
+    i, first = task // vectors, task % vectors * lane_count(like)
+    start = i * n * inner + first
+    return start, start + n * inner, min(lane_count(like), inner - first), i * inner + first
 
 
 # -- passes ---------------------------------------------------------------------------------------
@@ -482,8 +499,7 @@ def row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, temperat
     entries, start, stop, lanes = pointer(x), i * n, i * n + n, lane_count(x)
     results, labels = pointer_to(out), labels_at(pointer_to(probs), start, lanes)
     soon = Soon(entries, min(stop, (len(x) - 1) * n), results, start, lanes)
-    if is_new(results, stop):
-        touch(results, start, stop)
+    touch_new(results, start, stop)
     sums = sum_rests(entries, start, stop, lanes, lanes, row_max, scale, guard, stored, 0, soon)
     ties, _ = sum_lanes(sums[0], spread(0.0, x))
     rest, error = sum_lanes(sums[1], sums[2])
@@ -543,6 +559,12 @@ Samples.__doc__ = (
 )
 
 
+@traced
+def sizes_of(shape):
+    """Shape of the array that `Samples` lie in."""
+    return shape.outer, shape.n, shape.inner
+
+
 @jit
 def tile_size(n, samples, tasks, tiles, like):
     """Samples of a tile: whole lanes that fit the tile's bytes, and tiles enough for all tasks."""
@@ -589,27 +611,18 @@ def cross_entropy_tiles(team, parts, x, classes, probs, shape, temperature, samp
     width = tile_size(shape.n, shape.inner, parts, tiles, workspace(1, x))
     work = workspaces(parts, (_FIELDS + piece_size(x)) * lanes + tiles * shape.n * width, x)
     new = is_new(pointer_to(out), x.size)
-    arguments = x, classes, probs, shape, temperature, samples, losses, out, width, parts, new, work
-    each_in_turn(tiles_of_losses, team, parts, shape.outer * -(-shape.inner // width), arguments)
+    count = -(-shape.inner // width)
+    arguments = x, classes, probs, shape, temperature, samples, losses, out, width, count, parts, new, work
+    each_in_turn(one_by_one, team, parts, shape.outer * count, (arguments, tile_losses))
 
 
 @jit
-def tiles_of_losses(
-    begin, end, part, x, classes, probs, shape, temperature, samples, losses, out, width, parts, new, work
+def tile_losses(
+    task, part, x, classes, probs, shape, temperature, samples, losses, out, width, tiles, parts, new, work
 ):
-    """Losses and gradients of some tiles."""
-    count, own = -(-shape.inner // width), pointer(part_of(work, part))
-    for task in range(begin, end):
-        i, first = task // count, task % count * width
-        tile_losses(
-            x, classes, probs, shape, temperature, samples, losses, out, new, i, first, width, parts, own
-        )
-
-
-@jit
-def tile_losses(x, classes, probs, shape, temperature, samples, losses, out, new, i, first, width, parts, w):
-    """Losses and gradients of one tile."""
-    entries, lanes, n = pointer(x), lane_count(w), shape.n
+    """Losses and gradients of one tile, of so many side by side."""
+    entries, w, lanes, n = pointer(x), pointer(part_of(work, part)), lane_count(work), shape.n
+    i, first = task // tiles, task % tiles * width
     count = min(width, shape.inner - first)
     base = i * n * shape.inner + first * shape.sample_step
     tile = _FIELDS * lanes
@@ -643,29 +656,16 @@ def cross_entropy_tall(team, parts, x, classes, probs, shape, temperature, sampl
     """Losses of columns and, unless out is None, gradients; each vector of columns is read where it lies."""
     work = workspaces(parts, _FIELDS * lane_count(x), x)
     arguments = x, classes, probs, shape, temperature, samples, losses, out, work
-    each_in_turn(
-        vectors_of_tall_losses, team, parts, shape.outer * -(-shape.inner // lane_count(x)), arguments
-    )
+    each_in_turn(one_by_one, team, parts, vectors_of(sizes_of(shape), x), (arguments, tall_losses))
 
 
 @jit
-def vectors_of_tall_losses(
-    begin, end, part, x, classes, probs, shape, temperature, samples, losses, out, work
-):
-    """Losses and gradients of some vectors of columns."""
-    lanes = lane_count(x)
-    vectors, own = -(-shape.inner // lanes), pointer(part_of(work, part))
-    for task in range(begin, end):
-        i, first = task // vectors, task % vectors * lanes
-        tall_losses(x, classes, probs, shape, temperature, samples, losses, out, i, first, own)
-
-
-@jit
-def tall_losses(x, classes, probs, shape, temperature, samples, losses, out, i, first, w):
+def tall_losses(task, part, x, classes, probs, shape, temperature, samples, losses, out, work):
     """Losses and gradients of a vector of columns."""
-    entries, lanes, n, inner = pointer(x), lane_count(w), shape.n, shape.inner
-    start, present, number = i * n * inner + first, min(lanes, inner - first), i * inner + first
-    top = lane_tops(entries, start, start + n * inner, inner, present)
+    entries, w, lanes = pointer(x), pointer(part_of(work, part)), lane_count(work)
+    n, inner = shape.n, shape.inner
+    start, stop, present, number = vector_of(task, sizes_of(shape), x)
+    top = lane_tops(entries, start, stop, inner, present)
     store(w, _MAX * lanes, top)
     for k in range(present, lanes):
         put(w, _MAX * lanes + k, get(w, _MAX * lanes))
@@ -910,71 +910,43 @@ def write_products(probs, cotangent, start, stop, step, width, total, error, fac
 @Kernel
 def vjp_rows(team, parts, probs, cotangent, temperature, out, log):
     """Product of the cotangent with the Jacobian of softmax, or log_softmax, in each row."""
-    each_part(vjp_some_rows, team, parts, len(probs), (probs, cotangent, temperature, out, log))
+    each_part(one_by_one, team, parts, len(probs), ((probs, cotangent, temperature, out, log), vjp_row))
 
 
 @jit
-def vjp_some_rows(begin, end, part, probs, cotangent, temperature, out, log):
-    """`vjp_rows` of some rows."""
+def vjp_row(i, part, probs, cotangent, temperature, out, log):
+    """`vjp_rows` of row i."""
     n, lanes = probs.shape[1], lane_count(probs)
     p, g, results = pointer(probs), pointer(cotangent), pointer(out)
-    like = get(p, 0)
-    for i in range(begin, end):
-        start, stop = i * n, i * n + n
-        total, error = sum_products(p, g, start, stop, lanes, lanes, log)
-        total, error = sum_lanes(total, error)
-        factors = gradient_factors(temperature_at(temperature, i), 1, like)
-        write_products(p, g, start, stop, lanes, lanes, total, error, factors, log, results)
-
-
-@traced
-def vectors_of(shape, like):
-    """Number of vectors of columns."""
-    outer, _, inner = shape
-    return outer * -(-inner // lane_count(like))
-
-
-@jit
-def vector_of(task, shape, like):
-    """First and stop of the entries of a vector of columns, how many columns it has, and its first slice."""
-    _, n, inner = shape
-    vectors = -(-inner // lane_count(like))
-    i, first = task // vectors, task % vectors * lane_count(like)
-    start = i * n * inner + first
-    return start, start + n * inner, min(lane_count(like), inner - first), i * inner + first
+    start, stop = i * n, i * n + n
+    total, error = sum_products(p, g, start, stop, lanes, lanes, log)
+    total, error = sum_lanes(total, error)
+    factors = gradient_factors(temperature_at(temperature, i), 1, get(p, 0))
+    write_products(p, g, start, stop, lanes, lanes, total, error, factors, log, results)
 
 
 @Kernel
 def vjp_columns(team, parts, probs, cotangent, temperature, out, log):
     """Product of the cotangent with the Jacobian of softmax, or log_softmax, in each column."""
     work = workspaces(parts, 3 * lane_count(probs), probs)
-    each_part(
-        vjp_some_columns,
-        team,
-        parts,
-        vectors_of(probs.shape, probs),
-        (probs, cotangent, temperature, out, log, work),
-    )
+    arguments = probs, cotangent, temperature, out, log, work
+    each_part(one_by_one, team, parts, vectors_of(probs.shape, probs), (arguments, vjp_vector))
 
 
 @jit
-def vjp_some_columns(begin, end, part, probs, cotangent, temperature, out, log, work):
-    """`vjp_columns` of some vectors of columns."""
-    inner = probs.shape[2]
-    lanes = lane_count(probs)
-    w = pointer(part_of(work, part))
+def vjp_vector(task, part, probs, cotangent, temperature, out, log, work):
+    """`vjp_columns` of a vector of columns."""
+    inner, lanes, w = probs.shape[2], lane_count(probs), pointer(part_of(work, part))
     p, g, results = pointer(probs), pointer(cotangent), pointer(out)
-    for task in range(begin, end):
-        start, stop, width, number = vector_of(task, probs.shape, probs)
-        total, error = sum_products(p, g, start, stop, inner, width, log)
-        for j in range(lanes):
-            own = temperature_at(temperature, number + j)
-            before, after, last = gradient_factors(own, 1, get(w, 0))
-            put(w, j, spread(before, get(w, 0)))
-            put(w, lanes + j, spread(after, get(w, 0)))
-            put(w, 2 * lanes + j, spread(last, get(w, 0)))
-        factors = load(w, 0), load(w, lanes), load(w, 2 * lanes)
-        write_products(p, g, start, stop, inner, width, total, error, factors, log, results)
+    start, stop, width, number = vector_of(task, probs.shape, probs)
+    total, error = sum_products(p, g, start, stop, inner, width, log)
+    for j in range(lanes):
+        before, after, last = gradient_factors(temperature_at(temperature, number + j), 1, get(w, 0))
+        put(w, j, spread(before, get(w, 0)))
+        put(w, lanes + j, spread(after, get(w, 0)))
+        put(w, 2 * lanes + j, spread(last, get(w, 0)))
+    factors = load(w, 0), load(w, lanes), load(w, 2 * lanes)
+    write_products(p, g, start, stop, inner, width, total, error, factors, log, results)
 
 
 def vjp(probs, cotangent, temperature, out, log):
@@ -1061,29 +1033,28 @@ def write_start(table, i, top, number, first, second, weight, gap):
 @Kernel
 def fit_start_rows(team, parts, x, classes, probs, factor, table):
     """Find what a fit needs of each row."""
-    each_part(fit_start_some_rows, team, parts, len(x), (x, classes, probs, factor, table))
+    each_part(one_by_one, team, parts, len(x), ((x, classes, probs, factor, table), fit_start_row))
 
 
 @jit
-def fit_start_some_rows(begin, end, part, x, classes, probs, factor, table):
-    """Find what a fit needs of some rows."""
+def fit_start_row(i, part, x, classes, probs, factor, table):
+    """Find what a fit needs of row i."""
     n = x.shape[1]
     lanes = lane_count(table)
     entries, zero = pointer(x), spread(0.0, table)
-    for i in range(begin, end):
-        start, stop = i * n, i * n + n
-        top = np.float64(_slice.maximum(entries, start, stop))
-        sums = lane_uniform(entries, start, stop, lanes, lanes, top, factor, table)
-        number, _ = sum_lanes(sums[0], zero)
-        first, _ = sum_lanes(sums[1], zero)
-        second, _ = sum_lanes(sums[2], zero)
-        if probs is None:
-            weight, gap = 1.0, label_gap(top, get(entries, start + classes[i]), factor)
-        else:
-            labels = lane_label_gaps(entries, pointer(probs), start, stop, lanes, lanes, top, factor, table)
-            weight, _ = sum_lanes(labels[0], zero)
-            gap, _ = sum_lanes(labels[1], zero)
-        write_start(table, i, top, number, first, second, weight, gap)
+    start, stop = i * n, i * n + n
+    top = np.float64(_slice.maximum(entries, start, stop))
+    sums = lane_uniform(entries, start, stop, lanes, lanes, top, factor, table)
+    number, _ = sum_lanes(sums[0], zero)
+    first, _ = sum_lanes(sums[1], zero)
+    second, _ = sum_lanes(sums[2], zero)
+    if probs is None:
+        weight, gap = 1.0, label_gap(top, get(entries, start + classes[i]), factor)
+    else:
+        labels = lane_label_gaps(entries, pointer(probs), start, stop, lanes, lanes, top, factor, table)
+        weight, _ = sum_lanes(labels[0], zero)
+        gap, _ = sum_lanes(labels[1], zero)
+    write_start(table, i, top, number, first, second, weight, gap)
 
 
 @jit
@@ -1097,42 +1068,36 @@ def label_gap(top, logit, factor):
 def fit_start_columns(team, parts, x, classes, probs, factor, table):
     """Find what a fit needs of each column."""
     work = workspaces(parts, 6 * lane_count(table), table)
-    each_part(
-        fit_start_some_columns,
-        team,
-        parts,
-        vectors_of(x.shape, table),
-        (x, classes, probs, factor, table, work),
-    )
+    arguments = x, classes, probs, factor, table, work
+    each_part(one_by_one, team, parts, vectors_of(x.shape, table), (arguments, fit_start_vector))
 
 
 @jit
-def fit_start_some_columns(begin, end, part, x, classes, probs, factor, table, work):
-    """Find what a fit needs of some vectors of columns."""
+def fit_start_vector(task, part, x, classes, probs, factor, table, work):
+    """Find what a fit needs of a vector of columns."""
     inner = x.shape[2]
     lanes = lane_count(table)
     entries, w = pointer(x), pointer(part_of(work, part))
-    for task in range(begin, end):
-        start, stop, width, number = vector_of(task, x.shape, table)
-        top = wide_tops(entries, start, stop, inner, width, table)
-        sums = lane_uniform(entries, start, stop, inner, width, top, factor, table)
-        store(w, 0, top)
-        store(w, lanes, sums[0])
-        store(w, 2 * lanes, sums[1])
-        store(w, 3 * lanes, sums[2])
-        if probs is not None:
-            labels = lane_label_gaps(entries, pointer(probs), start, stop, inner, width, top, factor, table)
-            store(w, 4 * lanes, labels[0])
-            store(w, 5 * lanes, labels[1])
-        for j in range(width):
-            own = get(w, j)
-            if probs is None:
-                label = start + classes[number + j] * inner + j
-                weight, gap = 1.0, label_gap(own, get(entries, label), factor)
-            else:
-                weight, gap = get(w, 4 * lanes + j), get(w, 5 * lanes + j)
-            count, first = get(w, lanes + j), get(w, 2 * lanes + j)
-            write_start(table, number + j, own, count, first, get(w, 3 * lanes + j), weight, gap)
+    start, stop, width, number = vector_of(task, x.shape, table)
+    top = wide_tops(entries, start, stop, inner, width, table)
+    sums = lane_uniform(entries, start, stop, inner, width, top, factor, table)
+    store(w, 0, top)
+    store(w, lanes, sums[0])
+    store(w, 2 * lanes, sums[1])
+    store(w, 3 * lanes, sums[2])
+    if probs is not None:
+        labels = lane_label_gaps(entries, pointer(probs), start, stop, inner, width, top, factor, table)
+        store(w, 4 * lanes, labels[0])
+        store(w, 5 * lanes, labels[1])
+    for j in range(width):
+        own = get(w, j)
+        if probs is None:
+            label = start + classes[number + j] * inner + j
+            weight, gap = 1.0, label_gap(own, get(entries, label), factor)
+        else:
+            weight, gap = get(w, 4 * lanes + j), get(w, 5 * lanes + j)
+        count, first = get(w, lanes + j), get(w, 2 * lanes + j)
+        write_start(table, number + j, own, count, first, get(w, 3 * lanes + j), weight, gap)
 
 
 @jit
@@ -1166,68 +1131,63 @@ def write_moments(moments, i, weight, total, error, first, first_error, second):
 @Kernel
 def fit_rows(team, parts, x, table, temperature, moments):
     """Mean and variance of b d in each row, at one temperature."""
-    each_part(fit_some_rows, team, parts, len(x), (x, table, temperature, moments))
+    each_part(one_by_one, team, parts, len(x), ((x, table, rate_of(temperature, 0.0), moments), fit_row))
 
 
 @jit
-def fit_some_rows(begin, end, part, x, table, temperature, moments):
-    """Mean and variance of b d in some rows."""
+def fit_row(i, part, x, table, rate, moments):
+    """Mean and variance of b d in row i."""
     n = x.shape[1]
     lanes = lane_count(table)
     entries, zero = pointer(x), spread(0.0, table)
-    rate = rate_of(temperature, 0.0)
-    for i in range(begin, end):
-        start, stop = i * n, i * n + n
-        top = table[_TOP, i]
-        if is_plain(top, rate):
-            scale = plain_scale(top, rate)
-            sums = lane_moments(entries, start, stop, lanes, lanes, scale, None, table)
-        else:
-            scale, guard = guarded_scale(top, temperature)
-            sums = lane_moments(entries, start, stop, lanes, lanes, scale, guard, table)
-        total, error = sum_lanes(sums[0], sums[1])
-        first, first_error = sum_lanes(sums[2], sums[3])
-        second, _ = sum_lanes(sums[4], zero)
-        write_moments(moments, i, table[_WEIGHT, i], total, error, first, first_error, second)
+    start, stop = i * n, i * n + n
+    top = table[_TOP, i]
+    if is_plain(top, rate):
+        scale = plain_scale(top, rate)
+        sums = lane_moments(entries, start, stop, lanes, lanes, scale, None, table)
+    else:
+        scale, guard = guarded_scale(top, rate.temperature)
+        sums = lane_moments(entries, start, stop, lanes, lanes, scale, guard, table)
+    total, error = sum_lanes(sums[0], sums[1])
+    first, first_error = sum_lanes(sums[2], sums[3])
+    second, _ = sum_lanes(sums[4], zero)
+    write_moments(moments, i, table[_WEIGHT, i], total, error, first, first_error, second)
 
 
 @Kernel
 def fit_columns(team, parts, x, table, temperature, moments):
     """Mean and variance of b d in each column, at one temperature."""
     work = workspaces(parts, 11 * lane_count(table), table)
-    each_part(
-        fit_some_columns, team, parts, vectors_of(x.shape, table), (x, table, temperature, moments, work)
-    )
+    arguments = x, table, rate_of(temperature, 0.0), moments, work
+    each_part(one_by_one, team, parts, vectors_of(x.shape, table), (arguments, fit_vector))
 
 
 @jit
-def fit_some_columns(begin, end, part, x, table, temperature, moments, work):
-    """Mean and variance of b d in some vectors of columns."""
+def fit_vector(task, part, x, table, rate, moments, work):
+    """Mean and variance of b d in a vector of columns."""
     inner = x.shape[2]
     lanes = lane_count(table)
     entries, w = pointer(x), pointer(part_of(work, part))
-    rate = rate_of(temperature, 0.0)
-    for task in range(begin, end):
-        start, stop, width, number = vector_of(task, x.shape, table)
-        for j in range(lanes):
-            top = table[_TOP, number + min(j, width - 1)]
-            if is_plain(top, rate):
-                put_scale(w, j, lanes, plain_scale(top, rate), no_guard(top), 1.0)
-            else:
-                scale, guard = guarded_scale(top, temperature)
-                put_scale(w, j, lanes, scale, guard, 0.0)
-        scale, guard = scales_at(w, lanes)
-        sums = lane_moments(entries, start, stop, inner, width, scale, guard, table)
-        store(w, 0, sums[0])
-        store(w, lanes, sums[1])
-        store(w, 2 * lanes, sums[2])
-        store(w, 3 * lanes, sums[3])
-        store(w, 4 * lanes, sums[4])
-        for j in range(width):
-            total, error, first = get(w, j), get(w, lanes + j), get(w, 2 * lanes + j)
-            first_error, second = get(w, 3 * lanes + j), get(w, 4 * lanes + j)
-            weight = table[_WEIGHT, number + j]
-            write_moments(moments, number + j, weight, total, error, first, first_error, second)
+    start, stop, width, number = vector_of(task, x.shape, table)
+    for j in range(lanes):
+        top = table[_TOP, number + min(j, width - 1)]
+        if is_plain(top, rate):
+            put_scale(w, j, lanes, plain_scale(top, rate), no_guard(top), 1.0)
+        else:
+            scale, guard = guarded_scale(top, rate.temperature)
+            put_scale(w, j, lanes, scale, guard, 0.0)
+    scale, guard = scales_at(w, lanes)
+    sums = lane_moments(entries, start, stop, inner, width, scale, guard, table)
+    store(w, 0, sums[0])
+    store(w, lanes, sums[1])
+    store(w, 2 * lanes, sums[2])
+    store(w, 3 * lanes, sums[3])
+    store(w, 4 * lanes, sums[4])
+    for j in range(width):
+        total, error, first = get(w, j), get(w, lanes + j), get(w, 2 * lanes + j)
+        first_error, second = get(w, 3 * lanes + j), get(w, 4 * lanes + j)
+        weight = table[_WEIGHT, number + j]
+        write_moments(moments, number + j, weight, total, error, first, first_error, second)
 
 
 # Sums of distances in this range need no factor; with the other, neither they nor squares of them overflow.
@@ -1405,24 +1365,17 @@ def solve_distances(w, count, ties, low, high, temperature, goal):
 def solve_slices(team, parts, x, entropies, at_limit, temperatures, found):
     """Solve for the temperature of each slice over axis 1 of an array (outer, n, inner)."""
     work = workspaces(parts, x.shape[1], 0.0)
-    each_part(
-        solve_some_slices,
-        team,
-        parts,
-        len(x) * x.shape[2],
-        (x, entropies, at_limit, temperatures, found, work),
-    )
+    arguments = x, entropies, at_limit, temperatures, found, work
+    each_part(one_by_one, team, parts, len(x) * x.shape[2], (arguments, solve_one))
 
 
 @jit
-def solve_some_slices(first, stop, part, x, entropies, at_limit, temperatures, found, work):
-    """Solve for the temperature of some slices."""
+def solve_one(i, part, x, entropies, at_limit, temperatures, found, work):
+    """Solve for the temperature of slice i."""
     n, inner = x.shape[1:]
-    w = pointer(part_of(work, part))
-    for i in range(first, stop):
-        start = i // inner * n * inner + i % inner
-        target = temperature_at(entropies, i)
-        temperatures[i], found[i] = solve_slice(pointer(x), start, inner, n, target, at_limit, w)
+    start, w = i // inner * n * inner + i % inner, pointer(part_of(work, part))
+    target = temperature_at(entropies, i)
+    temperatures[i], found[i] = solve_slice(pointer(x), start, inner, n, target, at_limit, w)
 
 
 def solve(x, entropies, at_limit, temperatures, found):

@@ -187,6 +187,13 @@ def is_new(out, stop):
     return get(out, stop - 1) == 0.0
 
 
+@jit
+def touch_new(out, start, stop):
+    """`touch` results, if any, that `is_new` takes to lie in new memory."""
+    if is_new(out, stop):
+        touch(out, start, stop)
+
+
 @traced
 def fetch(soon, step):
     """Ask for what will be needed after so many steps."""
