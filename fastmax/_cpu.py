@@ -66,7 +66,6 @@ from fastmax._math import (
     guard_of,
     guarded_gap,
     guarded_scale,
-    is_plain,
     larger,
     log_of_sum,
     log_terms,
@@ -344,9 +343,15 @@ def temperature_at(temperature, i):
 
 
 @traced
+def rate_at(temperature, i, like):
+    """Rate of slice i."""
+    return rate_of(temperature_at(temperature, i), like)
+
+
+@traced
 def first_rate(temperature, x):
     """Rate of the first slice: that of all, where there is one temperature."""
-    return rate_of(temperature_at(temperature, 0), get(x, 0))
+    return rate_at(temperature, 0, get(x, 0))
 
 
 @jit
@@ -814,7 +819,7 @@ def softmax_wide_row(i, part, x, mask, temperature, out, work):
     row, step = i * row_step(x, n), row_step(x, n)
     entries, results = entries_of(x, mask), pointer(out)
     stored, at = place_of_terms(out, i * n, part_of(work, part))
-    rate = rate_of(temperature_at(temperature, i), get(entries, 0))
+    rate = rate_at(temperature, i, get(entries, 0))
     soon = Soon(entries, min(i + 1, len(out) - 1) * step, results, i * n, lane_count(entries))
     touch_new(results, i * n, i * n + n)
     _slice.softmax_of(entries, row, row + n, rate, stored, at, results, i * n - row, soon)
@@ -832,7 +837,7 @@ def log_softmax_wide_row(i, part, x, mask, temperature, out):
     n = out.shape[1]
     row, step = i * row_step(x, n), row_step(x, n)
     entries, results = entries_of(x, mask), pointer(out)
-    rate = rate_of(temperature_at(temperature, i), get(entries, 0))
+    rate = rate_at(temperature, i, get(entries, 0))
     soon = Soon(entries, min(i + 1, len(out) - 1) * step, results, i * n, lane_count(entries))
     touch_new(results, i * n, i * n + n)
     _slice.log_softmax_of(entries, row, row + n, rate, results, i * n - row, soon)
@@ -851,7 +856,7 @@ def value_wide_row(i, part, x, mask, temperature, out, weighted):
     n = x.shape[1]
     row, step = i * row_step(x, n), row_step(x, n)
     entries = entries_of(x, mask)
-    rate = rate_of(temperature_at(temperature, i), get(entries, 0))
+    rate = rate_at(temperature, i, get(entries, 0))
     soon = Soon(entries, min(i + 1, len(out) - 1) * step, None, 0, lane_count(entries))
     value = _slice.value_of(entries, row, row + n, rate, weighted, soon)
     put(pointer(out), i, value)
@@ -914,18 +919,9 @@ def long_normalizers(team, parts, x, mask, temperature, maxima):
 def chunk_total(task, part, x, mask, temperature, maxima, totals, errors):
     """Sum of the terms of a chunk."""
     row, start, stop = chunk_of(task, x.shape[1], x)
-    own = temperature_at(temperature, row)
-    totals[task], errors[task] = chunk_sums(entries_of(x, mask), start, stop, maxima[row], own, None)
-
-
-@jit
-def chunk_sums(x, start, stop, row_max, temperature, soon):
-    """Sum of the terms of a chunk."""
-    rate = rate_of(temperature, row_max)
-    if is_plain(row_max, rate):
-        return _slice.sum_terms(x, start, stop, ratio_scale(row_max, rate), None, None, 0, soon)
-    scale, guard = guarded_scale(row_max, temperature)
-    return _slice.sum_terms(x, start, stop, scale, guard, None, 0, soon)
+    entries, rate = entries_of(x, mask), rate_at(temperature, row, maxima[row])
+    sums = _slice.ratio_sums(entries, start, stop, maxima[row], rate, None, 0, None)
+    totals[task], errors[task] = sums
 
 
 @Kernel
@@ -939,25 +935,15 @@ def long_write(team, parts, x, mask, temperature, maxima, high, low, out):
 def write_chunk(task, part, x, mask, temperature, maxima, high, low, out):
     """Write a chunk."""
     row, start, stop = chunk_of(task, x.shape[1], x)
-    entries, results, own = entries_of(x, mask), pointer(out), temperature_at(temperature, row)
-    chunk_write(entries, start, stop, maxima[row], own, high[row], low[row], results, 0, is_far(x, out))
+    entries, results, rate = entries_of(x, mask), pointer(out), rate_at(temperature, row, maxima[row])
+    inverse = high[row], low[row]
+    _slice.write_softmax(entries, start, stop, maxima[row], rate, inverse, results, 0, is_far(x, out))
 
 
 @jit
 def is_far(x, out):
     """Whether a result is too long for the caches, and not in place: what was just read they have."""
     return out.size * out.itemsize >= FAR_BYTES and out.ctypes.data != x.ctypes.data
-
-
-@jit
-def chunk_write(x, start, stop, row_max, temperature, high, low, out, shift, far):
-    """Write the terms of a chunk times a normalizer, at an index shifted by so much."""
-    rate = rate_of(temperature, row_max)
-    if is_plain(row_max, rate):
-        _slice.write_terms(x, start, stop, ratio_scale(row_max, rate), None, high, low, out, shift, far)
-    else:
-        scale, guard = guarded_scale(row_max, temperature)
-        _slice.write_terms(x, start, stop, scale, guard, high, low, out, shift, far)
 
 
 @Kernel
@@ -983,7 +969,7 @@ def long_split_sums(team, parts, x, mask, temperature, maxima, weighted):
 def chunk_split_sums(task, part, x, mask, temperature, maxima, weighted, partial):
     """`sum_split_terms` of a chunk."""
     row, start, stop = chunk_of(task, x.shape[1], x)
-    rate = rate_of(temperature_at(temperature, row), maxima[row])
+    rate = rate_at(temperature, row, maxima[row])
     sums = _slice.split_sums(entries_of(x, mask), start, stop, maxima[row], rate, weighted, None)
     for quantity in range(5):
         partial[task, quantity] = sums[quantity]
@@ -1006,7 +992,7 @@ def long_write_log(team, parts, x, mask, temperature, maxima, sums, out):
 def write_log_chunk(task, part, x, mask, temperature, maxima, sums, out):
     """Write the logarithms of a chunk."""
     row, start, stop = chunk_of(task, x.shape[1], x)
-    rate = rate_of(temperature_at(temperature, row), maxima[row])
+    rate = rate_at(temperature, row, maxima[row])
     log_sum = log_of_sum(maxima[row], five(sums, row))
     entries, results = entries_of(x, mask), pointer(out)
     _slice.write_log(entries, start, stop, maxima[row], rate, log_sum, results, 0, is_far(x, out))

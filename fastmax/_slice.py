@@ -493,15 +493,29 @@ def softmax_of(x, start, stop, rate, stored, at, out, shift, soon):
     if stop - start < lane_count(x):
         softmax_of_few(x, start, stop - start, rate, out, shift)
         return
-    row_max = maximum(x, start, stop)
-    if is_plain(row_max, rate):
-        scale = ratio_scale(row_max, rate)
-        total, error = sum_terms(x, start, stop, scale, None, stored, at, soon)
-    else:
-        scale, guard = guarded_scale(row_max, rate.temperature)
-        total, error = sum_terms(x, start, stop, scale, guard, stored, at, soon)
+    total, error = ratio_sums(x, start, stop, maximum(x, start, stop), rate, stored, at, soon)
     high, low = normalizer(total, error)
     scale_stored(stored, at, x, start, stop, high, low, out, shift)
+
+
+@jit
+def ratio_sums(x, start, stop, row_max, rate, stored, at, soon):
+    """`sum_terms` at the temperature of a rate."""
+    if is_plain(row_max, rate):
+        return sum_terms(x, start, stop, ratio_scale(row_max, rate), None, stored, at, soon)
+    scale, guard = guarded_scale(row_max, rate.temperature)
+    return sum_terms(x, start, stop, scale, guard, stored, at, soon)
+
+
+@jit
+def write_softmax(x, start, stop, row_max, rate, inverse, out, shift, far):
+    """`write_terms` at the temperature of a rate; the normalizer is a pair."""
+    high, low = inverse
+    if is_plain(row_max, rate):
+        write_terms(x, start, stop, ratio_scale(row_max, rate), None, high, low, out, shift, far)
+    else:
+        scale, guard = guarded_scale(row_max, rate.temperature)
+        write_terms(x, start, stop, scale, guard, high, low, out, shift, far)
 
 
 @jit
