@@ -32,7 +32,6 @@ from fastmax._math import (
     misses_faint_terms,
     normalizer,
     over,
-    rate_of,
     terms,
     top_term,
     unit_of,
