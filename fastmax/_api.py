@@ -411,7 +411,11 @@ def _fit(x, temperature, axis, where, out):
     ):
         return False
     if where is not None and not (
-        type(where) is _ARRAY and where.dtype == bool and where.shape == x.shape and where.flags.c_contiguous
+        type(where) is _ARRAY
+        and where.dtype == bool
+        and where.shape == x.shape
+        and where.flags.c_contiguous
+        and (out is None or not np.may_share_memory(out, where))
     ):
         return False
     return temperature.ndim == 0 or (
@@ -467,9 +471,8 @@ def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
         shape = batch
     if out is not None:
         _check_out(out, shape, result_dtype, x)
-        if np.may_share_memory(out, temperature):
-            temperature = temperature.copy()
-    mask = None if where is None else _as_mask(where, x.shape)
+        temperature = _apart(temperature, out)
+    mask = None if where is None else _apart(_as_mask(where, x.shape), out)
     if x.size == 0 or 0 in shape:
         result = np.full(shape, operation.absent, result_dtype)
     else:
@@ -780,6 +783,11 @@ def _check_out(out, shape, dtype, x):
         raise ValueError("out must be writeable, got a read-only array")
     if _overlaps_in_part(out, x):
         raise ValueError("out must be x itself or not overlap it, got an array that overlaps x in part")
+
+
+def _apart(array, out):
+    """An array, or a copy where ``out`` may share its memory, which may be read when that is written."""
+    return array.copy() if out is not None and np.may_share_memory(out, array) else array
 
 
 def _overlaps_in_part(out, x):

@@ -496,7 +496,10 @@ def evaluate(operation, x, temperature, axis, where, out, keepdims=False):
         shape = _api._with_axes(batch, places, [1] * len(axes)) if keepdims else batch
     mask = None if where is None else _mask_of(where, ghost.shape, place)
     if out is not None:
-        _check_out(_place(out, "out"), shape, place)
+        target = _place(out, "out")
+        _check_out(target, shape, place)
+        if mask is not None and np.may_share_memory(target.as_numpy(), mask):
+            raise ValueError("where must not share memory with out, got a mask that does")
     if ghost.size == 0 or 0 in shape:
         return _filled(x, shape, place, ABSENT[operation], out)
     kept = _api._kept(axes, range(ghost.ndim))

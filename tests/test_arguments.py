@@ -652,6 +652,25 @@ def test_out_that_overlaps_rows(function, size, width, is_behind):
     assert_same(buffer, before)
 
 
+@every
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("columns", [6, 40])
+def test_masks_and_temperatures_in_the_memory_of_out(function, columns, axis):
+    """They count as they were before the call."""
+    x = RNG.normal(size=(40, columns))
+    out = np.empty_like(function(x, axis=axis))
+    buffer = np.zeros(max(out.nbytes, x.size), np.uint8)
+    out = buffer[: out.nbytes].view(x.dtype).reshape(out.shape)
+    mask = buffer[: x.size].view(bool).reshape(x.shape)
+    mask[...] = RNG.random(x.shape) < 0.7
+    expected = function(x, where=mask.copy(), axis=axis)
+    assert_same(function(x, where=mask, axis=axis, out=out), expected)
+    temperature = out.reshape(-1)[: x.shape[1 - axis]]
+    temperature[...] = RNG.random(temperature.shape)
+    expected = function(x, temperature.copy(), axis=axis)
+    assert_same(function(x, temperature, axis=axis, out=out), expected)
+
+
 @elementwise
 @pytest.mark.parametrize("shape", [(5,), (6, 5), (6, 40), (2**17 + 1,), (2, 3, 4)], ids=str)
 def test_out_over_the_same_memory(function, shape):

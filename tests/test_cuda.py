@@ -315,6 +315,8 @@ def test_wrong_arguments_are_refused():
         fastmax.softmax(x, out=Array.like(np.ones((4, 3), np.float32)))
     with pytest.raises(ValueError, match="overlaps x in part"):
         fastmax.softmax(Array(x.memory[:2]), out=Array(x.memory[1:]))
+    with pytest.raises(ValueError, match="where must not share memory with out"):
+        fastmax.softmax(x, where=Array(x.memory.view(bool).reshape(-1)[:12].reshape(3, 4)), out=x)
     with pytest.raises(np.exceptions.AxisError):
         fastmax.softmax(x, axis=2)
 

@@ -580,6 +580,17 @@ def test_vjp_is_the_gradient_of_the_cross_entropy():
         assert not function(p, g, np.inf, axis=1).any()
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_vjp_at_temperatures_in_the_memory_of_out(axis):
+    probs, cotangent = RNG.random((40, 30)), RNG.normal(size=(40, 30))
+    out = RNG.random((40, 30))
+    temperature = out.reshape(-1)[: out.shape[1 - axis]]
+    for vjp in fastmax.softmax_vjp, fastmax.log_softmax_vjp:
+        expected = vjp(probs, cotangent, temperature.copy(), axis=axis)
+        np.testing.assert_array_equal(vjp(probs, cotangent, temperature, axis=axis, out=out), expected)
+        out[...] = RNG.random(out.shape)
+
+
 def test_vjp_dtypes_and_errors():
     p = fastmax.softmax(BATCH)
     half = fastmax.softmax_vjp(p.astype(np.float16), p.astype(np.float16))
