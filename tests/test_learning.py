@@ -581,14 +581,12 @@ def test_vjp_is_the_gradient_of_the_cross_entropy():
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_vjp_at_temperatures_in_the_memory_of_out(axis):
-    probs, cotangent = RNG.random((40, 30)), RNG.normal(size=(40, 30))
-    out = RNG.random((40, 30))
-    temperature = out.reshape(-1)[: out.shape[1 - axis]]
+def test_vjp_at_a_temperature_in_the_memory_of_out(axis):
+    probs, cotangent, out = RNG.random((40, 30)), RNG.normal(size=(40, 30)), np.empty((40, 30))
     for vjp in fastmax.softmax_vjp, fastmax.log_softmax_vjp:
-        expected = vjp(probs, cotangent, temperature.copy(), axis=axis)
-        np.testing.assert_array_equal(vjp(probs, cotangent, temperature, axis=axis, out=out), expected)
-        out[...] = RNG.random(out.shape)
+        out[0, 0] = 0.7
+        found = vjp(probs, cotangent, out[0, :1], axis=axis, out=out)
+        np.testing.assert_array_equal(found, vjp(probs, cotangent, 0.7, axis=axis))
 
 
 def test_vjp_dtypes_and_errors():
