@@ -509,26 +509,50 @@ def pack_rows(x, row, step, n, count, work, at):
     """Write rows to a tile, one in each lane; lanes without one get the last, to be as plain as the others.
 
     The last piece of a row overlaps the one before. Where a row is shorter than a piece, columns that it does
-    not have are written too.
+    not have are written too. With AVX-512 pieces are wide as long as there are entries for that: to transpose
+    those takes one instruction a register, as it does not with AVX2, and half the reads and writes. Rows of
+    10 to 40 float32 take 0.9 of the time for it, of float64 as long.
     """
-    size, lanes, register = piece_size(work), lane_count(work), lane_count(register_zeros(work))
-    for start in range(0, n, size):
-        first, columns = max(min(start, n - size), 0), min(size, n)
-        for i in range(0, lanes, register):
-            to = at + first * lanes + i
-            entry = row + min(i, count - 1) * step + first
-            read_pieces(x, entry, step, max(count - i, 1), columns, work, to)
+    start, size = 0, piece_size(work)
+    if REGISTER_BYTES == 64:
+        while start + 2 * size <= n:
+            pack_pieces(x, row, step, start, 2 * size, count, work, at, True)
+            start += 2 * size
+    while start < n:
+        pack_pieces(x, row, step, max(min(start, n - size), 0), min(size, n), count, work, at, None)
+        start += size
+
+
+@jit
+def pack_pieces(x, row, step, first, columns, count, work, at, wide):
+    """`pack_rows` of a piece of each row."""
+    lanes, register = lane_count(work), lane_count(register_zeros(work))
+    for i in range(0, lanes, register):
+        entry = row + min(i, count - 1) * step + first
+        read_pieces(x, entry, step, max(count - i, 1), columns, work, at + first * lanes + i, wide)
 
 
 @jit
 def unpack_rows(work, at, out, row, n, count, x, absent):
     """Write a tile to rows; entries that the mask of x leaves out become ``absent``."""
-    size, lanes, register = piece_size(work), lane_count(work), lane_count(register_zeros(work))
-    for start in range(0, n, size):
+    start, size = 0, piece_size(work)
+    if REGISTER_BYTES == 64:
+        while start + 2 * size <= n:
+            unpack_pieces(work, at, out, row, start, 2 * size, n, count, x, absent, True)
+            start += 2 * size
+    while start < n:
         first, columns = max(min(start, n - size), 0), min(size, n)
-        for i in range(0, count, register):
-            tile, entry = at + first * lanes + i, row + i * n + first
-            write_pieces(work, tile, out, entry, n, count - i, columns, x, absent)
+        unpack_pieces(work, at, out, row, first, columns, n, count, x, absent, None)
+        start += size
+
+
+@jit
+def unpack_pieces(work, at, out, row, first, columns, n, count, x, absent, wide):
+    """`unpack_rows` of a piece of each row."""
+    lanes, register = lane_count(work), lane_count(register_zeros(work))
+    for i in range(0, count, register):
+        tile, entry = at + first * lanes + i, row + i * n + first
+        write_pieces(work, tile, out, entry, n, count - i, columns, x, absent, wide)
 
 
 @jit
@@ -544,23 +568,18 @@ def chain_count(n, like):
 
 
 @jit
-def chain_length(chain, n, like):
-    """Number of entries that `lane_sums` of n sums in a lane."""
-    lanes, step = lane_count(like), sum_lane_count(n, like)
-    whole = n // lanes * lanes
-    if whole == 0:
-        return -(-(n - chain) // step)
-    return whole // step + (n - whole + chain) // step
+def next_entry(entry, chain, n, like):
+    """Entry that follows in a chain; ``n`` or more if there is none.
 
-
-@jit
-def entry_of_chain(k, chain, n, like):
-    """The k-th of them: a last vector that would not be full is the last that is."""
+    Those are the entries that `lane_sums` of n sums in a lane: where a last vector would not be full, it is
+    the last that is.
+    """
     lanes, step = lane_count(like), sum_lane_count(n, like)
-    entry = chain + k * step
-    if n < lanes or entry < n // lanes * lanes:
-        return entry
-    return n + chain - (chain_length(chain, n, like) - k) * step
+    entry += step
+    whole = n if n < lanes else n // lanes * lanes
+    if entry == whole + chain:
+        entry = whole + ((n + chain) & (step - 1))
+    return entry
 
 
 @jit
@@ -571,11 +590,13 @@ def narrow_sums(work, at, n, scale, guard):
     errors = totals + chains * lanes
     for chain in range(chains):
         total, error = start_of_sum(work), spread(0.0, work)
-        for k in range(chain_length(chain, n, work)):
-            i = at + entry_of_chain(k, chain, n, work) * lanes
+        entry = chain
+        while entry < n:
+            i = at + entry * lanes
             power, excess = ratio_terms(load(work, i), scale, guard)
             store(work, i, term_of(power, excess))
             total, error = add_smaller(total, error, power, excess)
+            entry = next_entry(entry, chain, n, work)
         store(work, totals + chain * lanes, total - start_of_sum(work))
         store(work, errors + chain * lanes, error)
     merge_chains(work, totals, errors, n)
@@ -661,9 +682,10 @@ def narrow_split_sums(work, at, n, row_max, scale, guard, weighted):
     count = zero
     for chain in range(chains):
         sums = zero, zero, zero, zero, zero
-        for k in range(chain_length(chain, n, work)):
-            i = at + entry_of_chain(k, chain, n, work) * lanes
-            sums = add_split(sums, load(work, i), row_max, scale, guard, weighted)
+        entry = chain
+        while entry < n:
+            sums = add_split(sums, load(work, at + entry * lanes), row_max, scale, guard, weighted)
+            entry = next_entry(entry, chain, n, work)
         to = ties + chain * lanes
         count = count + sums[0]
         store(work, to + size, sums[1])

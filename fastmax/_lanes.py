@@ -946,9 +946,10 @@ def present(typingctx, array, index, count, value, absent):
 # parts change places (vperm2f128), ten float32 columns of 32 rows took 2.8 times as long on Zen 1.
 
 
-def _piece(lanes):
-    """LLVM type of a piece of a row."""
-    return ir.VectorType(_SCALAR[lanes.dtype], 128 // lanes.dtype.bitwidth)
+def _piece(lanes, wide=types.none):
+    """LLVM type of a piece of a row, of 128 bits, or of a wide one, of 256."""
+    bits = 128 if wide == types.none else 256
+    return ir.VectorType(_SCALAR[lanes.dtype], bits // lanes.dtype.bitwidth)
 
 
 @intrinsic
@@ -959,17 +960,19 @@ def piece_size(typingctx, like):
 
 
 @intrinsic
-def read_pieces(typingctx, x, start, step, rows, columns, work, to):
+def read_pieces(typingctx, x, start, step, rows, columns, work, to, wide):
     """Copy pieces of rows of x, ``step`` entries apart, transposed: one for each lane of a register.
+
+    Unless ``wide`` is None they have twice as many columns as `piece_size` says.
 
     Column j becomes the part of a vector that begins at ``to`` + j * lanes in working memory. A lane without
     one of the ``rows``, which may be more, gets the last; what is beyond the ``columns`` may be anything.
     """
     lanes = _lanes_of(work)
-    piece, count = _piece(lanes), _register_count(lanes.dtype)
+    piece, count = _piece(lanes, wide), _register_count(lanes.dtype)
 
     def codegen(context, builder, sig, args):
-        x, start, step, rows, columns, work, to = args
+        x, start, step, rows, columns, work, to, _ = args
 
         def copy(numbers, first):
             indices = [builder.add(start, builder.mul(number, step)) for number in numbers]
@@ -989,21 +992,21 @@ def read_pieces(typingctx, x, start, step, rows, columns, work, to):
                 copy(numbers, _first_lanes(builder, columns, piece))
         return context.get_dummy_value()
 
-    return types.none(x, start, step, rows, columns, work, to), codegen
+    return types.none(x, start, step, rows, columns, work, to, wide), codegen
 
 
 @intrinsic
-def write_pieces(typingctx, work, at, out, start, step, rows, columns, x, absent):
+def write_pieces(typingctx, work, at, out, start, step, rows, columns, x, absent, wide):
     """Copy pieces back, in order, to so many rows of ``out``, or to as many as a register has lanes.
 
     What is beyond the ``columns`` of a row is written, too, where it belongs to the rows that follow.
     Entries that the mask of x leaves out become ``absent``.
     """
     lanes = _lanes_of(work)
-    piece, count = _piece(lanes), _register_count(lanes.dtype)
+    piece, count = _piece(lanes, wide), _register_count(lanes.dtype)
 
     def codegen(context, builder, sig, args):
-        work, at, out, start, step, rows, columns, x, absent = args
+        work, at, out, start, step, rows, columns, x, absent, _ = args
         register = ir.VectorType(piece.element, count)
         indices = [builder.add(at, _SIZE(j * lanes.count)) for j in range(piece.count)]
         registers = [_read(context, builder, sig.args[0], work, index, register) for index in indices]
@@ -1033,7 +1036,7 @@ def write_pieces(typingctx, work, at, out, start, step, rows, columns, x, absent
         return context.get_dummy_value()
 
     own = lanes.dtype
-    return types.none(work, at, out, start, step, rows, columns, x, own), codegen
+    return types.none(work, at, out, start, step, rows, columns, x, own, wide), codegen
 
 
 def _lie_within(builder, count, rows, columns, step, piece):
