@@ -193,9 +193,9 @@ def part_of(work, part):
 
 @jit
 def one_by_one(first, stop, part, arguments, function):
-    """Call a function for each of some tasks.
+    """Call ``function(task, part, *arguments)`` for each of some tasks.
 
-    It stands last: where a tuple begins with a function, Numba warns that functions as values are new.
+    The function stands last: where a tuple begins with one, Numba warns that functions as values are new.
     """
     for task in range(first, stop):
         function(task, part, *arguments)
@@ -350,7 +350,7 @@ def rate_at(temperature, i, like):
 
 @traced
 def first_rate(temperature, x):
-    """Rate of the first slice: that of all, where there is one temperature."""
+    """Rate of the first slice: that of all where there is one temperature, and else of no use."""
     return rate_at(temperature, 0, get(x, 0))
 
 
@@ -636,7 +636,7 @@ def softmax_few_rows(x, temperature, out):
     if not _slice.fits(x, out):
         return False
     rows, n = out.shape
-    work, rate = workspaces(1, narrow_work_size(n, x), x), rate_of(temperature, get(x, 0))
+    work, rate = workspaces(1, narrow_work_size(n, x), x), first_rate((temperature,), x)
     for group in range(narrow_group_count(rows, x)):
         softmax_narrow_group(group, 0, x, None, (temperature,), rate, out, False, work)
     return True
@@ -644,7 +644,11 @@ def softmax_few_rows(x, temperature, out):
 
 @jit
 def softmax_narrow_group(group, part, x, mask, temperature, rate, out, new, work):
-    """Softmax of as many rows as there are lanes, or fewer; `first_rate`, and whether ``out`` `is_new`."""
+    """Softmax of as many rows as there are lanes, or fewer.
+
+    ``rate`` is the `first_rate`, and ``new`` says whether ``out`` may lie in new memory, as `is_new` does of
+    its last entry.
+    """
     n, step = out.shape[1], row_step(x, out.shape[1])
     entries, w = entries_of(x, mask), pointer(part_of(work, part))
     lanes = lane_count(w)
@@ -738,7 +742,7 @@ def log_softmax_few_rows(x, temperature, out):
     if not _slice.fits(x, out):
         return False
     rows, n = out.shape
-    work, rate = workspaces(1, narrow_work_size(n, x), x), rate_of(temperature, get(x, 0))
+    work, rate = workspaces(1, narrow_work_size(n, x), x), first_rate((temperature,), x)
     for group in range(narrow_group_count(rows, x)):
         log_softmax_narrow_group(group, 0, x, None, (temperature,), rate, out, work)
     return True
@@ -776,7 +780,7 @@ def value_narrow_rows(team, parts, x, mask, temperature, out, weighted):
 def value_few_rows(x, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of narrow rows on one thread, at one temperature."""
     rows, n = x.shape
-    work, rate = workspaces(1, narrow_work_size(n, x), x), rate_of(temperature, get(x, 0))
+    work, rate = workspaces(1, narrow_work_size(n, x), x), first_rate((temperature,), x)
     for group in range(narrow_group_count(rows, x)):
         value_narrow_group(group, 0, x, None, (temperature,), rate, out, weighted, work)
 
@@ -958,8 +962,8 @@ def write_chunk(task, part, x, mask, temperature, maxima, high, low, out):
     """Write a chunk."""
     row, start, stop = chunk_of(task, x.shape[1], x)
     entries, results, rate = entries_of(x, mask), pointer(out), rate_at(temperature, row, maxima[row])
-    inverse = high[row], low[row]
-    _slice.write_softmax(entries, start, stop, maxima[row], rate, inverse, results, 0, is_far(x, out))
+    own, far = (high[row], low[row]), is_far(x, out)
+    _slice.write_softmax(entries, start, stop, maxima[row], rate, *own, results, 0, far)
 
 
 @jit
@@ -1017,7 +1021,7 @@ def write_log_chunk(task, part, x, mask, temperature, maxima, sums, out):
     rate = rate_at(temperature, row, maxima[row])
     log_sum = log_of_sum(maxima[row], five(sums, row))
     entries, results = entries_of(x, mask), pointer(out)
-    _slice.write_log(entries, start, stop, maxima[row], rate, log_sum, results, 0, is_far(x, out))
+    _slice.write_log_softmax(entries, start, stop, maxima[row], rate, log_sum, results, 0, is_far(x, out))
 
 
 @kernel
@@ -1570,7 +1574,7 @@ def strip_count(shape, width):
 
 
 @jit
-def strip_maxima(x, mask, task, width, partial):
+def strip_maxima(task, x, mask, partial, width):
     """Maxima of each column over the rows of a strip."""
     i, chunk, rows, first, count = strip_of(task, x.shape, width)
     n, inner = x.shape[1:]
@@ -1625,15 +1629,15 @@ def softmax_strip(task, part, step, x, mask, temperature, rate, out, numbers):
     """One pass over a strip."""
     maxima, high, low, totals, errors, width, work = numbers
     if step == 0:
-        strip_maxima(x, mask, task, width, totals)
+        strip_maxima(task, x, mask, totals, width)
     elif step == 1:
-        strip_sums(task, part, x, mask, temperature, rate, maxima, width, work, totals, errors)
+        strip_sums(task, part, x, mask, temperature, rate, maxima, totals, errors, width, work)
     else:
         write_strip(task, part, x, mask, temperature, rate, maxima, high, low, out, width, work)
 
 
 @jit
-def strip_sums(task, part, x, mask, temperature, rate, maxima, width, work, totals, errors):
+def strip_sums(task, part, x, mask, temperature, rate, maxima, totals, errors, width, work):
     """Sums of the terms of each column over the rows of a strip."""
     zero = spread(0.0, x)
     i, chunk, rows, first, count = strip_of(task, x.shape, width)
@@ -1740,13 +1744,13 @@ def split_strip(task, part, step, x, mask, temperature, rate, weighted, numbers)
     """One pass over a strip."""
     maxima, partial, width, work = numbers
     if step == 0:
-        strip_maxima(x, mask, task, width, partial)
+        strip_maxima(task, x, mask, partial, width)
     else:
-        strip_split_sums(task, part, x, mask, temperature, rate, maxima, width, weighted, work, partial)
+        strip_split_sums(task, part, x, mask, temperature, rate, maxima, partial, weighted, width, work)
 
 
 @jit
-def strip_split_sums(task, part, x, mask, temperature, rate, maxima, width, weighted, work, partial):
+def strip_split_sums(task, part, x, mask, temperature, rate, maxima, partial, weighted, width, work):
     """`lane_split_sums` of each column over the rows of a strip."""
     zero = spread(0.0, x)
     i, chunk, rows, first, count = strip_of(task, x.shape, width)
@@ -1833,9 +1837,9 @@ def log_softmax_strip(task, part, step, x, mask, temperature, rate, out, numbers
     """One pass over a strip."""
     maxima, sums, partial, width, work = numbers
     if step == 0:
-        strip_maxima(x, mask, task, width, partial)
+        strip_maxima(task, x, mask, partial, width)
     elif step == 1:
-        strip_split_sums(task, part, x, mask, temperature, rate, maxima, width, None, work, partial)
+        strip_split_sums(task, part, x, mask, temperature, rate, maxima, partial, None, width, work)
     else:
         write_log_strip(task, part, x, mask, temperature, rate, maxima, sums, out, width, work)
 

@@ -418,8 +418,8 @@ def write_rows(x, mask, temperature, maxima, high, low, out):
     entries, pitch, results = entries_of(x, mask), pitch_of(x), pointer(out)
     for row in range(rows):
         start, stop, shift = row * pitch, row * pitch + n, row * (n - pitch)
-        rate, inverse = _cpu.rate_at(temperature, row, maxima[row]), (high[row], low[row])
-        _slice.write_softmax(entries, start, stop, maxima[row], rate, inverse, results, shift, False)
+        rate, own = _cpu.rate_at(temperature, row, maxima[row]), (high[row], low[row])
+        _slice.write_softmax(entries, start, stop, maxima[row], rate, *own, results, shift, False)
 
 
 @_serial
@@ -431,7 +431,7 @@ def write_log_rows(x, mask, temperature, maxima, sums, out):
         start, stop, shift = row * pitch, row * pitch + n, row * (n - pitch)
         rate = _cpu.rate_at(temperature, row, maxima[row])
         log_sum = log_of_sum(maxima[row], _cpu.five(sums, row))
-        _slice.write_log(entries, start, stop, maxima[row], rate, log_sum, results, shift, False)
+        _slice.write_log_softmax(entries, start, stop, maxima[row], rate, log_sum, results, shift, False)
 
 
 # -- states ---------------------------------------------------------------------------------------

@@ -99,6 +99,7 @@ class _PackageLocator(_CacheLocator):
 
     def __init__(self, py_func):
         self._line = py_func.__code__.co_firstlineno
+        self._py_file = py_func.__code__.co_filename  # Numba's message names it where nothing can be cached
 
     @classmethod
     def from_function(cls, py_func, py_file):

@@ -29,6 +29,7 @@ from fastmax._cpu import (
     pack_rows,
     padded_size,
     part_of,
+    rate_at,
     read_guard,
     read_scale,
     temperature_at,
@@ -566,10 +567,10 @@ def sizes_of(shape):
 
 
 @jit
-def tile_size(n, samples, tasks, tiles, like):
-    """Samples of a tile: whole lanes that fit the tile's bytes, and tiles enough for all tasks."""
+def tile_size(n, samples, tasks, arrays, like):
+    """Samples of a tile: whole lanes of so many arrays that fit its bytes, and tiles enough for all tasks."""
     lanes = lane_count(like)
-    fit = TILE_BYTES // (n * tiles * lanes * like.itemsize)
+    fit = TILE_BYTES // (n * arrays * lanes * like.itemsize)
     share = -(-samples // (lanes * tasks))
     return lanes * max(1, min(fit, share, 32))
 
@@ -606,21 +607,21 @@ def unpack(work, at, shape, count, out, base):
 @Kernel
 def cross_entropy_tiles(team, parts, x, classes, probs, shape, temperature, samples, losses, out):
     """Losses of samples and, unless out is None, gradients, tile by tile."""
-    tiles = 1 if probs is None else 2
+    arrays = 1 if probs is None else 2
     lanes = lane_count(x)
-    width = tile_size(shape.n, shape.inner, parts, tiles, workspace(1, x))
-    work = workspaces(parts, (_FIELDS + piece_size(x)) * lanes + tiles * shape.n * width, x)
+    width = tile_size(shape.n, shape.inner, parts, arrays, workspace(1, x))
+    work = workspaces(parts, (_FIELDS + piece_size(x)) * lanes + arrays * shape.n * width, x)
     new = is_new(pointer_to(out), x.size)
-    count = -(-shape.inner // width)
-    arguments = x, classes, probs, shape, temperature, samples, losses, out, width, count, parts, new, work
-    each_in_turn(one_by_one, team, parts, shape.outer * count, (arguments, tile_losses))
+    tiles = -(-shape.inner // width)
+    arguments = x, classes, probs, shape, temperature, samples, losses, out, width, tiles, parts, new, work
+    each_in_turn(one_by_one, team, parts, shape.outer * tiles, (arguments, tile_losses))
 
 
 @jit
 def tile_losses(
     task, part, x, classes, probs, shape, temperature, samples, losses, out, width, tiles, parts, new, work
 ):
-    """Losses and gradients of one tile, of so many side by side."""
+    """Losses and gradients of a tile of those ``tiles`` that lie side by side."""
     entries, w, lanes, n = pointer(x), pointer(part_of(work, part)), lane_count(work), shape.n
     i, first = task // tiles, task % tiles * width
     count = min(width, shape.inner - first)
@@ -689,7 +690,7 @@ def vector_losses(
     """
     lanes, stop = lane_count(w), start + n * step
     row_max = load(w, _MAX * lanes)
-    rate = rate_of(temperature_at(temperature, number), get(w, 0))
+    rate = rate_at(temperature, number, get(w, 0))
     rates = lane_rates(temperature, number, count, rate, w)
     rates = never_plain_below(LEAST_PLAIN_TEMPERATURE, rates)
     if labels is None:

@@ -508,9 +508,8 @@ def ratio_sums(x, start, stop, row_max, rate, stored, at, soon):
 
 
 @jit
-def write_softmax(x, start, stop, row_max, rate, inverse, out, shift, far):
-    """`write_terms` at the temperature of a rate; the normalizer is a pair."""
-    high, low = inverse
+def write_softmax(x, start, stop, row_max, rate, high, low, out, shift, far):
+    """`write_terms` at the temperature of a rate."""
     if is_plain(row_max, rate):
         write_terms(x, start, stop, ratio_scale(row_max, rate), None, high, low, out, shift, far)
     else:
@@ -529,7 +528,7 @@ def split_sums(x, start, stop, row_max, rate, weighted, soon):
 
 
 @jit
-def write_log(x, start, stop, row_max, rate, log_sum, out, shift, far):
+def write_log_softmax(x, start, stop, row_max, rate, log_sum, out, shift, far):
     """`write_log_terms` at the temperature of a rate."""
     if is_plain(row_max, rate):
         write_log_terms(x, start, stop, plain_gap(row_max, rate, log_sum), None, out, shift, far)
@@ -543,7 +542,7 @@ def log_softmax_of(x, start, stop, rate, out, shift, soon):
     """Write the logarithm of the softmax of a slice to ``out``, at an index shifted by so much."""
     row_max = maximum(x, start, stop)
     log_sum = log_of_sum(row_max, split_sums(x, start, stop, row_max, rate, None, soon))
-    write_log(x, start, stop, row_max, rate, log_sum, out, shift, False)
+    write_log_softmax(x, start, stop, row_max, rate, log_sum, out, shift, False)
 
 
 @traced

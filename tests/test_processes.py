@@ -471,6 +471,23 @@ assert numba.njit(lambda x: fastmax.softmax(x))(x[0]).shape == (400,)
     assert two == fastmax.softmax(x[:2, :6:2], axis=1).tobytes().hex()
 
 
+def test_kernels_that_are_not_optimised_have_the_same_bits(tmp_path):
+    """Numba then says that it cannot keep them."""
+    printed = run(
+        """
+warnings.simplefilter("ignore", numba.core.errors.NumbaWarning)
+print(fastmax.softmax(x[0, :3]).tobytes().hex())
+print(fastmax.softmax(x[:, :10].copy(), axis=1).tobytes().hex())
+""",
+        NUMBA_OPT="0",
+        NUMBA_CACHE_DIR=str(tmp_path),
+    )
+    x = fastmax_input()
+    one, two = printed.split()
+    assert one == fastmax.softmax(x[0, :3]).tobytes().hex()
+    assert two == fastmax.softmax(x[:, :10].copy(), axis=1).tobytes().hex()
+
+
 def fastmax_input():
     import numpy as np
 
