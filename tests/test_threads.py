@@ -154,10 +154,10 @@ def test_position_in_a_batch_changes_no_bit(name, dtype, axis):
 @every
 @float_types
 def test_rows_of_each_length_have_the_bits_of_the_vector(name, dtype):
-    """Up to four of the widest vectors: on both sides of all that narrow rows choose by."""
+    """On both sides of all that narrow rows choose by, up to five of the widest vectors."""
     function = getattr(fastmax, name)
     temperatures = np.resize([1.0, 0.37, 0.0, 12.0, np.inf, 1e-320], 41)
-    for n in (*range(1, 130), 255, 256, 257):
+    for n in (*range(1, 130), 159, 160, 161, 255, 256, 257):
         x = draw(41 * n, dtype).reshape(41, n)
         x[3, n // 2], x[5, 0], x[7] = np.nan, np.inf, -np.inf
         few = function(x, 0.7, axis=1)
@@ -175,7 +175,7 @@ def test_rows_of_each_length_have_the_bits_of_the_vector(name, dtype):
 def test_rows_of_each_length_have_the_same_bits_in_place(name, dtype):
     """A last vector that overlaps the one before is read before either is written."""
     function = getattr(fastmax, name)
-    for n in (*range(1, 130), 255, 256, 257):
+    for n in (*range(1, 130), 159, 160, 161, 255, 256, 257):
         x = draw(41 * n, dtype).reshape(41, n)
         for axis, entries in ((1, x), (0, x[0])):
             for temperature in (0.7, 1e-320):
