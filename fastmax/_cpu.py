@@ -1921,10 +1921,7 @@ def value_tall_columns(parts, x, mask, temperature, out, weighted):
 
 # -- the choice -----------------------------------------------------------------------------------
 
-Schedules = namedtuple("Schedules", "narrow_rows rows wide_rows long_rows columns tall_columns narrow_cost")
-Schedules.__doc__ = (
-    """What computes slices, by their shape; factor and overhead for `_is_narrow` with AVX-512."""
-)
+Schedules = namedtuple("Schedules", "narrow_rows rows wide_rows long_rows columns tall_columns")
 
 _SOFTMAX = Schedules(
     softmax_narrow_rows,
@@ -1933,7 +1930,6 @@ _SOFTMAX = Schedules(
     softmax_long_rows,
     softmax_columns,
     tall_softmax,
-    (2.67, 2.67),
 )
 _LOG_SOFTMAX = Schedules(
     log_softmax_narrow_rows,
@@ -1942,7 +1938,6 @@ _LOG_SOFTMAX = Schedules(
     log_softmax_long_rows,
     log_softmax_columns,
     tall_log_softmax,
-    (1.6, 0.5),
 )
 _VALUES = Schedules(
     value_narrow_rows,
@@ -1951,7 +1946,6 @@ _VALUES = Schedules(
     value_long_rows,
     value_columns,
     value_tall_columns,
-    (1.0, 0.25),
 )
 
 
@@ -2009,16 +2003,17 @@ def _choice(schedules, shape, itemsize, temperatures, threads):
 def _is_narrow(n, lanes, schedules):
     """Whether rows take less time as narrow ones.
 
-    A row takes as long as ``overhead`` vectors more than it fills, if only in part, and a narrow one
-    ``factor`` times as long as its entries would in such vectors. With AVX2 on Zen 1 63 float32 took 144 ns
-    as a narrow row and 149 as a row, 64 as long, 65 149 and 200, 96 210 and 193, float64 alike. With AVX-512
-    on an Emerald Rapids the faster way depends on what is computed, in float64 as in float32: softmax of 40
-    float32 takes 0.77 of the time as narrow rows, 56 as long, 63 1.18 times as long, 65 0.95 and 70 1.03;
-    log_softmax of 48 takes 0.97, 63 1.36 and 70 as long; logsumexp 0.6 to 1 up to 150, but for 64 (1.06);
-    entropy 0.55 to 0.84.
+    A row takes as long as 0.65 vectors more than it fills, a narrow one 1.4 times its vectors. With AVX2 on
+    Zen 1 63 float32 took 144 ns as a narrow row and 149 as a row, 64 as long, 65 149 and 200, 96 210 and 193,
+    float64 alike. With AVX-512 on an Emerald Rapids softmax of 40 float32 takes 0.75 of the time as narrow
+    rows, 56 0.97, 63 1.1, 65 0.85, 80 1.05 and 95 1.2, log_softmax alike; but logsumexp takes 0.6 to 1, and
+    entropy less, up to 150.
 
     Both give the same bits from one vector on, where `lane_sums` takes lanes of a register, too, and below
     five, from which on it settles.
     """
-    factor, overhead = schedules.narrow_cost if REGISTER_BYTES == 64 else (1.4, 0.65)
-    return n < lanes or (n < 5 * lanes and factor * n < (-(-n // lanes) + overhead) * lanes)
+    if n < lanes:
+        return True
+    if REGISTER_BYTES == 64 and schedules is _VALUES:
+        return n < 5 * lanes
+    return 1.4 * n < (-(-n // lanes) + 0.65) * lanes
