@@ -746,7 +746,7 @@ def narrow_split(x, temperature, rate, first, n, step, count, weighted, work, so
 def log_softmax_narrow_rows(team, parts, x, mask, temperature, out):
     """Logarithm of the softmax of narrow rows."""
     work = workspaces(parts, narrow_work_size(out.shape[1], x), x)
-    arguments = x, mask, temperature, first_rate(temperature, x), out, work
+    arguments = x, mask, temperature, first_rate(temperature, x), out, is_new(pointer(out), out.size), work
     groups = narrow_group_count(len(out), x)
     each_part(one_by_one, team, parts, groups, (arguments, log_softmax_narrow_group))
 
@@ -759,18 +759,20 @@ def log_softmax_few_rows(x, temperature, out):
     rows, n = out.shape
     work, rate = workspaces(1, narrow_work_size(n, x), x), first_rate((temperature,), x)
     for group in range(narrow_group_count(rows, x)):
-        log_softmax_narrow_group(group, 0, x, None, (temperature,), rate, out, work)
+        log_softmax_narrow_group(group, 0, x, None, (temperature,), rate, out, False, work)
     return True
 
 
 @jit
-def log_softmax_narrow_group(group, part, x, mask, temperature, rate, out, work):
-    """Logarithm of the softmax of as many rows as there are lanes, or fewer."""
+def log_softmax_narrow_group(group, part, x, mask, temperature, rate, out, new, work):
+    """Logarithm of the softmax of as many rows as there are lanes, or fewer, as `softmax_narrow_group`."""
     n, step = out.shape[1], row_step(x, out.shape[1])
     entries, w = entries_of(x, mask), pointer(part_of(work, part))
     lanes = lane_count(w)
     first, tile = group * lanes, _FIELDS * lanes
     count = min(lanes, len(out) - first)
+    if new:
+        touch(pointer(out), first * n, (first + count) * n)
     soon = soon_for_group(entries, pointer(out), first, count, len(out), n, step)
     rates, plain = narrow_split(entries, temperature, rate, first, n, step, count, None, w, soon)
     write_log_gaps(rates, temperature, first, w, 0, lanes)
