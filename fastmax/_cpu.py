@@ -574,9 +574,8 @@ def next_entry(entry, chain, n, like):
     Those are the entries that `lane_sums` of n sums in a lane: where a last vector would not be full, it is
     the last that is.
     """
-    lanes, step = lane_count(like), sum_lane_count(n, like)
+    step, whole = sum_lane_count(n, like), n // lane_count(like) * lane_count(like)
     entry += step
-    whole = n if n < lanes else n // lanes * lanes
     if entry == whole + chain:
         entry = whole + ((n + chain) & (step - 1))
     return entry
@@ -599,13 +598,13 @@ def narrow_sums(work, at, n, scale, guard, soon):
     lanes, totals = lane_count(work), chain_sums_at(n, work)
     chains = chain_count(n, work)
     errors = totals + chains * lanes
-    count = 0
+    fetched = 0
     for chain in range(chains):
         total, error = start_of_sum(work), spread(0.0, work)
         entry = chain
         while entry < n:
-            fetch(soon, count)
-            count += 1
+            fetch(soon, fetched)
+            fetched += 1
             i = at + entry * lanes
             power, excess = ratio_terms(load(work, i), scale, guard)
             store(work, i, term_of(power, excess))
@@ -696,13 +695,13 @@ def narrow_split_sums(work, at, n, row_max, scale, guard, weighted, soon):
     chains = chain_count(n, work)
     size = chains * lanes
     zero = spread(0.0, work)
-    ties_of_all, count = zero, 0
+    ties_of_all, fetched = zero, 0
     for chain in range(chains):
         sums = zero, zero, zero, zero, zero
         entry = chain
         while entry < n:
-            fetch(soon, count)
-            count += 1
+            fetch(soon, fetched)
+            fetched += 1
             sums = add_split(sums, load(work, at + entry * lanes), row_max, scale, guard, weighted)
             entry = next_entry(entry, chain, n, work)
         to = ties + chain * lanes
@@ -981,8 +980,8 @@ def write_chunk(task, part, x, mask, temperature, maxima, high, low, out):
     """Write a chunk."""
     row, start, stop = chunk_of(task, x.shape[1], x)
     entries, results, rate = entries_of(x, mask), pointer(out), rate_at(temperature, row, maxima[row])
-    own, far = (high[row], low[row]), is_far(x, out)
-    _slice.write_softmax(entries, start, stop, maxima[row], rate, *own, results, 0, far)
+    inverse, far = (high[row], low[row]), is_far(x, out)
+    _slice.write_softmax(entries, start, stop, maxima[row], rate, *inverse, results, 0, far)
 
 
 @jit

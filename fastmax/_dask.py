@@ -418,8 +418,8 @@ def write_rows(x, mask, temperature, maxima, high, low, out):
     entries, pitch, results = entries_of(x, mask), pitch_of(x), pointer(out)
     for row in range(rows):
         start, stop, shift = row * pitch, row * pitch + n, row * (n - pitch)
-        rate, own = _cpu.rate_at(temperature, row, maxima[row]), (high[row], low[row])
-        _slice.write_softmax(entries, start, stop, maxima[row], rate, *own, results, shift, False)
+        rate, inverse = _cpu.rate_at(temperature, row, maxima[row]), (high[row], low[row])
+        _slice.write_softmax(entries, start, stop, maxima[row], rate, *inverse, results, shift, False)
 
 
 @_serial

@@ -942,8 +942,10 @@ def present(typingctx, array, index, count, value, absent):
 
 
 # Rows are transposed in pieces of 128 bits, of as many rows as a register has lanes: the parts of a register
-# are read and written where they lie, and lanes are shuffled within them only. With whole registers, whose
-# parts change places (vperm2f128), ten float32 columns of 32 rows took 2.8 times as long on Zen 1.
+# are read and written where they lie, and lanes are shuffled within them only. With whole registers of AVX2,
+# whose parts change places (vperm2f128), ten float32 columns of 32 rows took 2.8 times as long on Zen 1. With
+# AVX-512 lanes go anywhere in one instruction, and pieces may be wide, of 256 bits; registers of 128 bits
+# have no room for those.
 
 
 def _piece(lanes, wide=types.none):

@@ -88,8 +88,8 @@ Soon = namedtuple("Soon", "x at out to step")
 Soon.__doc__ = """What will be needed next: x from ``at`` and out from ``to`` on, by steps of so many entries.
 
 The out may be None. To fetch it while terms are computed makes slices in memory take 0.6 to 0.8 of the time.
-Nothing past the end of an array is asked for: each prefetch from a page that is not there takes 160 cycles on
-Zen 1.
+Nothing is asked for further than a vector past the end of an array: each prefetch from a page that is not
+there takes 160 cycles on Zen 1.
 """
 
 
