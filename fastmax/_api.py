@@ -458,7 +458,8 @@ def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
     temperature = _as_temperature(temperature)
     if not keepdims and (out is None or operation.elementwise) and x.flags.c_contiguous:
         plain = x.astype(result_dtype, copy=False)
-        if _is_plain(plain, 1.0, axis) and _fit(plain, temperature, axis, where, out):
+        apart = plain is x or out is None or not np.may_share_memory(out, x)
+        if apart and _is_plain(plain, 1.0, axis) and _fit(plain, temperature, axis, where, out):
             return _run_plain(operation, plain, temperature, axis, where, out)
     given, axes = _as_axes(axis, x.ndim)
     batch = _batch_shape(x, temperature, axes)
@@ -645,15 +646,25 @@ def _is_on_gpu(x):
     return hasattr(x, name) if on_gpu is None else on_gpu
 
 
+def _is_masked(x):
+    """Whether an object is a masked array or a sequence with one, whose mask NumPy would drop.
+
+    Only where there is that module can there be one. To have it imported here, by looking it up in ``np``,
+    would leave it locked for good in a process that is forked meanwhile.
+    """
+    kind = getattr(sys.modules.get("numpy.ma"), "MaskedArray", ())
+    return isinstance(x, kind) or (isinstance(x, list | tuple) and any(map(_is_masked, x)))
+
+
 def _as_array(x, name="x", advice="; pass x.data with where=~np.ma.getmaskarray(x)"):
     """Return x as an array, and the dtype of its result."""
-    if isinstance(x, np.ma.MaskedArray):
+    if _is_masked(x):
         raise TypeError(f"{name} must not be a masked array{advice}")
     array = np.asarray(x)
     dtype = array.dtype
     if dtype.kind in "biu":
         return array, _FLOAT64
-    if dtype.kind == "f" and dtype.itemsize <= 8:
+    if dtype.kind == "f" and dtype.itemsize in (2, 4, 8):
         return array, dtype.newbyteorder("=")
     if dtype.name == "bfloat16":
         return array, dtype
@@ -694,11 +705,13 @@ def _with_absent(x, mask):
 
 def _as_temperature(temperature):
     """Return the temperature as a float64 array in [0, inf]."""
-    if isinstance(temperature, np.ma.MaskedArray):
+    if _is_masked(temperature):
         raise TypeError("temperature must not be a masked array")
     array = np.asarray(temperature)
     if array.dtype.kind in "cSUMmT":
         raise TypeError(f"temperature must be real, got dtype {array.dtype}")
+    if array.dtype.kind == "O" and any(value is None for value in array.flat):  # it would become NaN
+        raise TypeError(f"temperature must be real, got {temperature!r}")
     if array.dtype != np.float64:
         try:
             with np.errstate(over="ignore"):
@@ -756,7 +769,7 @@ def _with_axes(batch, places, sizes):
 
 
 def _as_mask(where, shape):
-    if isinstance(where, np.ma.MaskedArray):
+    if _is_masked(where):
         raise TypeError("where must not be a masked array")
     mask = np.asarray(where)
     if mask.dtype != np.bool_:
@@ -772,7 +785,7 @@ def _as_mask(where, shape):
 
 
 def _check_out(out, shape, dtype, x):
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+    if not isinstance(out, np.ndarray) or _is_masked(out):
         raise TypeError(f"out must be an ndarray, got {type(out).__name__}")
     if out.shape != shape or out.dtype != dtype:
         raise ValueError(

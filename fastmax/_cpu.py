@@ -57,10 +57,12 @@ from fastmax._math import (
     Guard,
     Rate,
     Scale,
-    add_smaller,
+    add_sums,
     bounded_gap,
     bounded_scale,
+    closed,
     entropy_value,
+    first_of,
     gap_of,
     guard_of,
     guarded_gap,
@@ -73,27 +75,32 @@ from fastmax._math import (
     normalizer,
     plain_gap,
     plain_logsumexp,
-    plain_scale,
     probability,
     rate_of,
     ratio_scale,
     ratio_terms,
-    start_of_sum,
     term_of,
 )
 from fastmax._slice import (
     CHUNK,
+    EXACT_BLOCK,
     Soon,
-    add_split,
+    add_terms,
+    end_of_sums,
     fetch,
+    has_moments,
     is_new,
     lane_maxima,
-    lane_split_sums,
     lane_sums,
     later,
     maxima_of,
-    merge_split,
+    merge_sums,
+    next_block,
+    no_sums,
     register_maxima,
+    scale_of,
+    start_of_sums,
+    sums_apart,
     sums_of,
     touch_new,
 )
@@ -142,8 +149,8 @@ TALL = 2**11
 # high and low (or inverse and summand of a gap), the largest maximum of a plain row, and the fields of a
 # scale, which all rows of a group get at once.
 _MAXIMA, _HIGH, _LOW, _LIMIT, _SCALE, _VECTORS = 0, 1, 2, 3, 4, 9
-# Sums: total and error, or ties, rest, error, moment, its error, and zeros.
-_SUMS = 6
+# Sums: total and error, moment and its error.
+_SUMS = 4
 
 
 @traced
@@ -260,78 +267,47 @@ def row_scale_at(work, r):
 
 
 @jit
-def group_sums(x, n, step, first, count, further, temperature, work, results):
-    """Write the sums of rows, one per lane, and their terms; fetch the rows that come so many further on."""
-    lanes = lane_count(work)
-    total, error = sums_at(work, 0), sums_at(work, 1)
-    terms = sums_at(work, _SUMS)
-    zero = register_zeros(work)
-    for r in range(count):
-        row = (first + r) * step
-        soon = Soon(x, row + further * step, results, (first + r) * n, lanes)
-        if is_plain_at(work, r):
-            sums = lane_sums(x, row, row + n, row_scale_at(work, r), None, work, terms, soon, zero)
-        else:
-            own = temperature_at(temperature, first + r)
-            scale, guard = guarded_scale(get(work, _MAXIMA * lanes + r), own)
-            sums = lane_sums(x, row, row + n, scale, guard, work, terms, soon, zero)
-        store(work, total + r * lanes // REGISTERS, sums[0])
-        store(work, error + r * lanes // REGISTERS, sums[1])
-        terms += padded_size(n, work)
-    sums_of(work, total, error, count)
+def group_sums(x, n, step, first, count, further, temperature, exact, work, stored, results):
+    """Write the sums of rows, one per lane; fetch the rows that come so many further on.
 
-
-@jit
-def group_split_sums(x, n, step, first, count, further, temperature, weighted, work, results):
-    """Write the `lane_split_sums` of rows, one per lane; fetch the rows that come so many further on."""
+    Terms are written, too, unless ``stored`` is None: else it is the working memory.
+    """
     lanes = lane_count(work)
-    zero = register_zeros(work)
+    zero, terms = register_zeros(work), sums_at(work, _SUMS)
     for r in range(count):
-        row_max = get(work, _MAXIMA * lanes + r)
         row = (first + r) * step
         soon = Soon(x, row + further * step, results, (first + r) * n, lanes)
         if is_plain_at(work, r):
             scale = row_scale_at(work, r)
-            sums = lane_split_sums(x, row, row + n, row_max, scale, None, weighted, soon, zero)
+            sums = lane_sums(x, row, row + n, scale, None, exact, stored, terms, soon, zero)
         else:
-            scale, guard = guarded_scale(row_max, temperature_at(temperature, first + r))
-            sums = lane_split_sums(x, row, row + n, row_max, scale, guard, weighted, soon, zero)
-        at = r * lanes // REGISTERS
-        store(work, sums_at(work, 0) + at, sums[0])
-        store(work, sums_at(work, 1) + at, sums[1])
-        store(work, sums_at(work, 2) + at, sums[2])
-        store(work, sums_at(work, 5) + at, zero)
-        if weighted is not None:
-            store(work, sums_at(work, 3) + at, sums[3])
-            store(work, sums_at(work, 4) + at, sums[4])
-    sums_of(work, sums_at(work, 0), sums_at(work, 5), count)
-    sums_of(work, sums_at(work, 1), sums_at(work, 2), count)
-    if weighted is not None:
-        sums_of(work, sums_at(work, 3), sums_at(work, 4), count)
+            own = temperature_at(temperature, first + r)
+            scale, guard = guarded_scale(get(work, _MAXIMA * lanes + r), own)
+            sums = lane_sums(x, row, row + n, scale, guard, exact, stored, terms, soon, zero)
+        terms += padded_size(n, work)
+        store_all(work, sums_at(work, 0) + r * lanes // REGISTERS, sums_at(work, 1) - sums_at(work, 0), sums)
+    sums_of(work, sums_at(work, 0), sums_at(work, 1), count)
+    if has_moments(exact):
+        sums_of(work, sums_at(work, 2), sums_at(work, 3), count)
 
 
 @traced
-def lane_sums_at(work):
+def store_all(work, at, step, sums):
+    """Write sums to working memory, from one to the next so many entries apart."""
+    for quantity, value in enumerate(sums):
+        store(work, at + quantity * step, value)
+
+
+@traced
+def load_all(work, at, step, exact):
+    """Sums that `store_all` wrote."""
+    return tuple(load(work, at + quantity * step) for quantity in range(4 if has_moments(exact) else 2))
+
+
+@traced
+def lane_sums_at(work, exact):
     """Sums of all rows of a group, one in each lane."""
-    return (
-        load(work, sums_at(work, 0)),
-        load(work, sums_at(work, 1)),
-        load(work, sums_at(work, 2)),
-        load(work, sums_at(work, 3)),
-        load(work, sums_at(work, 4)),
-    )
-
-
-@traced
-def split_sums_at(work, r):
-    """Sums of row r of a group."""
-    return (
-        get(work, sums_at(work, 0) + r),
-        get(work, sums_at(work, 1) + r),
-        get(work, sums_at(work, 2) + r),
-        get(work, sums_at(work, 3) + r),
-        get(work, sums_at(work, 4) + r),
-    )
+    return load_all(work, sums_at(work, 0), sums_at(work, 1) - sums_at(work, 0), exact)
 
 
 @jit
@@ -385,7 +361,7 @@ def softmax_groups(first, stop, part, x, mask, temperature, rate, out, work):
         rates = lane_rates(temperature, start, count, rate, w)
         put_row_scales(ratio_scale(maxima_at(w, count), rates), rates, w)
         further = min(size, stop - start - count)
-        group_sums(entries, n, step, start, count, further, temperature, w, results)
+        group_sums(entries, n, step, start, count, further, temperature, None, w, w, results)
         high, low = normalizer(load(w, sums_at(w, 0)), load(w, sums_at(w, 1)))
         store(w, _HIGH * lanes, high)
         store(w, _LOW * lanes, low)
@@ -421,10 +397,11 @@ def log_softmax_groups(first, stop, part, x, mask, temperature, rate, out, work)
             touch(results, start * n, (start + count) * n)
         group_maxima(entries, n, step, start, count, w)
         row_max, rates = maxima_at(w, count), lane_rates(temperature, start, count, rate, w)
-        put_row_scales(plain_scale(row_max, rates), rates, w)
+        put_row_scales(ratio_scale(row_max, rates), rates, w)
         further = min(size, stop - start - count)
-        group_split_sums(entries, n, step, start, count, further, temperature, None, w, results)
-        gaps = plain_gap(row_max, rates, log_of_sum(row_max, lane_sums_at(w)))
+        group_sums(entries, n, step, start, count, further, temperature, (None,), w, None, results)
+        sums = sums_apart(lane_sums_at(w, (None,)), row_max, rates, (None,))
+        gaps = plain_gap(row_max, rates, log_of_sum(row_max, sums))
         store(w, _HIGH * lanes, gaps.inverse)
         store(w, _LOW * lanes, gaps.summand)
         for r in range(count):
@@ -452,26 +429,25 @@ def value_rows(team, parts, x, mask, temperature, out, weighted):
 def value_groups(first, stop, part, x, mask, temperature, rate, out, weighted, work):
     """`value_rows` of some groups of rows."""
     n, step = x.shape[1], row_step(x, x.shape[1])
-    entries, w = entries_of(x, mask), pointer(part_of(work, part))
+    entries, w, exact = entries_of(x, mask), pointer(part_of(work, part)), (weighted,)
     size, lanes = group_size(n, w), lane_count(w)
     first, stop = first * size, min(stop * size, len(out))
     for start in range(first, stop, size):
         count = min(size, stop - start)
         group_maxima(entries, n, step, start, count, w)
         row_max, rates = maxima_at(w, count), lane_rates(temperature, start, count, rate, w)
-        put_row_scales(plain_scale(row_max, rates), rates, w)
+        put_row_scales(scale_of(row_max, rates, exact), rates, w)
         further = min(size, stop - start - count)
-        group_split_sums(entries, n, step, start, count, further, temperature, weighted, w, None)
-        if are_plain(row_max, rates) and shows_all(row_max, rates.temperature, lane_sums_at(w), weighted):
-            value = plain_value(row_max, rates.temperature, lane_sums_at(w), weighted)
-            write(pointer(out), start, count, value)
+        group_sums(entries, n, step, start, count, further, temperature, exact, w, None, None)
+        sums = sums_apart(lane_sums_at(w, exact), row_max, rates, exact)
+        if are_plain(row_max, rates) and shows_all(row_max, rates.temperature, sums, weighted):
+            write(pointer(out), start, count, plain_value(row_max, rates.temperature, sums, weighted))
             continue
+        write_beside(row_max, sums, w, 0, lanes)
         for r in range(count):
-            row_max = get(w, _MAXIMA * lanes + r)
-            own = temperature_at(temperature, start + r)
-            sums = split_sums_at(w, r)
-            row = (start + r) * step
-            value = _slice.value_of_sums(entries, row, 1, n, row_max, own, sums, weighted)
+            top, own = get(w, field(0, r, lanes)), temperature_at(temperature, start + r)
+            sums, row = get_sums(w, field(1, r, lanes), lanes, exact), (start + r) * step
+            value = _slice.value_of_sums(entries, row, 1, n, top, own, sums, weighted)
             put(pointer(out), start + r, value)
 
 
@@ -481,15 +457,14 @@ def value_groups(first, stop, part, x, mask, temperature, rate, out, weighted, w
 # the two transpositions are 5 and the sums 19, and 166 as a row of `softmax_rows`. Entries are summed in
 # chains, which are the lanes there, and chains are merged by halves.
 
-# Vectors of working memory beside the tile: fields of the rows, and five sums of each chain.
-_CHAIN_SUMS = 5
+# Vectors of working memory beside the tile: fields of the rows, and for each chain sums as `_SUMS` says.
 
 
 @traced
 def narrow_work_size(n, like):
     """Entries of working memory for as many rows as there are lanes."""
     lanes = lane_count(like)
-    return (_FIELDS + _CHAIN_SUMS * chain_count(n, like) + n + piece_size(like)) * lanes
+    return (_FIELDS + _SUMS * chain_count(n, like) + n + piece_size(like)) * lanes
 
 
 @traced
@@ -593,27 +568,36 @@ def soon_for_group(x, out, first, count, rows, n, step):
 
 
 @jit
-def narrow_sums(work, at, n, scale, guard, soon):
-    """Sums of the terms of rows, which take the place of the entries; ``soon`` is what to fetch meanwhile."""
-    lanes, totals = lane_count(work), chain_sums_at(n, work)
-    chains = chain_count(n, work)
-    errors = totals + chains * lanes
+def narrow_sums(work, at, n, scale, guard, exact, stored, soon):
+    """Sums of the terms of rows; ``soon`` is what to fetch meanwhile.
+
+    Terms take the place of the entries, unless ``stored`` is None: else it is the working memory.
+    """
+    lanes, totals, zero = lane_count(work), chain_sums_at(n, work), spread(0.0, work)
+    chains, whole = chain_count(n, work), n // lane_count(work) * lane_count(work)
+    size = chains * lanes
     fetched = 0
     for chain in range(chains):
-        total, error = start_of_sum(work), spread(0.0, work)
-        entry = chain
+        sums, earlier, lost = start_of_sums(zero, exact), zero, zero
+        entry, added = chain, 0
         while entry < n:
             fetch(soon, fetched)
             fetched += 1
+            if exact is not None:
+                if added == EXACT_BLOCK and entry < whole:
+                    sums, earlier, lost = next_block(sums, earlier, lost, exact)
+                    added = 0
+                added += 1
             i = at + entry * lanes
-            power, excess = ratio_terms(load(work, i), scale, guard)
-            store(work, i, term_of(power, excess))
-            total, error = add_smaller(total, error, power, excess)
+            sums, term = add_terms(sums, load(work, i), 0, scale, guard, exact)
+            if stored is not None:
+                store(stored, i, term)
             entry = next_entry(entry, chain, n, work)
-        store(work, totals + chain * lanes, total - start_of_sum(work))
-        store(work, errors + chain * lanes, error)
-    merge_chains(work, totals, errors, n)
-    return load(work, totals), load(work, errors)
+        store_all(work, totals + chain * lanes, size, end_of_sums(sums, earlier, lost, exact))
+    merge_chains(work, totals, totals + size, n)
+    if has_moments(exact):
+        merge_chains(work, totals + 2 * size, totals + 3 * size, n)
+    return load_all(work, totals, size, exact)
 
 
 @jit
@@ -678,67 +662,33 @@ def softmax_narrow_group(group, part, x, mask, temperature, rate, out, new, work
     rates = lane_rates(temperature, first, count, rate, w)
     scale = ratio_scale(row_max, rates)
     if are_plain(row_max, rates):
-        total, error = narrow_sums(w, tile, n, scale, None, soon)
+        sums = narrow_sums(w, tile, n, scale, None, None, w, soon)
     else:
         write_scales(row_max, scale, rates, temperature, first, w, 0, lanes)
-        total, error = narrow_sums(w, tile, n, read_scale(w, 0, lanes), read_guard(w, 0, lanes), soon)
-    high, low = normalizer(total, error)
+        scale, guard = read_scale(w, 0, lanes), read_guard(w, 0, lanes)
+        sums = narrow_sums(w, tile, n, scale, guard, None, w, soon)
+    high, low = normalizer(sums[0], sums[1])
     for i in range(tile, tile + n * lanes, lanes):
         store(w, i, probability(load(w, i), high, low))
     unpack_rows(w, tile, pointer(out), first * n, n, count, entries, spread(0.0, get(w, tile)))
 
 
 @jit
-def narrow_split_sums(work, at, n, row_max, scale, guard, weighted, soon):
-    """`lane_split_sums` of rows."""
-    lanes, ties = lane_count(work), chain_sums_at(n, work)
-    chains = chain_count(n, work)
-    size = chains * lanes
-    zero = spread(0.0, work)
-    ties_of_all, fetched = zero, 0
-    for chain in range(chains):
-        sums = zero, zero, zero, zero, zero
-        entry = chain
-        while entry < n:
-            fetch(soon, fetched)
-            fetched += 1
-            sums = add_split(sums, load(work, at + entry * lanes), row_max, scale, guard, weighted)
-            entry = next_entry(entry, chain, n, work)
-        to = ties + chain * lanes
-        ties_of_all = ties_of_all + sums[0]
-        store(work, to + size, sums[1])
-        store(work, to + 2 * size, sums[2])
-        store(work, to + 3 * size, sums[3])
-        store(work, to + 4 * size, sums[4])
-    merge_chains(work, ties + size, ties + 2 * size, n)
-    if weighted is not None:
-        merge_chains(work, ties + 3 * size, ties + 4 * size, n)
-    return (
-        ties_of_all,
-        load(work, ties + size),
-        load(work, ties + 2 * size),
-        load(work, ties + 3 * size),
-        load(work, ties + 4 * size),
-    )
-
-
-@jit
-def narrow_split(x, temperature, rate, first, n, step, count, weighted, work, soon):
-    """Pack a group, write its maxima and sums to the first six fields; return rates, and if all are plain."""
+def narrow_sums_apart(x, temperature, rate, first, n, step, count, exact, work, soon):
+    """Pack a group; return maxima, sums beside them, rates, and whether all rows are plain."""
     lanes = lane_count(work)
     tile = _FIELDS * lanes
     pack_rows(x, first * step, step, n, count, work, tile)
     row_max = lane_maxima(work, tile, tile + n * lanes)
     rates = lane_rates(temperature, first, count, rate, work)
-    plain, scale = are_plain(row_max, rates), plain_scale(row_max, rates)
+    plain, scale = are_plain(row_max, rates), scale_of(row_max, rates, exact)
     if plain:
-        sums = narrow_split_sums(work, tile, n, row_max, scale, None, weighted, soon)
+        sums = narrow_sums(work, tile, n, scale, None, exact, None, soon)
     else:
         write_scales(row_max, scale, rates, temperature, first, work, 0, lanes)
         scale, guard = read_scale(work, 0, lanes), read_guard(work, 0, lanes)
-        sums = narrow_split_sums(work, tile, n, row_max, scale, guard, weighted, soon)
-    write_split(row_max, sums, work, 0, lanes)
-    return rates, plain
+        sums = narrow_sums(work, tile, n, scale, guard, exact, None, soon)
+    return row_max, sums_apart(sums, row_max, rates, exact), rates, plain
 
 
 @Kernel
@@ -773,8 +723,11 @@ def log_softmax_narrow_group(group, part, x, mask, temperature, rate, out, new, 
     if new:
         touch(pointer(out), first * n, (first + count) * n)
     soon = soon_for_group(entries, pointer(out), first, count, len(out), n, step)
-    rates, plain = narrow_split(entries, temperature, rate, first, n, step, count, None, w, soon)
-    write_log_gaps(rates, temperature, first, w, 0, lanes)
+    row_max, sums, rates, plain = narrow_sums_apart(
+        entries, temperature, rate, first, n, step, count, (None,), w, soon
+    )
+    log_sum = spread(log_of_sum(row_max, sums), row_max)
+    write_gaps(row_max, rates, log_sum, temperature, first, w, 0, lanes)
     gap, guard = read_gap(w, 0, lanes), read_guard(w, 0, lanes)
     for i in range(tile, tile + n * lanes, lanes):
         if plain:
@@ -818,19 +771,21 @@ def entropy_few_rows(x, temperature, out):
 def value_narrow_group(group, part, x, mask, temperature, rate, out, weighted, work):
     """`value_narrow_rows` of as many rows as there are lanes, or fewer."""
     n, step = x.shape[1], row_step(x, x.shape[1])
-    entries, w = entries_of(x, mask), pointer(part_of(work, part))
+    entries, w, exact = entries_of(x, mask), pointer(part_of(work, part)), (weighted,)
     lanes = lane_count(w)
     first = group * lanes
     count = min(lanes, len(out) - first)
     soon = soon_for_group(entries, None, first, count, len(out), n, step)
-    rates, plain = narrow_split(entries, temperature, rate, first, n, step, count, weighted, w, soon)
-    row_max, sums = read_split(w, 0, lanes)
+    row_max, sums, rates, plain = narrow_sums_apart(
+        entries, temperature, rate, first, n, step, count, exact, w, soon
+    )
     if plain and shows_all(row_max, rates.temperature, sums, weighted):
         value = plain_value(row_max, rates.temperature, sums, weighted)
         write(pointer(out), first, count, value)
         return
+    write_beside(row_max, sums, w, 0, lanes)
     for k in range(count):
-        top, sums = get(w, field(0, k, lanes)), column_sums_at(w, k, lanes)
+        top, sums = get(w, field(0, k, lanes)), get_sums(w, field(1, k, lanes), lanes, exact)
         own = temperature_at(temperature, first + k)
         value = _slice.value_of_sums(entries, (first + k) * step, 1, n, top, own, sums, weighted)
         put(pointer(out), first + k, value)
@@ -943,86 +898,82 @@ def chunk_maximum(task, part, x, mask, partial):
 
 
 @Kernel
-def long_normalizers(team, parts, x, mask, temperature, maxima):
-    """Normalizer of each row."""
+def long_sums(team, parts, x, mask, temperature, maxima, exact):
+    """Sums of each row."""
     rows, n = x.shape
     chunks = chunk_count(n, x)
-    totals, errors = workspace(rows * chunks, x), workspace(rows * chunks, x)
-    arguments = x, mask, temperature, maxima, totals, errors
-    each_part(one_by_one, team, parts, rows * chunks, (arguments, chunk_total))
-    high, low = workspace(rows, x), workspace(rows, x)
+    partial = workspace(rows * chunks * 4, x)
+    arguments = x, mask, temperature, maxima, exact, partial
+    each_part(one_by_one, team, parts, rows * chunks, (arguments, chunk_sums))
+    sums = workspace(rows * 4, x)
     for row in range(rows):
-        total = error = spread(0.0, maxima[row])
+        merged = first_of(no_sums(maxima[row], exact))
         for task in range(row * chunks, (row + 1) * chunks):
-            total, error = merge(total, error, totals[task], errors[task])
-        high[row], low[row] = normalizer(total, error)
-    return high, low
+            merged = add_sums(merged, get_sums(partial, 4 * task, 1, exact))
+        put_sums(sums, 4 * row, 1, closed(merged))
+    return sums
 
 
 @jit
-def chunk_total(task, part, x, mask, temperature, maxima, totals, errors):
-    """Sum of the terms of a chunk."""
+def chunk_sums(task, part, x, mask, temperature, maxima, exact, partial):
+    """Sums of a chunk."""
     row, start, stop = chunk_of(task, x.shape[1], x)
-    entries, rate = entries_of(x, mask), rate_at(temperature, row, maxima[row])
-    sums = _slice.ratio_sums(entries, start, stop, maxima[row], rate, None, 0, None)
-    totals[task], errors[task] = sums
+    rate, entries = rate_at(temperature, row, maxima[row]), entries_of(x, mask)
+    sums = _slice.sums_of_slice(entries, start, stop, maxima[row], rate, exact, None, 0, None)
+    put_sums(partial, 4 * task, 1, sums)
+
+
+# Sums of slices are kept in arrays (outer, 4, inner), those of rows in (rows, 4): flat, as kernels take them.
+
+
+@traced
+def write_sums(array, at, inner, count, sums):
+    """Write the sums of so many slices, of which those of the first stand at an index."""
+    for quantity, value in enumerate(sums):
+        write(pointer(array), at + quantity * inner, count, value)
+
+
+@traced
+def read_sums(array, at, inner, exact):
+    """Sums of as many slices as there are lanes, or are left before inner, from that at an index on."""
+    zero, count = spread(0.0, array), inner - at % inner
+    quantities = range(4 if has_moments(exact) else 2)
+    return tuple(read(pointer(array), at + quantity * inner, count, zero) for quantity in quantities)
+
+
+@traced
+def put_sums(array, at, inner, sums):
+    """Write the sums of the slice whose first stands at an index."""
+    for quantity, value in enumerate(sums):
+        put(array, at + quantity * inner, value)
+
+
+@traced
+def get_sums(array, at, inner, exact):
+    """Sums of the slice whose first stands at an index."""
+    return tuple(get(array, at + quantity * inner) for quantity in range(4 if has_moments(exact) else 2))
 
 
 @Kernel
-def long_write(team, parts, x, mask, temperature, maxima, high, low, out):
-    """Write the terms of each row times its normalizer."""
-    chunks, arguments = len(x) * chunk_count(x.shape[1], x), (x, mask, temperature, maxima, high, low, out)
+def long_write(team, parts, x, mask, temperature, maxima, sums, out):
+    """Write the terms of each row over their sum."""
+    chunks, arguments = len(x) * chunk_count(x.shape[1], x), (x, mask, temperature, maxima, sums, out)
     each_part(one_by_one, team, parts, chunks, (arguments, write_chunk))
 
 
 @jit
-def write_chunk(task, part, x, mask, temperature, maxima, high, low, out):
+def write_chunk(task, part, x, mask, temperature, maxima, sums, out):
     """Write a chunk."""
     row, start, stop = chunk_of(task, x.shape[1], x)
     entries, results, rate = entries_of(x, mask), pointer(out), rate_at(temperature, row, maxima[row])
-    inverse, far = (high[row], low[row]), is_far(x, out)
-    _slice.write_softmax(entries, start, stop, maxima[row], rate, *inverse, results, 0, far)
+    high, low = normalizer(*get_sums(sums, 4 * row, 1, None))
+    _slice.write_softmax(entries, start, stop, maxima[row], rate, high, low, results, 0, is_far(x, out))
 
 
 @jit
 def is_far(x, out):
     """Whether a result is too long for the caches, and not in place: what was just read they have."""
     return out.size * out.itemsize >= FAR_BYTES and out.ctypes.data != x.ctypes.data
-
-
-@Kernel
-def long_split_sums(team, parts, x, mask, temperature, maxima, weighted):
-    """`sum_split_terms` of each row."""
-    rows, n = x.shape
-    chunks = chunk_count(n, x)
-    partial = workspace(rows * chunks * 5, x).reshape(rows * chunks, 5)
-    arguments = x, mask, temperature, maxima, weighted, partial
-    each_part(one_by_one, team, parts, rows * chunks, (arguments, chunk_split_sums))
-    sums = workspace(rows * 5, x).reshape(rows, 5)
-    for row in range(rows):
-        zero = spread(0.0, maxima[row])
-        merged = zero, zero, zero, zero, zero
-        for task in range(row * chunks, (row + 1) * chunks):
-            merged = merge_split(merged, five(partial, task))
-        for quantity in range(5):
-            sums[row, quantity] = merged[quantity]
-    return sums
-
-
-@jit
-def chunk_split_sums(task, part, x, mask, temperature, maxima, weighted, partial):
-    """`sum_split_terms` of a chunk."""
-    row, start, stop = chunk_of(task, x.shape[1], x)
-    rate = rate_at(temperature, row, maxima[row])
-    sums = _slice.split_sums(entries_of(x, mask), start, stop, maxima[row], rate, weighted, None)
-    for quantity in range(5):
-        partial[task, quantity] = sums[quantity]
-
-
-@jit
-def five(sums, i):
-    """Row of an array of sums as a tuple."""
-    return sums[i, 0], sums[i, 1], sums[i, 2], sums[i, 3], sums[i, 4]
 
 
 @Kernel
@@ -1037,7 +988,9 @@ def write_log_chunk(task, part, x, mask, temperature, maxima, sums, out):
     """Write the logarithms of a chunk."""
     row, start, stop = chunk_of(task, x.shape[1], x)
     rate = rate_at(temperature, row, maxima[row])
-    log_sum = log_of_sum(maxima[row], five(sums, row))
+    log_sum = log_of_sum(
+        maxima[row], sums_apart(get_sums(sums, 4 * row, 1, None), maxima[row], rate, (None,))
+    )
     entries, results = entries_of(x, mask), pointer(out)
     _slice.write_log_softmax(entries, start, stop, maxima[row], rate, log_sum, results, 0, is_far(x, out))
 
@@ -1047,30 +1000,31 @@ def long_values(x, mask, temperature, maxima, sums, out, weighted):
     """Logsumexp of each row from its sums, or entropy unless ``weighted`` is None."""
     rows, n = x.shape
     for row in range(rows):
-        own = temperature_at(temperature, row)
-        entries = entries_of(x, mask)
-        value = _slice.value_of_sums(entries, row * n, 1, n, maxima[row], own, five(sums, row), weighted)
+        own, entries = temperature_at(temperature, row), entries_of(x, mask)
+        beside = get_sums(sums, 4 * row, 1, (weighted,))
+        beside = sums_apart(beside, maxima[row], rate_of(own, maxima[row]), (weighted,))
+        value = _slice.value_of_sums(entries, row * n, 1, n, maxima[row], own, beside, weighted)
         put(pointer(out), row, value)
 
 
 def softmax_long_rows(parts, x, mask, temperature, out):
     """Softmax of rows that all threads share."""
     maxima = long_maxima(parts, x, mask)
-    high, low = long_normalizers(parts, x, mask, temperature, maxima)
-    long_write(parts, x, mask, temperature, maxima, high, low, out)
+    sums = long_sums(parts, x, mask, temperature, maxima, None)
+    long_write(parts, x, mask, temperature, maxima, sums, out)
 
 
 def log_softmax_long_rows(parts, x, mask, temperature, out):
     """Logarithm of the softmax of rows that all threads share."""
     maxima = long_maxima(parts, x, mask)
-    sums = long_split_sums(parts, x, mask, temperature, maxima, None)
+    sums = long_sums(parts, x, mask, temperature, maxima, (None,))
     long_write_log(parts, x, mask, temperature, maxima, sums, out)
 
 
 def value_long_rows(parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of rows that all threads share."""
     maxima = long_maxima(parts, x, mask)
-    sums = long_split_sums(parts, x, mask, temperature, maxima, weighted)
+    sums = long_sums(parts, x, mask, temperature, maxima, (weighted,))
     long_values(x, mask, temperature, maxima, sums, out, weighted)
 
 
@@ -1330,14 +1284,6 @@ def write_gaps(row_max, rates, log_sum, temperature, first, work, j, width):
 
 
 @traced
-def write_log_gaps(rates, temperature, first, work, j, width):
-    """Write a gap and guard for each lane, from the maxima and sums that `write_split` wrote."""
-    row_max, sums = read_split(work, j, width)
-    log_sum = spread(log_of_sum(row_max, sums), row_max)
-    write_gaps(row_max, rates, log_sum, temperature, first, work, j, width)
-
-
-@traced
 def read_gap(work, j, width):
     """Gaps of the columns from j on."""
     row_max = load(work, field(0, j, width))
@@ -1345,30 +1291,31 @@ def read_gap(work, j, width):
 
 
 @jit
-def column_sums(work, at, n, scale, guard, soon):
-    """Sums of the terms of columns, which take the place of the entries."""
-    lanes = lane_count(work)
-    total = error = zero = spread(0.0, work)
-    for start in range(0, n, CHUNK):
-        first, last = at + start * lanes, at + min(n, start + CHUNK) * lanes
-        ahead = later(soon, start)
-        part, part_error = lane_sums(work, first, last, scale, guard, work, first, ahead, zero)
-        total, error = merge(total, error, part, part_error)
-    return total, error
+def column_sums(work, at, n, scale, guard, exact, stored, soon):
+    """Sums of the terms of columns.
 
-
-@jit
-def column_split_sums(work, at, n, row_max, scale, guard, weighted, soon):
-    """`lane_split_sums` of columns."""
+    Terms take the place of the entries, unless ``stored`` is None: else it is the working memory.
+    """
     lanes = lane_count(work)
     zero = spread(0.0, work)
-    sums = zero, zero, zero, zero, zero
+    sums = no_sums(zero, exact)
     for start in range(0, n, CHUNK):
         first, last = at + start * lanes, at + min(n, start + CHUNK) * lanes
         ahead = later(soon, start)
-        part = lane_split_sums(work, first, last, row_max, scale, guard, weighted, ahead, zero)
-        sums = merge_split(sums, part)
+        part = lane_sums(work, first, last, scale, guard, exact, stored, first, ahead, zero)
+        sums = merge_sums(sums, part, exact) if start > 0 else part
     return sums
+
+
+@jit(forceinline=True)
+def tile_sums(work, at, n, row_max, temperature, first, rates, exact, stored, j, width, soon):
+    """`column_sums` at the temperatures of rates."""
+    scale = scale_of(row_max, rates, exact)
+    if are_plain(row_max, rates):
+        return column_sums(work, at, n, scale, None, exact, stored, soon)
+    write_scales(row_max, scale, rates, temperature, first, work, j, width)
+    scale, guard = read_scale(work, j, width), read_guard(work, j, width)
+    return column_sums(work, at, n, scale, guard, exact, stored, soon)
 
 
 @Kernel
@@ -1392,13 +1339,8 @@ def softmax_tile(task, part, tiles, x, mask, temperature, rate, out, work):
         row_max = lane_maxima(w, at, at + n * lanes)
         soon = Soon(entries, tile.following + j, results, tile.base + j, tile.step)
         rates = lane_rates(temperature, tile.number + j, tile.count - j, rate, w)
-        scale = ratio_scale(row_max, rates)
-        if are_plain(row_max, rates):
-            total, error = column_sums(w, at, n, scale, None, soon)
-        else:
-            write_scales(row_max, scale, rates, temperature, tile.number + j, w, j, width)
-            scale, guard = read_scale(w, j, width), read_guard(w, j, width)
-            total, error = column_sums(w, at, n, scale, guard, soon)
+        number = tile.number + j
+        total, error = tile_sums(w, at, n, row_max, temperature, number, rates, None, w, j, width, soon)
         high, low = normalizer(total, error)
         store(w, field(_NORMALIZER, j, width), high)
         store(w, field(_NORMALIZER + 1, j, width), low)
@@ -1437,9 +1379,10 @@ def log_softmax_tile(task, part, tiles, x, mask, temperature, rate, out, work):
         row_max = lane_maxima(w, at, at + n * lanes)
         soon = Soon(entries, tile.following + j, results, tile.base + j, tile.step)
         rates = lane_rates(temperature, number, tile.count - j, rate, w)
-        own = split_tile_sums(w, at, n, row_max, temperature, number, rates, None, j, width, soon)
-        write_log_gaps(rates, temperature, number, w, j, width)
-        plain = plain and own
+        sums = tile_sums(w, at, n, row_max, temperature, number, rates, (None,), None, j, width, soon)
+        log_sum = log_of_sum(row_max, sums_apart(sums, row_max, rates, (None,)))
+        write_gaps(row_max, rates, spread(log_sum, row_max), temperature, number, w, j, width)
+        plain = plain and are_plain(row_max, rates)
     for k in range(n):
         row, at = tile.base + k * inner, at_first + k * lanes
         ahead = row + min(tile.further, (n - 1 - k) * inner)
@@ -1463,41 +1406,12 @@ def write_log_row(x, out, row, work, at, n, count, width, plain, ahead, far):
         write_far_or_ahead(out, row + j, count - j, value, ahead + j, far)
 
 
-@jit
-def split_tile_sums(work, at, n, row_max, temperature, first, rates, weighted, j, width, soon):
-    """Write maxima and `column_split_sums` to the first six fields; return whether all columns are plain."""
-    plain, scale = are_plain(row_max, rates), plain_scale(row_max, rates)
-    if plain:
-        sums = column_split_sums(work, at, n, row_max, scale, None, weighted, soon)
-    else:
-        write_scales(row_max, scale, rates, temperature, first, work, j, width)
-        scale, guard = read_scale(work, j, width), read_guard(work, j, width)
-        sums = column_split_sums(work, at, n, row_max, scale, guard, weighted, soon)
-    write_split(row_max, sums, work, j, width)
-    return plain
-
-
 @traced
-def write_split(row_max, sums, work, j, width):
-    """Write maxima and five sums to the first six fields."""
+def write_beside(row_max, sums, work, j, width):
+    """Write maxima, and what sums have beside them, to the first fields."""
     store(work, field(0, j, width), row_max)
-    store(work, field(1, j, width), sums[0])
-    store(work, field(2, j, width), sums[1])
-    store(work, field(3, j, width), sums[2])
-    store(work, field(4, j, width), sums[3])
-    store(work, field(5, j, width), sums[4])
-
-
-@traced
-def read_split(work, j, width):
-    """Maxima and five sums that `write_split` wrote."""
-    return load(work, field(0, j, width)), (
-        load(work, field(1, j, width)),
-        load(work, field(2, j, width)),
-        load(work, field(3, j, width)),
-        load(work, field(4, j, width)),
-        load(work, field(5, j, width)),
-    )
+    for quantity, value in enumerate(sums):
+        store(work, field(1 + quantity, j, width), value)
 
 
 @traced
@@ -1516,18 +1430,6 @@ def plain_value(row_max, temperature, sums, weighted):
     return plain_logsumexp(row_max, temperature, sums)
 
 
-@traced
-def column_sums_at(work, j, width):
-    """Sums of column j that `split_tile_sums` wrote."""
-    return (
-        get(work, field(1, j, width)),
-        get(work, field(2, j, width)),
-        get(work, field(3, j, width)),
-        get(work, field(4, j, width)),
-        get(work, field(5, j, width)),
-    )
-
-
 @Kernel
 def value_columns(team, parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of columns that fit a tile."""
@@ -1542,21 +1444,22 @@ def value_tile(task, part, tiles, x, mask, temperature, rate, out, weighted, wor
     """`value_columns` of a tile of columns."""
     n, inner = x.shape[1:]
     entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part))
-    lanes, width = lane_count(w), tiles.width
+    lanes, width, exact = lane_count(w), tiles.width, (weighted,)
     tile, at_first = begin_tile(task, tiles, x, mask, None, w), _FIELDS * width
     for j in range(0, tile.count, lanes):
         at, number = at_first + j * n, tile.number + j
         row_max = lane_maxima(w, at, at + n * lanes)
         soon = Soon(entries, tile.following + j, None, 0, tile.step)
         rates = lane_rates(temperature, number, tile.count - j, rate, w)
-        plain = split_tile_sums(w, at, n, row_max, temperature, number, rates, weighted, j, width, soon)
-        row_max, sums = read_split(w, j, width)
-        if plain and shows_all(row_max, rates.temperature, sums, weighted):
+        sums = tile_sums(w, at, n, row_max, temperature, number, rates, exact, None, j, width, soon)
+        sums = sums_apart(sums, row_max, rates, exact)
+        if are_plain(row_max, rates) and shows_all(row_max, rates.temperature, sums, weighted):
             value = plain_value(row_max, rates.temperature, sums, weighted)
             write(results, number, tile.count - j, value)
             continue
+        write_beside(row_max, sums, w, j, width)
         for k in range(min(lanes, tile.count - j)):
-            top, sums = get(w, field(0, j + k, width)), column_sums_at(w, j + k, width)
+            top, sums = get(w, field(0, j + k, width)), get_sums(w, field(1, j + k, width), width, exact)
             own, first = temperature_at(temperature, number + k), tile.base + j + k
             value = _slice.value_of_sums(entries, first, inner, n, top, own, sums, weighted)
             put(results, number + k, value)
@@ -1627,36 +1530,36 @@ def tall_softmax(team, parts, x, mask, temperature, out):
     """Softmax of long columns, in three passes that are compiled as one."""
     outer, n, inner = x.shape
     chunks, width = -(-n // CHUNK), strip_width(inner, x)
-    totals, errors = workspace(outer * chunks * inner, x), workspace(outer * chunks * inner, x)
-    maxima, high, low = workspace(outer * inner, x), workspace(outer * inner, x), workspace(outer * inner, x)
+    partial = workspace(outer * chunks * 4 * inner, x)
+    maxima, sums = workspace(outer * inner, x), workspace(outer * 4 * inner, x)
     work = workspaces(parts, (_FIELDS + CHUNK) * width, x)
     rate, count = first_rate(temperature, x), strip_count(x.shape, width)
-    numbers = maxima, high, low, totals, errors, width, work
+    numbers = maxima, sums, partial, width, work
     for step in range(3):
         arguments = step, x, mask, temperature, rate, out, numbers
         each_part(one_by_one, team, parts, count, (arguments, softmax_strip))
         for i in range(outer):
             if step == 0:
-                merge_maxima(totals, i, chunks, inner, maxima)
+                merge_maxima(partial, i, chunks, inner, maxima)
             elif step == 1:
-                merge_strips(totals, errors, i, chunks, inner, high, low)
+                merge_strips(partial, i, chunks, inner, None, sums)
 
 
 @jit
 def softmax_strip(task, part, step, x, mask, temperature, rate, out, numbers):
     """One pass over a strip."""
-    maxima, high, low, totals, errors, width, work = numbers
+    maxima, sums, partial, width, work = numbers
     if step == 0:
-        strip_maxima(task, x, mask, totals, width)
+        strip_maxima(task, x, mask, partial, width)
     elif step == 1:
-        strip_sums(task, part, x, mask, temperature, rate, maxima, totals, errors, width, work)
+        strip_sums(task, part, x, mask, temperature, rate, maxima, partial, None, width, work)
     else:
-        write_strip(task, part, x, mask, temperature, rate, maxima, high, low, out, width, work)
+        write_strip(task, part, x, mask, temperature, rate, maxima, sums, out, width, work)
 
 
 @jit
-def strip_sums(task, part, x, mask, temperature, rate, maxima, totals, errors, width, work):
-    """Sums of the terms of each column over the rows of a strip."""
+def strip_sums(task, part, x, mask, temperature, rate, maxima, partial, exact, width, work):
+    """Sums of each column over the rows of a strip."""
     zero = spread(0.0, x)
     i, chunk, rows, first, count = strip_of(task, x.shape, width)
     n, inner = x.shape[1:]
@@ -1666,49 +1569,37 @@ def strip_sums(task, part, x, mask, temperature, rate, maxima, totals, errors, w
     further, _ = steps_ahead(count, inner, work)
     pack(entries_of(x, mask), base, inner, rows, count, w, tile, further)
     for j in range(0, count, lanes):
-        at, to = tile + j * rows, (i * -(-n // CHUNK) + chunk) * inner + first + j
-        column = i * inner + first + j
+        at, column = tile + j * rows, i * inner + first + j
         row_max = read(pointer(maxima), column, count - j, zero)
         rates = lane_rates(temperature, column, count - j, rate, w)
-        scale = ratio_scale(row_max, rates)
-        if are_plain(row_max, rates):
-            total, error = column_sums(w, at, rows, scale, None, None)
-        else:
-            write_scales(row_max, scale, rates, temperature, column, w, j, width)
-            scale, guard = read_scale(w, j, width), read_guard(w, j, width)
-            total, error = column_sums(w, at, rows, scale, guard, None)
-        write(pointer(totals), to, count - j, total)
-        write(pointer(errors), to, count - j, error)
+        sums = tile_sums(w, at, rows, row_max, temperature, column, rates, exact, None, j, width, None)
+        to = (i * -(-n // CHUNK) + chunk) * 4 * inner + first + j
+        write_sums(partial, to, inner, count - j, sums)
 
 
 @jit
-def merge_strips(totals, errors, i, chunks, inner, high, low):
-    """Merge the sums of all chunks of some columns into normalizers."""
-    zero = spread(0.0, high)
-    lanes = lane_count(high)
-    for j in range(0, inner, lanes):
-        count = inner - j
-        total = error = spread(0.0, high)
-        for at in range(i * chunks * inner + j, (i + 1) * chunks * inner, inner):
-            part, part_error = read(pointer(totals), at, count, zero), read(pointer(errors), at, count, zero)
-            total, error = merge(total, error, part, part_error)
-        part, part_error = normalizer(total, error)
-        write(pointer(high), i * inner + j, count, part)
-        write(pointer(low), i * inner + j, count, part_error)
+def merge_strips(partial, i, chunks, inner, exact, sums):
+    """Merge the sums of all chunks of some columns."""
+    for j in range(0, inner, lane_count(sums)):
+        merged = first_of(no_sums(spread(0.0, sums), exact))
+        for chunk in range(chunks):
+            part = read_sums(partial, (i * chunks + chunk) * 4 * inner + j, inner, exact)
+            merged = add_sums(merged, part)
+        write_sums(sums, i * 4 * inner + j, inner, inner - j, closed(merged))
 
 
 @Kernel
-def tall_write(team, parts, x, mask, temperature, maxima, high, low, out):
-    """Write the terms of each column times its normalizer: the second pass alone, for columns in parts."""
+def tall_write(team, parts, x, mask, temperature, maxima, sums, out):
+    """Write the terms of each column over their sum: the second pass alone, for columns in parts."""
     width = strip_width(x.shape[2], x)
     work = workspaces(parts, _FIELDS * width, x)
-    arguments = x, mask, temperature, first_rate(temperature, x), maxima, high, low, out, width, work
+    arguments = x, mask, temperature, first_rate(temperature, x), maxima, sums, out, width, work
     each_part(one_by_one, team, parts, strip_count(x.shape, width), (arguments, write_strip))
 
 
 @jit
-def write_strip(task, part, x, mask, temperature, rate, maxima, high, low, out, width, work):
-    """Write the terms of a strip times the normalizers of its columns."""
+def write_strip(task, part, x, mask, temperature, rate, maxima, sums, out, width, work):
+    """Write the terms of a strip over the sums of its columns."""
     zero = spread(0.0, x)
     i, chunk, rows, first, count = strip_of(task, x.shape, width)
     n, inner = x.shape[1:]
@@ -1721,8 +1612,10 @@ def write_strip(task, part, x, mask, temperature, rate, maxima, high, low, out, 
         rates = lane_rates(temperature, column, count - j, rate, w)
         plain = plain and are_plain(row_max, rates)
         write_scales(row_max, ratio_scale(row_max, rates), rates, temperature, column, w, j, width)
-        store(w, field(_NORMALIZER, j, width), read(pointer(high), column, count - j, zero))
-        store(w, field(_NORMALIZER + 1, j, width), read(pointer(low), column, count - j, zero))
+        total, error = read_sums(sums, i * 4 * inner + first + j, inner, None)
+        high, low = normalizer(total, error)
+        store(w, field(_NORMALIZER, j, width), high)
+        store(w, field(_NORMALIZER + 1, j, width), low)
     for k in range(rows):
         row = (i * n + chunk * CHUNK + k) * inner + first
         for j in range(0, count, lanes):
@@ -1737,97 +1630,34 @@ def write_strip(task, part, x, mask, temperature, rate, maxima, high, low, out, 
 
 
 @Kernel
-def tall_split_sums(team, parts, x, mask, temperature, weighted):
-    """Maxima, an array (outer, inner), and `lane_split_sums`, (outer, 5, inner), of columns; both flat."""
+def tall_sums(team, parts, x, mask, temperature, exact):
+    """Maxima, an array (outer, inner), and sums, (outer, 4, inner), of columns; both flat."""
     outer, n, inner = x.shape
     chunks, width = -(-n // CHUNK), strip_width(inner, x)
-    partial = workspace(outer * chunks * 5 * inner, x)
-    maxima, sums = workspace(outer * inner, x), workspace(outer * 5 * inner, x)
+    partial = workspace(outer * chunks * 4 * inner, x)
+    maxima, sums = workspace(outer * inner, x), workspace(outer * 4 * inner, x)
     work = workspaces(parts, (_FIELDS + CHUNK) * width, x)
     rate, count = first_rate(temperature, x), strip_count(x.shape, width)
     numbers = maxima, partial, width, work
     for step in range(2):
-        arguments = step, x, mask, temperature, rate, weighted, numbers
-        each_part(one_by_one, team, parts, count, (arguments, split_strip))
+        arguments = step, x, mask, temperature, rate, exact, numbers
+        each_part(one_by_one, team, parts, count, (arguments, value_strip))
         for i in range(outer):
             if step == 0:
                 merge_maxima(partial, i, chunks, inner, maxima)
             else:
-                merge_split_strips(partial, i, chunks, inner, sums)
+                merge_strips(partial, i, chunks, inner, exact, sums)
     return maxima, sums
 
 
 @jit
-def split_strip(task, part, step, x, mask, temperature, rate, weighted, numbers):
+def value_strip(task, part, step, x, mask, temperature, rate, exact, numbers):
     """One pass over a strip."""
     maxima, partial, width, work = numbers
     if step == 0:
         strip_maxima(task, x, mask, partial, width)
     else:
-        strip_split_sums(task, part, x, mask, temperature, rate, maxima, partial, weighted, width, work)
-
-
-@jit
-def strip_split_sums(task, part, x, mask, temperature, rate, maxima, partial, weighted, width, work):
-    """`lane_split_sums` of each column over the rows of a strip."""
-    zero = spread(0.0, x)
-    i, chunk, rows, first, count = strip_of(task, x.shape, width)
-    n, inner = x.shape[1:]
-    w, lanes = pointer(part_of(work, part)), lane_count(work)
-    tile = _FIELDS * width
-    base = (i * n + chunk * CHUNK) * inner + first
-    further, _ = steps_ahead(count, inner, work)
-    pack(entries_of(x, mask), base, inner, rows, count, w, tile, further)
-    for j in range(0, count, lanes):
-        column = i * inner + first + j
-        row_max = read(pointer(maxima), column, count - j, zero)
-        rates = lane_rates(temperature, column, count - j, rate, w)
-        at = tile + j * rows
-        split_tile_sums(w, at, rows, row_max, temperature, column, rates, weighted, j, width, None)
-        for quantity in range(5):
-            to = ((i * -(-n // CHUNK) + chunk) * 5 + quantity) * inner + first + j
-            value = load(w, field(1 + quantity, j, width))
-            write(pointer(partial), to, count - j, value)
-
-
-@jit
-def merge_split_strips(partial, i, chunks, inner, sums):
-    """Merge the sums of all chunks of some columns."""
-    lanes = lane_count(sums)
-    for j in range(0, inner, lanes):
-        zero = spread(0.0, sums)
-        merged = zero, zero, zero, zero, zero
-        for chunk in range(chunks):
-            merged = merge_split(merged, five_lanes(partial, (i * chunks + chunk) * 5 * inner + j, inner))
-        for quantity in range(5):
-            to = (i * 5 + quantity) * inner + j
-            write(pointer(sums), to, inner - j, merged[quantity])
-
-
-@traced
-def five_lanes(sums, at, inner):
-    """Sums of the columns whose first stands at an index."""
-    zero = spread(0.0, sums)
-    p, count = pointer(sums), inner - at % inner
-    return (
-        read(p, at, count, zero),
-        read(p, at + inner, count, zero),
-        read(p, at + 2 * inner, count, zero),
-        read(p, at + 3 * inner, count, zero),
-        read(p, at + 4 * inner, count, zero),
-    )
-
-
-@traced
-def five_of_column(sums, at, inner):
-    """Sums of the column whose first stands at an index."""
-    return (
-        get(sums, at),
-        get(sums, at + inner),
-        get(sums, at + 2 * inner),
-        get(sums, at + 3 * inner),
-        get(sums, at + 4 * inner),
-    )
+        strip_sums(task, part, x, mask, temperature, rate, maxima, partial, exact, width, work)
 
 
 @Kernel
@@ -1835,8 +1665,8 @@ def tall_log_softmax(team, parts, x, mask, temperature, out):
     """Logarithm of the softmax of long columns, in three passes that are compiled as one."""
     outer, n, inner = x.shape
     chunks, width = -(-n // CHUNK), strip_width(inner, x)
-    partial = workspace(outer * chunks * 5 * inner, x)
-    maxima, sums = workspace(outer * inner, x), workspace(outer * 5 * inner, x)
+    partial = workspace(outer * chunks * 4 * inner, x)
+    maxima, sums = workspace(outer * inner, x), workspace(outer * 4 * inner, x)
     work = workspaces(parts, (_FIELDS + CHUNK) * width, x)
     rate, count = first_rate(temperature, x), strip_count(x.shape, width)
     numbers = maxima, sums, partial, width, work
@@ -1847,7 +1677,7 @@ def tall_log_softmax(team, parts, x, mask, temperature, out):
             if step == 0:
                 merge_maxima(partial, i, chunks, inner, maxima)
             elif step == 1:
-                merge_split_strips(partial, i, chunks, inner, sums)
+                merge_strips(partial, i, chunks, inner, (None,), sums)
 
 
 @jit
@@ -1857,7 +1687,7 @@ def log_softmax_strip(task, part, step, x, mask, temperature, rate, out, numbers
     if step == 0:
         strip_maxima(task, x, mask, partial, width)
     elif step == 1:
-        strip_split_sums(task, part, x, mask, temperature, rate, maxima, partial, None, width, work)
+        strip_sums(task, part, x, mask, temperature, rate, maxima, partial, (None,), width, work)
     else:
         write_log_strip(task, part, x, mask, temperature, rate, maxima, sums, out, width, work)
 
@@ -1884,10 +1714,10 @@ def write_log_strip(task, part, x, mask, temperature, rate, maxima, sums, out, w
         column = i * inner + first + j
         row_max = read(pointer(maxima), column, count - j, zero)
         rates = lane_rates(temperature, column, count - j, rate, w)
-        own = are_plain(row_max, rates)
-        log_sum = log_of_sum(row_max, five_lanes(sums, i * 5 * inner + first + j, inner))
-        write_gaps(row_max, rates, spread(log_sum, row_max), temperature, column, w, j, width)
-        plain = plain and own
+        plain = plain and are_plain(row_max, rates)
+        own = read_sums(sums, i * 4 * inner + first + j, inner, None)
+        log_sum = spread(log_of_sum(row_max, sums_apart(own, row_max, rates, (None,))), row_max)
+        write_gaps(row_max, rates, log_sum, temperature, column, w, j, width)
     lowest = -spread(math.inf, w)
     for k in range(rows):
         row = (i * n + chunk * CHUNK + k) * inner + first
@@ -1907,16 +1737,16 @@ def tall_values(x, mask, temperature, maxima, sums, out, weighted):
     entries = entries_of(x, mask)
     for column in range(outer * inner):
         i, k = column // inner, column % inner
-        own = temperature_at(temperature, column)
-        five = five_of_column(sums, i * 5 * inner + k, inner)
-        top = maxima[column]
-        value = _slice.value_of_sums(entries, i * n * inner + k, inner, n, top, own, five, weighted)
+        own, top = temperature_at(temperature, column), maxima[column]
+        beside = get_sums(sums, i * 4 * inner + k, inner, (weighted,))
+        beside = sums_apart(beside, top, rate_of(own, top), (weighted,))
+        value = _slice.value_of_sums(entries, i * n * inner + k, inner, n, top, own, beside, weighted)
         put(pointer(out), column, value)
 
 
 def value_tall_columns(parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of columns that all threads share."""
-    maxima, sums = tall_split_sums(parts, x, mask, temperature, weighted)
+    maxima, sums = tall_sums(parts, x, mask, temperature, (weighted,))
     tall_values(x, mask, temperature, maxima, sums, out, weighted)
 
 

@@ -5,10 +5,9 @@ a slice becomes a state of a few numbers, states are merged in a tree, and a sec
 the results (for logsumexp and entropy there is none). The array is then computed twice rather than kept in
 memory; see `_evaluate_split`.
 
-A state is (max, ties, reference, rest, error, moment, moment_error, temperature): the number of entries equal
-to the maximum, and of those below it the sum of exp((x - reference) / T) and of these times
-(x - reference) log2(e) / T, as pairs in units of 2**-BIAS. The reference is the maximum itself, unless terms
-would be lost beside it that show in a logsumexp. For the softmax of rows no entry counts as a tie.
+A state is (max, reference, rest, error, moment, moment_error, temperature): of all entries but one maximum
+the sum of exp((x - reference) / T) and of these times (x - reference) log2(e) / T, as pairs in units of
+2**-BIAS. The reference is the maximum itself, unless terms would be lost beside it that show in a logsumexp.
 """
 
 import math
@@ -31,13 +30,13 @@ from fastmax._math import (
     merge,
     misses_faint_terms,
     normalizer,
-    over,
     terms,
     top_term,
     unit_of,
 )
+from fastmax._slice import sums_apart
 
-_FIELDS = 8
+_FIELDS = 7
 
 # Stands for a size that dask does not know where shapes are broadcast.
 _UNKNOWN = 2**31 + 11
@@ -250,13 +249,14 @@ class _Chunk:
 
     def sums(self, temperature, operation):
         """Maxima and sums of the slices, in the order in which kernels take slices."""
-        weighted = True if operation == "entropy" else None
+        exact = {"softmax": None, "entropy": (True,)}.get(operation, (None,))
         if len(self.blocks) == 2:
-            tied = None if operation == "softmax" else True
-            return sums_of_rows(self.x, self.mask, temperature, weighted, tied)
-        maxima, sums = _cpu.tall_split_sums(1, self.x, self.mask, temperature, weighted)
+            return sums_of_rows(self.x, self.mask, temperature, exact)
+        maxima, sums = _cpu.tall_sums(1, self.x, self.mask, temperature, exact)
         outer, _, inner = self.blocks
-        return maxima, sums.reshape(outer, 5, inner).transpose(0, 2, 1).reshape(-1, 5)
+        sums = sums.reshape(outer, 4, inner).transpose(0, 2, 1).reshape(-1)
+        set_apart(maxima, temperature, exact, sums)
+        return maxima, sums.reshape(-1, 4)
 
 
 def _rows_apart(rows, mask):
@@ -271,17 +271,19 @@ def _states(x, temperature, mask, reduced, operation):
     temperature = _api._as_temperature(temperature)
     batch = np.broadcast_shapes(x.shape[: x.ndim - reduced], temperature.shape)
     states = np.zeros((*batch, _FIELDS))
-    states[..., 0] = states[..., 2] = -math.inf
-    states[..., 7] = temperature
+    states[..., 0] = states[..., 1] = -math.inf
+    states[..., 6] = temperature
     if x.size and states.size:
         chunk = _Chunk(x, mask, reduced, batch)
-        own = chunk.temperatures(states[..., 7])
+        own = chunk.temperatures(states[..., 6])
         maxima, sums = chunk.sums(own, operation)
-        states[..., 0] = states[..., 2] = chunk.per_batch(maxima)
-        states[..., 1] = chunk.per_batch(sums[:, 0])
+        states[..., 0] = states[..., 1] = chunk.per_batch(maxima)
         # Terms of float32 kernels are in smaller units.
         units = 2.0 ** (BIAS[1] - BIAS[0]) if chunk.dtype == np.float32 else 1.0
-        states[..., 3:7] = chunk.per_batch(sums[:, 1:].astype(np.float64)) * units
+        states[..., 2:6] = chunk.per_batch(sums.astype(np.float64)) * units
+        rest = states[..., 2] + states[..., 3]  # where it is tiny, the error may have all of it
+        states[..., 3] += states[..., 2] - rest
+        states[..., 2] = rest
         if operation == "logsumexp":
             _keep_faint_terms(states, x, mask, reduced)
     return states.reshape(*batch, *[1] * reduced, _FIELDS)
@@ -289,10 +291,10 @@ def _states(x, temperature, mask, reduced, operation):
 
 def _keep_faint_terms(states, x, mask, reduced):
     """Where the rest is too small beside the maximum, refer it to the largest entry below that."""
-    largest, temperature = states[..., 0], states[..., 7]
-    rest = states[..., 3] + states[..., 4]
+    largest, temperature = states[..., 0], states[..., 6]
+    rest = states[..., 2] + states[..., 3]
     with np.errstate(all="ignore"):
-        faint = (temperature > 1.0) & (temperature < math.inf) & (states[..., 1] == 1.0)
+        faint = (temperature > 1.0) & (temperature < math.inf)
         faint &= (rest < FAINT_REST[0] * 2.0 ** BIAS[1]) & (
             np.abs(largest) < temperature * (FAINT_REST[0] * 2.0**60)
         )
@@ -305,12 +307,9 @@ def _keep_faint_terms(states, x, mask, reduced):
             present &= mask[own]
         if (below := entries[present]).size and below.max() > -math.inf:
             alone = _states(below, temperature[index], None, 1, "log_softmax").reshape(_FIELDS)
-            total = alone[1] * 2.0 ** BIAS[1]
-            states[index][2:5] = (
-                alone[0],
-                total + alone[3],
-                (total - (total + alone[3])) + alone[3] + alone[4],
-            )
+            top = 2.0 ** BIAS[1]
+            total = top + alone[2]
+            states[index][1:4] = alone[0], total, (top - total) + alone[2] + alone[3]
 
 
 def _merge_blocks(states, axis, keepdims):
@@ -329,28 +328,19 @@ def _write(x, states, mask, reduced, operation):
     chunk = _Chunk(x, mask, reduced, states.shape[:-1])
     out = chunk.x if chunk.is_copy else np.empty(chunk.x.shape, chunk.x.dtype)
     if out.size:
-        own = chunk.temperatures(states[..., 7])
+        own = chunk.temperatures(states[..., 6])
         ordered = chunk.per_slice(states)
         maxima = ordered[:, 0].astype(chunk.dtype)
-        sums = np.empty((len(ordered), 5))
-        sums_beside_maxima(ordered, sums)
-        rows = len(chunk.blocks) == 2
-        if operation == "softmax":
-            high, low = np.empty_like(maxima), np.empty_like(maxima)
-            normalizers(maxima, sums, own, high, low)
-            if rows:
-                write_rows(chunk.x, chunk.mask, own, maxima, high, low, out)
-            else:
-                _cpu.tall_write(1, chunk.x, chunk.mask, own, maxima, high, low, out)
+        sums = np.zeros((len(ordered), 4), chunk.dtype)
+        sums_of_kernels(ordered, maxima, own, sums)
+        if len(chunk.blocks) == 2:
+            write = write_rows if operation == "softmax" else write_log_rows
+            write(chunk.x, chunk.mask, own, maxima, sums.reshape(-1), out)
         else:
-            sums[:, 1:] *= 2.0 ** (BIAS[0] - BIAS[1]) if chunk.dtype == np.float32 else 1.0
-            sums = sums.astype(chunk.dtype)
-            if rows:
-                write_log_rows(chunk.x, chunk.mask, own, maxima, sums, out)
-            else:
-                outer, inner = chunk.blocks[::2]
-                sums = np.ascontiguousarray(sums.reshape(outer, inner, 5).transpose(0, 2, 1)).reshape(-1)
-                _cpu.tall_write_log(1, chunk.x, chunk.mask, own, maxima, sums, out)
+            outer, inner = chunk.blocks[::2]
+            sums = np.ascontiguousarray(sums.reshape(outer, inner, 4).transpose(0, 2, 1)).reshape(-1)
+            write = _cpu.tall_write if operation == "softmax" else _cpu.tall_write_log
+            write(1, chunk.x, chunk.mask, own, maxima, sums, out)
     out = out.view(chunk.result_dtype).reshape([chunk.shape[i] for i in chunk.order])
     return out.transpose(np.argsort(chunk.order))
 
@@ -380,46 +370,39 @@ def _serial(function):
 
 
 @_serial
-def sums_of_rows(x, mask, temperature, weighted, tied):
-    """Maxima and `sums_of_row` of rows."""
+def sums_of_rows(x, mask, temperature, exact):
+    """Maxima of rows, and what their sums have beside these."""
     rows, n = x.shape
     entries, pitch = entries_of(x, mask), pitch_of(x)
-    maxima, sums = workspace(rows, pointer(x)), workspace(rows * 5, pointer(x)).reshape(rows, 5)
+    maxima, sums = workspace(rows, pointer(x)), workspace(rows * 4, pointer(x))
     for row in range(rows):
         start, stop = row * pitch, row * pitch + n
         maxima[row] = _slice.maximum(entries, start, stop)
         rate = _cpu.rate_at(temperature, row, maxima[row])
         soon = _slice.Soon(entries, min(row + 1, rows - 1) * pitch, None, 0, lane_count(entries))
-        found = sums_of_row(entries, start, stop, maxima[row], rate, weighted, tied, soon)
-        for quantity in range(5):
-            sums[row, quantity] = found[quantity]
-    return maxima, sums
+        own = _slice.sums_of_slice(entries, start, stop, maxima[row], rate, exact, None, 0, soon)
+        _cpu.put_sums(sums, 4 * row, 1, sums_apart(own, maxima[row], rate, exact))
+    return maxima, sums.reshape(rows, 4)
 
 
-@jit
-def sums_of_row(x, start, stop, row_max, rate, weighted, tied, soon):
-    """`_slice.split_sums`, in which no entry counts as a tie if ``tied`` is None.
-
-    That is all that softmax needs: it then takes 0.92 of the time, with its second pass (8000 x 16000 float32
-    in chunks of 8000 x 2000).
-    """
-    if tied is None:
-        total, error = _slice.ratio_sums(x, start, stop, row_max, rate, None, 0, soon)
-        total, error = over(total, error, unit_of(row_max, rate))
-        zero = spread(0.0, total)
-        return zero, total, error, zero, zero
-    return _slice.split_sums(x, start, stop, row_max, rate, weighted, soon)
+@kernel
+def set_apart(maxima, temperature, exact, sums):
+    """Put what sums have beside the maxima of slices in their place."""
+    for i in range(len(maxima)):
+        own, rate = _cpu.get_sums(sums, 4 * i, 1, exact), _cpu.rate_at(temperature, i, maxima[i])
+        _cpu.put_sums(sums, 4 * i, 1, sums_apart(own, maxima[i], rate, exact))
 
 
 @_serial
-def write_rows(x, mask, temperature, maxima, high, low, out):
-    """Write the terms of rows times their normalizers."""
+def write_rows(x, mask, temperature, maxima, sums, out):
+    """Write the terms of rows over their sums."""
     rows, n = x.shape
     entries, pitch, results = entries_of(x, mask), pitch_of(x), pointer(out)
     for row in range(rows):
         start, stop, shift = row * pitch, row * pitch + n, row * (n - pitch)
-        rate, inverse = _cpu.rate_at(temperature, row, maxima[row]), (high[row], low[row])
-        _slice.write_softmax(entries, start, stop, maxima[row], rate, *inverse, results, shift, False)
+        rate = _cpu.rate_at(temperature, row, maxima[row])
+        high, low = normalizer(*_cpu.get_sums(sums, 4 * row, 1, None))
+        _slice.write_softmax(entries, start, stop, maxima[row], rate, high, low, results, shift, False)
 
 
 @_serial
@@ -430,7 +413,8 @@ def write_log_rows(x, mask, temperature, maxima, sums, out):
     for row in range(rows):
         start, stop, shift = row * pitch, row * pitch + n, row * (n - pitch)
         rate = _cpu.rate_at(temperature, row, maxima[row])
-        log_sum = log_of_sum(maxima[row], _cpu.five(sums, row))
+        beside = sums_apart(_cpu.get_sums(sums, 4 * row, 1, None), maxima[row], rate, None)
+        log_sum = log_of_sum(maxima[row], beside)
         _slice.write_log_softmax(entries, start, stop, maxima[row], rate, log_sum, results, shift, False)
 
 
@@ -468,92 +452,79 @@ def times_weight(total, error, power, excess):
 
 @jit
 def merged_sums(a, b, temperature):
-    """Sum of two sums, as in `referred`; one of nothing leaves the other's reference alone."""
-    if a[1] == 0.0:
+    """Sum of two sums, as in `referred`; beside nothing, one that would be faint keeps its reference."""
+    reference, faint = max(a[0], b[0]), FAINT_REST[1] * top_term(a[1])
+    own_a, own_b = referred(a, reference, temperature), referred(b, reference, temperature)
+    if a[1] == 0.0 and own_b[1] < faint:
         return b
-    if b[1] == 0.0:
+    if b[1] == 0.0 and own_a[1] < faint:
         return a
-    reference = max(a[0], b[0])
-    a, b = referred(a, reference, temperature), referred(b, reference, temperature)
-    rest, error = merge(a[1], a[2], b[1], b[2])
-    moment, moment_error = merge(a[3], a[4], b[3], b[4])
+    rest, error = merge(own_a[1], own_a[2], own_b[1], own_b[2])
+    moment, moment_error = merge(own_a[3], own_a[4], own_b[3], own_b[4])
     return reference, rest, error, moment, moment_error
 
 
 @jit
-def five_of(states, i, k):
-    """Sums of a state."""
-    return states[i, k, 2], states[i, k, 3], states[i, k, 4], states[i, k, 5], states[i, k, 6]
+def sums_of(states, i, k):
+    """Sums of a state, as in `referred`."""
+    return states[i, k, 1], states[i, k, 2], states[i, k, 3], states[i, k, 4], states[i, k, 5]
 
 
 @kernel
 def merge_states(states, merged):
     """Merge states (slices, count, fields) into (slices, fields)."""
     for i in range(len(states)):
-        temperature = states[i, 0, 7]
-        largest, ties, sums = states[i, 0, 0], states[i, 0, 1], five_of(states, i, 0)
+        temperature = states[i, 0, 6]
+        largest, sums = states[i, 0, 0], sums_of(states, i, 0)
         for k in range(1, states.shape[1]):
-            own, own_ties, own_sums = states[i, k, 0], states[i, k, 1], five_of(states, i, k)
+            own, own_sums = states[i, k, 0], sums_of(states, i, k)
             if own > largest:
-                largest, own, ties, own_ties, sums, own_sums = own, largest, own_ties, ties, own_sums, sums
-            if own == largest:
-                ties += own_ties
-            else:
-                tied = own, own_ties * top_term(own), 0.0, 0.0, 0.0
-                own_sums = merged_sums(tied, own_sums, temperature)
-            sums = merged_sums(sums, own_sums, temperature)
-        merged[i, 0], merged[i, 1], merged[i, 7] = largest, ties, temperature
+                largest, own, sums, own_sums = own, largest, own_sums, sums
+            maximum = own, top_term(own), 0.0, 0.0, 0.0
+            sums = merged_sums(sums, merged_sums(maximum, own_sums, temperature), temperature)
+        merged[i, 0], merged[i, 6] = largest, temperature
         for quantity in range(5):
-            merged[i, 2 + quantity] = sums[quantity]
+            merged[i, 1 + quantity] = sums[quantity]
 
 
 @jit
 def beside_maximum(states, i):
-    """(ties, rest, error, moment, moment_error) of a slice, in which the reference is the maximum."""
-    sums = states[i, 2], states[i, 3], states[i, 4], states[i, 5], states[i, 6]
-    _, rest, error, moment, moment_error = referred(sums, states[i, 0], states[i, 7])
-    return states[i, 1], rest, error, moment, moment_error
+    """(rest, error, moment, moment_error) of a slice, in which the reference is the maximum."""
+    sums = states[i, 1], states[i, 2], states[i, 3], states[i, 4], states[i, 5]
+    _, rest, error, moment, moment_error = referred(sums, states[i, 0], states[i, 6])
+    return rest, error, moment, moment_error
 
 
 @kernel
-def sums_beside_maxima(states, sums):
-    """Write `beside_maximum` of each state."""
-    for i in range(len(states)):
-        five = beside_maximum(states, i)
-        for quantity in range(5):
-            sums[i, quantity] = five[quantity]
-
-
-@kernel
-def normalizers(maxima, sums, temperature, high, low):
-    """Write the normalizer of the `ratio_terms` of each slice in the dtype of the maxima."""
+def sums_of_kernels(states, maxima, temperature, sums):
+    """Write the sums of the `ratio_terms` of each slice, in the dtype of the maxima."""
     for i in range(len(maxima)):
         if maxima[i] == -math.inf:
-            high[i] = low[i] = math.nan
+            sums[i, 0] = math.nan
         else:
-            ties = sums[i, 0] * top_term(sums[i, 0])
-            total, error = merge(ties, 0.0, sums[i, 1], sums[i, 2])
-            rate = _cpu.rate_at(temperature, i, maxima[i])
-            unit = as_float64(top_term(maxima[i]) * unit_of(maxima[i], rate)) / top_term(sums[i, 0])
+            rest = beside_maximum(states, i)
+            top, rate = top_term(rest[0]), _cpu.rate_at(temperature, i, maxima[i])
+            total, error = merge(top, 0.0, rest[0], rest[1])
+            unit = as_float64(top_term(maxima[i]) * unit_of(maxima[i], rate)) / top
             product = total * unit
             error = fma(total, unit, -product) + error * unit
             rounded = spread(product, maxima[i])
-            high[i], low[i] = normalizer(rounded, spread((product - rounded) + error, maxima[i]))
+            sums[i, 0], sums[i, 1] = rounded, spread((product - rounded) + error, maxima[i])
 
 
 @kernel
 def write_values(states, weighted, values):
     """Write the logsumexp of each state or, unless ``weighted`` is None, the entropy."""
     for i in range(len(states)):
-        largest, temperature = states[i, 0], states[i, 7]
+        largest, temperature = states[i, 0], states[i, 6]
         sums = beside_maximum(states, i)
         if weighted is not None:
             values[i] = entropy_value(largest, sums)
-        elif states[i, 2] < largest and misses_faint_terms(largest, temperature, sums):
+        elif states[i, 1] < largest and misses_faint_terms(largest, temperature, sums):
             # As in `_slice.logsumexp_of_faint`: the weight is the square of that at twice the temperature.
-            power, excess, _ = weight(states[i, 2], largest, 2.0 * temperature)
+            power, excess, _ = weight(states[i, 1], largest, 2.0 * temperature)
             root = power * (1.0 + excess)
-            rest = (states[i, 3] + states[i, 4]) / top_term(largest)
+            rest = (states[i, 2] + states[i, 3]) / top_term(largest)
             values[i] = fma(root * rest, root * temperature, largest)
         else:
             values[i] = logsumexp_value(largest, temperature, sums)

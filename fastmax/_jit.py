@@ -66,7 +66,9 @@ def _cache_directory():
     directory of its own there, and removes those that no process has started with for a day.
     """
     source = Path(_writable.__code__.co_filename)
-    if source != Path(__file__) or not source.is_file():  # a zip archive, or no sources: nothing to stamp
+    if source != Path(__file__) or not os.path.isfile(
+        source
+    ):  # a zip archive, or no sources: nothing to stamp
         return None
     own = f"{_PACKAGE.name}_{hashlib.sha256(os.fsencode(_PACKAGE)).hexdigest()[:16]}"
     chosen: Any = config.CACHE_DIR  # pyright: ignore[reportAttributeAccessIssue]
@@ -83,7 +85,7 @@ def _cache_directory():
             with contextlib.suppress(OSError):
                 _remove_unused(directory)
             return os.fspath(directory)
-    return next((os.fspath(directory) for directory in directories if directory.is_dir()), None)
+    return next((os.fspath(directory) for directory in directories if os.path.isdir(directory)), None)
 
 
 def _remove_unused(own):

@@ -15,6 +15,8 @@ from fastmax._api import (
     _as_temperature,
     _blocks,
     _check_out,
+    _imported,
+    _is_masked,
     _is_packed,
     _kept,
     _kernel_dtype,
@@ -280,8 +282,7 @@ def fit_temperature(logits, labels, *, axis: int = 0) -> float:
     >>> fit_temperature(logits, [0, 0, 1, 1])
     inf
     """
-    from fastmax import _learning
-
+    _learning = _imported("_learning")
     x, dtype, position, blocks, order, shape = _as_samples(logits, axis)
     classes, probs = _as_labels(labels, x, dtype, np.float64, position, blocks, order, shape)
     if probs is not None:
@@ -352,8 +353,7 @@ def solve_temperature(x, *, entropy: ArrayLike, axis=0) -> Any:
     >>> entropy(x, t, axis=1).round(12)
     array([1., 1.])
     """
-    from fastmax import _learning
-
+    _learning = _imported("_learning")
     x, dtype = _as_array(x)
     targets, at_limit = _as_entropies(entropy)
     _, axes = _as_axes(axis, x.ndim)
@@ -388,8 +388,7 @@ def solve_temperature(x, *, entropy: ArrayLike, axis=0) -> Any:
 
 
 def _cross_entropy(logits, labels, temperature, axis, reduction, gradient):
-    from fastmax import _learning
-
+    _learning = _imported("_learning")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
     x, dtype, position, blocks, order, shape = _as_samples(logits, axis)
@@ -463,7 +462,7 @@ def _as_labels(labels, x, dtype, other, position, blocks, order, shape):
 
     Probabilities of another dtype than that of x, the first one given, come as the second.
     """
-    if isinstance(labels, np.ma.MaskedArray):
+    if _is_masked(labels):
         raise TypeError("labels must not be a masked array")
     array = np.asarray(labels)
     if array.dtype.kind in "iu" or (array.dtype.kind == "f" and array.size == 0 and array.shape == shape):
@@ -520,7 +519,7 @@ def _as_entropies(entropy):
     """Return entropies as a float64 array, and by how much, relative, a limit may be off in their dtype."""
     array = np.asarray(entropy)
     is_float = array.dtype.kind == "f" or array.dtype.name == "bfloat16"
-    if isinstance(entropy, np.ma.MaskedArray) or not (is_float or array.dtype.kind in "biu"):
+    if _is_masked(entropy) or not (is_float or array.dtype.kind in "biu"):
         raise TypeError(f"entropy must be real, got {entropy!r}")
     values = array.astype(np.float64, copy=False)
     if not is_float or array.dtype.itemsize >= 8:
@@ -533,8 +532,7 @@ def _as_entropies(entropy):
 
 
 def _vjp(probs, cotangent, temperature, axis, out, log):
-    from fastmax import _learning
-
+    _learning = _imported("_learning")
     probs, dtype = _as_array(probs, "probs", "")
     cotangent, other = _as_array(cotangent, "cotangent", "")
     dtype = np.promote_types(dtype, other)

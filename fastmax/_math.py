@@ -19,14 +19,17 @@ Softmax needs no more of its terms than their ratios, and with AVX-512 takes the
 x high rounded down, and f = (x high - n) + x low is from 0 to 1/16, or hardly beyond: nothing of the maximum
 is subtracted from it. A term takes 13 and 17 instructions, and with fewer constants for f as well as fewer
 steps softmax of 8192 x 1000 float32 takes 0.6 to 0.9 of the time. The term of the maximum is 2**BIAS times
-that factor. Its excess is rounded so that it is a float, and a single entry still has the probability 1; what
-this adds, half an ulp of 1 at most, is added to all.
+that factor. Its excess is rounded to whole ulps of 2, and a single entry still has the probability 1; what
+this adds, half such an ulp or rarely one, is added to all.
 
 A GPU has no table: n is an integer and 3/4 <= 2**f <= 3/2, up to rounding. What rounds the difference is
 added to the rest of f, in 22 and 27 instructions, and a term is within 0.9 ulp.
 
 The term of the maximum is exactly 2**BIAS, so a single entry has the probability 1 and ties share evenly.
 BIAS keeps the terms of the smallest results normal: only the last multiplication can round to a subnormal.
+
+Sums start from 2 * 2**BIAS, and of the term of a maximum nothing is rounded away there: without it, and what
+they started from, they are the sum of the others, however small, of which logarithms are made.
 
 Entries so far below the maximum that no result can show their terms are raised to where this is just so.
 All this holds for plain slices: T such that c is far from overflow, and |max c| at most 2**15 or 2**40. Any
@@ -89,6 +92,7 @@ LOWER = (2.0**-120, 2.0**-960)
 
 # Half an ulp of 1, in the direction of 0.
 HALF_ULP = (2.0**-24, 2.0**-53)
+ULP_OF_2 = (2.0**-22, 2.0**-51)
 
 # Largest |max c| of a plain slice: x times the low part of c is then at most 2**-8 or 2**-12.
 LARGEST_PRODUCT = (2.0**15, 2.0**40)
@@ -587,11 +591,19 @@ def ratio_scale(row_max, rate):
     """Scale of a plain slice for `ratio_terms`."""
     if TABLE_ENTRIES < 16:
         return plain_scale(row_max, rate)
-    high, low, one = spread(rate.high, row_max), spread(rate.low, row_max), spread(1.0, row_max)
+    scale, f, slope = scale_of_maximum(row_max, rate)
+    return scale._replace(rest=fma(-f, slope, whole_excess(f * slope)))
+
+
+@traced
+def scale_of_maximum(row_max, rate):
+    """Scale of a plain slice without a rest, and factors of the excess that its maximum then has."""
+    high, low = spread(rate.high, row_max), spread(rate.low, row_max)
     lowest, rounder = row_max - spread(rate.depth, row_max), constant(ROUNDER, row_max)
     origin = fma_down(row_max, high, rounder) - rounder
-    _, excess = plain_ratio(row_max, Scale(row_max, high, low, lowest, origin, None))
-    return Scale(row_max, high, low, lowest, origin, ((one + excess) - one) - excess)
+    scale = Scale(row_max, high, low, lowest, origin, None)
+    _, f, slope = ratio_parts(row_max, scale)
+    return scale, f, slope
 
 
 @traced
@@ -611,12 +623,31 @@ def ratio_terms(x, scale, guard):
 @traced
 def plain_ratio(x, scale):
     """`ratio_terms` of a plain slice."""
+    exponent, f, slope = ratio_parts(x, scale)
+    power, low = table_power(exponent, scale.rest)
+    return power, fma(f, slope, low)
+
+
+@traced
+def ratio_parts(x, scale):
+    """Exponent of a term, what that leaves of the power of 2, f, and (2**f - 1) / f."""
     x = at_least(x, spread(scale.lowest, x))
     high, zero = spread(scale.high, x), constant(ZERO, x) - spread(scale.origin, x)
     exponent = fma_down(x, high, zero)
     f = fma(x, spread(scale.low, x), fma(x, high, -(exponent - zero)))
-    power, low = table_power(exponent, scale.rest)
-    return power, fma(f, polynomial(f, EXP2_FROM_0), low)
+    return exponent, f, polynomial(f, EXP2_FROM_0)
+
+
+@traced
+def whole_excess(excess):
+    """The excess that the maximum gets: whole ulps of 2, so that 2 + (1 + excess) is a float.
+
+    It is 0 only where it is without that: what is added, rounded, would leave something over.
+    """
+    zero, three, ulp = spread(0.0, excess), spread(3.0, excess), constant(ULP_OF_2, excess)
+    whole = (three + excess) - three
+    least = select(excess < zero, -ulp, select(excess > zero, ulp, zero))
+    return select(whole == zero, least, whole)
 
 
 @traced
@@ -625,15 +656,38 @@ def unit_of(row_max, rate):
     one = spread(1.0, row_max)
     if TABLE_ENTRIES < 16:
         return one
-    _, excess = plain_ratio(row_max, ratio_scale(row_max, rate))
-    return select(spread(rate.limit, row_max) < larger(row_max, -row_max), one, one + excess)
+    _, f, slope = scale_of_maximum(row_max, rate)
+    other = spread(rate.limit, row_max) < larger(row_max, -row_max)
+    return select(other, one, one + whole_excess(f * slope))
+
+
+@traced
+def exact_terms(x, scale, guard):
+    """`terms`, of which that of the maximum has no excess at all."""
+    power, excess, product = terms(x, scale, guard)
+    at_top, zero = x == spread(scale.row_max, x), spread(0.0, x)
+    if guard is None:
+        excess = select(at_top, zero, excess)
+    elif guard.plain is not None:
+        excess = select(at_top & (guard.plain > spread(0.0, guard.plain)), zero, excess)
+    return power, excess, product
+
+
+@traced
+def exact_ratio_terms(x, scale, guard):
+    """`ratio_terms`, of which that of the maximum is `unit_of` times 2**BIAS, and nothing more or less."""
+    if TABLE_ENTRIES < 16:
+        power, excess, _ = exact_terms(x, scale, guard)
+        return power, excess
+    return ratio_terms(x, scale, guard)
 
 
 @traced
 def over(total, error, divisor):
     """(total + error) / divisor as a pair."""
-    quotient = total / divisor
-    return quotient, (fma(-quotient, divisor, total) + error) / divisor
+    inverse = spread(1.0, divisor) / divisor
+    quotient = total * inverse
+    return quotient, (fma(-quotient, divisor, total) + error) * inverse
 
 
 # -- terms without a table, for a GPU ---------------------------------------------------------------
@@ -681,6 +735,14 @@ WITHOUT_TABLE = {
 
 
 @traced
+def two_sum(a, b):
+    """Sum of two as a float, and what that leaves out (Knuth)."""
+    result = a + b
+    part = result - a
+    return result, (a - (result - part)) + (b - part)
+
+
+@traced
 def add(total, error, power, excess):
     """Add a term (two-sum)."""
     result = total + term_of(power, excess)
@@ -698,9 +760,35 @@ def add_smaller(total, error, power, excess):
 @traced
 def merge(total, error, total2, error2):
     """Add one pair to another."""
-    result = total + total2
-    part = result - total
-    return result, error + ((total - (result - part)) + (total2 - part)) + error2
+    result, lost = two_sum(total, total2)
+    return result, error + lost + error2
+
+
+@traced
+def first_of(sums):
+    """Sums (total, error), or with moment and moment_error as well, as `add_sums` goes on with them."""
+    return sums[0], sums[1], spread(0.0, sums[1]), *sums[2:]
+
+
+@traced
+def add_sums(sums, part):
+    """Add to sums, of whose errors nothing is lost, either.
+
+    Beside a term of 2**BIAS the error may be all there is of the others, and have 10**5 parts.
+    """
+    total, lost = two_sum(sums[0], part[0])
+    error, lost = two_sum(sums[1], lost)
+    error, more = two_sum(error, part[1])
+    lost = sums[2] + (lost + more)
+    if len(part) == 2:
+        return total, error, lost
+    return total, error, lost, *merge(sums[3], sums[4], part[2], part[3])
+
+
+@traced
+def closed(sums):
+    """Sums as they are before `first_of`."""
+    return sums[0], sums[1] + sums[2], *sums[3:]
 
 
 @traced
@@ -760,22 +848,27 @@ def probability(term, high, low):
 
 
 @traced
+def apart(sums, unit):
+    """Sums without the term of one maximum, ``unit`` times 2**BIAS, in units of that: (rest, error, ...)."""
+    rest, lost = two_sum(sums[0], -(unit * top_term(unit)))
+    return *over(rest, sums[1] + lost, unit), *sums[2:]
+
+
+@traced
 def rest_of(sums):
-    """Sum of the terms below the maximum in float64."""
-    return as_float64(sums[1]) + as_float64(sums[2])
+    """Sum of the terms but one maximum in float64."""
+    return as_float64(sums[0]) + as_float64(sums[1])
 
 
 @traced
 def log_of_sum(row_max, sums):
-    """Logarithm of sum(exp((x - max) / T)), from the entries equal to the maximum and the rest apart.
+    """Logarithm of sum(exp((x - max) / T)), from the terms of all entries but one maximum.
 
-    ``sums`` = (ties, rest, error, moment, moment_error): the number of entries equal to the maximum, the sum
-    of the terms of the others, and the sum of these times (x - max) c. With log1p nothing is lost when the
-    rest is tiny.
+    ``sums`` = (rest, error), or for the entropy (rest, error, moment, moment_error): the sum of these, and of
+    them times (x - max) c, as pairs. With log1p nothing is lost when the rest is tiny.
     """
-    rest = rest_of(sums) / as_float64(top_term(row_max))
-    value = log_one_plus((as_float64(sums[0]) - spread(1.0, rest)) + rest)
-    return select(row_max == -spread(math.inf, row_max), spread(math.nan, rest), value)
+    value = log_one_plus(rest_of(sums) / as_float64(top_term(row_max)))
+    return select(row_max == -spread(math.inf, row_max), spread(math.nan, value), value)
 
 
 @traced
@@ -891,7 +984,7 @@ def plain_logsumexp(row_max, temperature, sums):
 def logsumexp_value(row_max, temperature, sums):
     """Max + T log_sum of one slice."""
     top = np.float64(row_max) + 0.0
-    if math.isnan(sums[1]):
+    if math.isnan(sums[0]):
         value = spread(math.nan, row_max)
     elif math.isinf(top) or temperature == 0.0:
         value = spread(top, row_max)
@@ -914,7 +1007,6 @@ def misses_faint_terms(row_max, temperature, sums):
     return (
         (temperature > spread(1.0, temperature))
         & (temperature < spread(math.inf, temperature))
-        & (sums[0] == spread(1.0, row_max))
         & (rest_of(sums) < faint * as_float64(top_term(row_max)))
         & (as_float64(near) < temperature * (faint * spread(2.0**60, faint)))
     )
@@ -923,8 +1015,8 @@ def misses_faint_terms(row_max, temperature, sums):
 @traced
 def entropy_value(row_max, sums):
     """log_sum - sum(p (x - max) / T): both parts are positive, so nothing cancels."""
-    total = as_float64(sums[0]) * as_float64(top_term(row_max)) + rest_of(sums)
-    moment = (as_float64(sums[3]) + as_float64(sums[4])) * spread(LOG_2, total)
+    total = as_float64(top_term(row_max)) + rest_of(sums)
+    moment = (as_float64(sums[2]) + as_float64(sums[3])) * spread(LOG_2, total)
     return spread(log_of_sum(row_max, sums) - moment / total, row_max)
 
 
@@ -963,7 +1055,11 @@ def rescaled_moment(row_max, sums, scale, guard):
 
 @jit
 def own_log_of_sum(row_max, sums):
-    """`log_of_sum` in the precision of the sums: what rounding takes from the argument of log1p is added."""
+    """`log_of_sum` in the precision of the sums: what rounding takes from the argument of log1p is added.
+
+    Here sums are (ties, rest, error, moment, moment_error): the number of entries equal to the maximum, and
+    the others.
+    """
     lowest = -spread(math.inf, row_max)
     if row_max == lowest:
         return spread(math.nan, row_max)

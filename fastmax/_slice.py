@@ -38,7 +38,6 @@ from fastmax._lanes import (
     present,
     read,
     register_zeros,
-    select,
     settle,
     spread,
     store,
@@ -52,7 +51,13 @@ from fastmax._lanes import (
 from fastmax._math import (
     add,
     add_smaller,
+    add_sums,
+    apart,
+    closed,
     entropy_value,
+    exact_ratio_terms,
+    exact_terms,
+    first_of,
     guarded_gap,
     guarded_scale,
     is_plain,
@@ -74,14 +79,17 @@ from fastmax._math import (
     term_of,
     terms,
     top_term,
+    two_sum,
+    unit_of,
 )
 from fastmax._tracing import kind_of, traced
 
 # Vectors whose sum is one link of the chain, enough to make a task for a thread.
 CHUNK = 512
-# Terms in a lane of a sum whose errors are summed plainly, before the total takes what it can: many terms
-# that are each below half an ulp of it would otherwise be rounded one way, by 22 ulp of their sum for 2**20.
-SETTLING = 16
+# Terms in a lane of a sum whose errors are summed plainly: many that are each below half an ulp of the total
+# would otherwise be rounded one way, by 22 ulp of their sum for 2**20. Where it is to be exact beside the
+# maximum, too, such a logarithm could be off by 5.3 ulp with blocks of 16, by 3.3 with 8, and by 2.6 with 4.
+BLOCK, EXACT_BLOCK = 16, 4
 
 
 Soon = namedtuple("Soon", "x at out to step")
@@ -125,52 +133,97 @@ def last_lanes(x, start, stop):
 
 
 @jit
-def lane_sums(x, start, stop, scale, guard, stored, at, soon, zero):
-    """Sum of the terms as a pair; the terms are written to ``stored`` from ``at`` on, unless that is None.
+def lane_sums(x, start, stop, scale, guard, exact, stored, at, soon, zero):
+    """Sums of the terms in each lane of ``zero``: (total, error), or with (moment, moment_error) as well.
 
-    It has the lanes of ``zero``. It starts from a number that no term exceeds, for which `add_smaller` does.
-    ``soon`` is None or what to fetch from memory meanwhile.
+    For softmax ``exact`` is None. Else sums are exact beside the maximum, too, see `apart`, and it is a
+    tuple: (None,), or (True,) for moments, which are sums of the terms times (x - max) c. Unless ``stored``
+    is None, terms are written to it from ``at`` on; ``soon`` is None or what to fetch from memory meanwhile.
+    Sums start from a number that no term exceeds, for which `add_smaller` does.
     """
     lanes = lane_count(x)
-    total, error = start_of_sum(zero), zero
+    block = (BLOCK if exact is None else EXACT_BLOCK) * lane_count(zero)
+    sums, earlier, lost = start_of_sums(zero, exact), zero, zero
     # Read before ``stored`` is written, which may be x.
     last, first = last_lanes(x, start, stop), max(start, stop - lanes)
     at -= start
     i = start
     while i <= stop - lanes:
-        # Never for a narrow row, whose bits `narrow_sums` shall have.
-        total, error = settled(total, error)
-        pause = min(stop - lanes, i + SETTLING * lane_count(zero) - lanes)
+        if i > start:  # and not before a last part, as in `narrow_sums`
+            sums, earlier, lost = next_block(sums, earlier, lost, exact)
+        pause = min(stop - lanes, i + block - lanes)
         while i <= pause:
             fetch(soon, (i - start) // lanes)
-            term, total, error = add_terms(load(x, i), 0, scale, guard, total, error)
+            sums, term = add_terms(sums, load(x, i), 0, scale, guard, exact)
             if stored is not None:
                 store(stored, at + i, term)
             i += lanes
     if i < stop:
         fetch(soon, (i - start) // lanes)
-        term, total, error = add_terms(last, i - first, scale, guard, total, error)
+        sums, term = add_terms(sums, last, i - first, scale, guard, exact)
         if stored is not None:
             write(stored, at + first, stop - first, term)
-    return total - start_of_sum(zero), error
+    return end_of_sums(sums, earlier, lost, exact)
 
 
 @traced
-def add_terms(x, counted, scale, guard, total, error):
-    """Terms, and the sum to which those after the first ``counted`` are added."""
-    power, excess = ratio_terms(x, scale, guard)
+def has_moments(exact):
+    """Whether sums have moments, too."""
+    return exact is not None and exact[0] is not None
+
+
+@traced
+def start_of_sums(zero, exact):
+    """Sums of nothing."""
+    most = start_of_sum(zero)
+    return (most, zero, zero, zero) if has_moments(exact) else (most, zero)
+
+
+@traced
+def next_block(sums, earlier, lost, exact):
+    """Sums without their error, which is added to that of earlier blocks, and what is lost of it.
+
+    Unless they are to be exact, the total takes of the error what it can.
+    """
+    if exact is None:
+        return settled(*sums), earlier, lost
+    earlier, more = two_sum(earlier, sums[1])
+    return (sums[0], spread(0.0, earlier), *sums[2:]), earlier, lost + more
+
+
+@traced
+def end_of_sums(sums, earlier, lost, exact):
+    """Sums with the errors of earlier blocks, and without what they started from."""
+    error = sums[1] if exact is None else (earlier + sums[1]) + lost
+    return sums[0] - start_of_sum(sums[0]), error, *sums[2:]
+
+
+@traced
+def add_terms(sums, x, counted, scale, guard, exact):
+    """Sums with the terms after the first ``counted``, and all terms."""
+    moment, zero = None, spread(0.0, x)
+    if exact is None:
+        power, excess = ratio_terms(x, scale, guard)
+    elif has_moments(exact):
+        power, excess, product = exact_terms(x, scale, guard)
+        moment = drop_first(term_of(power, excess) * product, counted, zero)
+    else:
+        power, excess = exact_ratio_terms(x, scale, guard)
     term = abreast(term_of(power, excess))
-    total, error = add_in_turn(total, error, drop_first(power, counted, spread(0.0, x)), excess)
-    return term, total, error
+    return add_in_turn(sums, drop_first(power, counted, zero), excess, moment), term
 
 
 @traced
-def add_in_turn(total, error, power, excess):
-    """`add_smaller`, where sums of fewer lanes take the terms part by part."""
-    if kind_of(total) == kind_of(power):
-        return add_smaller(total, error, power, excess)
-    total, error = add_in_turn(total, error, lower_half(power), lower_half(excess))
-    return add_in_turn(total, error, upper_half(power), upper_half(excess))
+def add_in_turn(sums, power, excess, moment):
+    """`add_smaller` and `merge`, where sums of fewer lanes take the terms part by part."""
+    if kind_of(sums[0]) == kind_of(power):
+        sums = *add_smaller(sums[0], sums[1], power, excess), *sums[2:]
+        if moment is None:
+            return sums
+        return *sums[:2], *merge(sums[2], sums[3], moment, spread(0.0, moment))
+    for half in lower_half, upper_half:
+        sums = add_in_turn(sums, half(power), half(excess), None if moment is None else half(moment))
+    return sums
 
 
 @traced
@@ -288,55 +341,6 @@ def write_log_terms(x, start, stop, gap, guard, out, shift, far):
         settle()
 
 
-@jit
-def lane_split_sums(x, start, stop, row_max, scale, guard, weighted, soon, zero):
-    """Return ties, sum of the other terms (a pair), their sum times (x - max) c (a pair).
-
-    The last is 0 if ``weighted`` is None; ``soon`` and ``zero`` are as in `lane_sums`.
-    """
-    lanes = lane_count(x)
-    sums = zero, zero, zero, zero, zero
-    i = start
-    while i <= stop - lanes:
-        fetch(soon, (i - start) // lanes)
-        sums = add_split(sums, load(x, i), row_max, scale, guard, weighted)
-        i += lanes
-    if i < stop:
-        fetch(soon, (i - start) // lanes)
-        counted = i - max(start, stop - lanes)
-        entries = drop_first(last_lanes(x, start, stop), counted, spread(-math.inf, x))
-        sums = add_split(sums, entries, row_max, scale, guard, weighted)
-    return sums
-
-
-@traced
-def add_split(sums, x, row_max, scale, guard, weighted):
-    """Add entries to the five sums of `lane_split_sums`."""
-    zero, one, top = spread(0.0, x), spread(1.0, x), spread(row_max, x)
-    power, excess, product = terms(x, scale, guard)
-    # Where nothing is read, -inf is no tie, unless all are, and then nobody asks for ties.
-    tie = select(x == top, one, zero)
-    power = select(x == top, zero, power)
-    if weighted is None:
-        return add_split_in_turn(sums, tie, power, excess, None)
-    return add_split_in_turn(sums, tie, power, excess, term_of(power, excess) * product)
-
-
-@traced
-def add_split_in_turn(sums, tie, power, excess, moment):
-    """Add to the five sums part by part, as `add_in_turn` does; the moment may be None."""
-    if kind_of(sums[0]) == kind_of(tie):
-        rest, error = add(sums[1], sums[2], power, excess)
-        if moment is None:
-            return sums[0] + tie, rest, error, sums[3], sums[4]
-        total, total_error = merge(sums[3], sums[4], moment, spread(0.0, moment))
-        return sums[0] + tie, rest, error, total, total_error
-    for half in lower_half, upper_half:
-        part = None if moment is None else half(moment)
-        sums = add_split_in_turn(sums, half(tie), half(power), half(excess), part)
-    return sums
-
-
 # -- merging --------------------------------------------------------------------------------------
 
 
@@ -365,57 +369,55 @@ def later(soon, steps):
 
 
 @jit
-def sum_terms(x, start, stop, scale, guard, stored, at, soon):
+def sum_terms(x, start, stop, scale, guard, exact, stored, at, soon):
     """`lane_sums` over all chunks of a slice, merged."""
     chunk = CHUNK * lane_count(x)
-    total = error = spread(0.0, scale.row_max)
+    sums = first_of(no_sums(scale.row_max, exact))
     for first in range(start, stop, chunk):
         last = min(stop, first + chunk)
-        ahead = later(soon, (first - start) // lane_count(x))
         to = at + first - start
-        part, part_error = lane_sums(x, first, last, scale, guard, stored, to, ahead, register_zeros(x))
-        part, part_error = sum_lanes(part, part_error)
-        total, error = merge(total, error, part, part_error)
-    return total, error
-
-
-@jit
-def sum_split_terms(x, start, stop, row_max, scale, guard, weighted, soon):
-    """`lane_split_sums` over all chunks of a slice, merged."""
-    chunk = CHUNK * lane_count(x)
-    zero = spread(0.0, row_max)
-    sums = zero, zero, zero, zero, zero
-    for first in range(start, stop, chunk):
-        last = min(stop, first + chunk)
         if last - first < lane_count(x):
-            few = piece_zeros(x)
-            entries = last_lanes(x, first, last)
-            own = add_split((few, few, few, few, few), entries, row_max, scale, guard, weighted)
-            part = sum_split_lanes(own)
+            part = sum_all_lanes(few_sums(x, first, last, scale, guard, exact, stored, to))
         else:
-            ahead = later(soon, (first - start) // lane_count(x))
-            none = register_zeros(x)
-            many = lane_split_sums(x, first, last, row_max, scale, guard, weighted, ahead, none)
-            part = sum_split_lanes(many)
-        sums = merge_split(sums, part)
-    return sums
+            ahead, none = later(soon, (first - start) // lane_count(x)), register_zeros(x)
+            own = lane_sums(x, first, last, scale, guard, exact, stored, to, ahead, none)
+            part = sum_all_lanes(own)
+        sums = add_sums(sums, part)
+    return closed(sums)
 
 
 @traced
-def sum_split_lanes(sums):
-    """`lane_split_sums` of all lanes as one."""
-    ties, _ = sum_lanes(sums[0], spread(0.0, sums[0]))
-    rest, error = sum_lanes(sums[1], sums[2])
-    moment, moment_error = sum_lanes(sums[3], sums[4])
-    return ties, rest, error, moment, moment_error
+def no_sums(like, exact):
+    """Sums of nothing, as they are in the end."""
+    zero = spread(0.0, like)
+    return (zero, zero, zero, zero) if has_moments(exact) else (zero, zero)
 
 
 @traced
-def merge_split(a, b):
-    """Merge two results of `sum_split_terms`."""
-    rest, error = merge(a[1], a[2], b[1], b[2])
-    moment, moment_error = merge(a[3], a[4], b[3], b[4])
-    return a[0] + b[0], rest, error, moment, moment_error
+def few_sums(x, start, stop, scale, guard, exact, stored, at):
+    """`lane_sums` of fewer entries than there are lanes, in 128 bits."""
+    zero = piece_zeros(x)
+    entries, sums = last_lanes(x, start, stop), start_of_sums(zero, exact)
+    sums, term = add_terms(sums, entries, 0, scale, guard, exact)
+    if stored is not None:
+        write(stored, at, stop - start, term)
+    return end_of_sums(sums, zero, zero, exact)
+
+
+@traced
+def sum_all_lanes(sums):
+    """`lane_sums` of all lanes as one."""
+    if len(sums) == 2:
+        return sum_lanes(sums[0], sums[1])
+    return *sum_lanes(sums[0], sums[1]), *sum_lanes(sums[2], sums[3])
+
+
+@traced
+def merge_sums(sums, part, exact):
+    """Merge `lane_sums` of a few chunks."""
+    if exact is None:
+        return merge(*sums, *part)
+    return closed(add_sums(first_of(sums), part))
 
 
 @traced
@@ -475,13 +477,13 @@ def softmax_of_few(x, start, count, rate, out, shift):
     entries = load_first(x, start, count, lowest)
     row_max = max_lanes(larger(entries, lowest))
     none = piece_zeros(x)
-    most = start_of_sum(none)
+    sums = start_of_sums(none, None)
     if is_plain(row_max, rate):
-        term, total, error = add_terms(entries, 0, ratio_scale(row_max, rate), None, most, none)
+        sums, term = add_terms(sums, entries, 0, ratio_scale(row_max, rate), None, None)
     else:
         scale, guard = guarded_scale(row_max, rate.temperature)
-        term, total, error = add_terms(entries, 0, scale, guard, most, none)
-    total, error = sum_lanes(total - most, error)
+        sums, term = add_terms(sums, entries, 0, scale, guard, None)
+    total, error = sum_all_lanes(end_of_sums(sums, none, none, None))
     high, low = normalizer(total, error)
     value = probability(term, spread(high, x), spread(low, x))
     store_first(out, start + shift, count, present(x, start, count, value, zero))
@@ -493,18 +495,31 @@ def softmax_of(x, start, stop, rate, stored, at, out, shift, soon):
     if stop - start < lane_count(x):
         softmax_of_few(x, start, stop - start, rate, out, shift)
         return
-    total, error = ratio_sums(x, start, stop, maximum(x, start, stop), rate, stored, at, soon)
+    total, error = sums_of_slice(x, start, stop, maximum(x, start, stop), rate, None, stored, at, soon)
     high, low = normalizer(total, error)
     scale_stored(stored, at, x, start, stop, high, low, out, shift)
 
 
 @jit
-def ratio_sums(x, start, stop, row_max, rate, stored, at, soon):
+def sums_of_slice(x, start, stop, row_max, rate, exact, stored, at, soon):
     """`sum_terms` at the temperature of a rate."""
     if is_plain(row_max, rate):
-        return sum_terms(x, start, stop, ratio_scale(row_max, rate), None, stored, at, soon)
+        scale = scale_of(row_max, rate, exact)
+        return sum_terms(x, start, stop, scale, None, exact, stored, at, soon)
     scale, guard = guarded_scale(row_max, rate.temperature)
-    return sum_terms(x, start, stop, scale, guard, stored, at, soon)
+    return sum_terms(x, start, stop, scale, guard, exact, stored, at, soon)
+
+
+@traced
+def scale_of(row_max, rate, exact):
+    """Scale of a plain slice whose terms are summed."""
+    return plain_scale(row_max, rate) if has_moments(exact) else ratio_scale(row_max, rate)
+
+
+@traced
+def sums_apart(sums, row_max, rate, exact):
+    """What the sums of a slice have beside its maximum; see `apart`."""
+    return apart(sums, spread(1.0, row_max) if has_moments(exact) else unit_of(row_max, rate))
 
 
 @jit
@@ -515,16 +530,6 @@ def write_softmax(x, start, stop, row_max, rate, high, low, out, shift, far):
     else:
         scale, guard = guarded_scale(row_max, rate.temperature)
         write_terms(x, start, stop, scale, guard, high, low, out, shift, far)
-
-
-@jit
-def split_sums(x, start, stop, row_max, rate, weighted, soon):
-    """`sum_split_terms` at the temperature of a rate."""
-    if is_plain(row_max, rate):
-        scale = plain_scale(row_max, rate)
-        return sum_split_terms(x, start, stop, row_max, scale, None, weighted, soon)
-    scale, guard = guarded_scale(row_max, rate.temperature)
-    return sum_split_terms(x, start, stop, row_max, scale, guard, weighted, soon)
 
 
 @jit
@@ -541,21 +546,23 @@ def write_log_softmax(x, start, stop, row_max, rate, log_sum, out, shift, far):
 def log_softmax_of(x, start, stop, rate, out, shift, soon):
     """Write the logarithm of the softmax of a slice to ``out``, at an index shifted by so much."""
     row_max = maximum(x, start, stop)
-    log_sum = log_of_sum(row_max, split_sums(x, start, stop, row_max, rate, None, soon))
+    sums = sums_of_slice(x, start, stop, row_max, rate, (None,), None, 0, soon)
+    log_sum = log_of_sum(row_max, sums_apart(sums, row_max, rate, (None,)))
     write_log_softmax(x, start, stop, row_max, rate, log_sum, out, shift, False)
 
 
 @traced
 def value_of(x, start, stop, rate, weighted, soon):
     """Logsumexp of a slice or, unless ``weighted`` is None, the entropy of its softmax."""
-    row_max = maximum(x, start, stop)
-    sums = split_sums(x, start, stop, row_max, rate, weighted, soon)
+    row_max, exact = maximum(x, start, stop), (weighted,)
+    sums = sums_of_slice(x, start, stop, row_max, rate, exact, None, 0, soon)
+    sums = sums_apart(sums, row_max, rate, exact)
     return value_of_sums(x, start, 1, stop - start, row_max, rate.temperature, sums, weighted)
 
 
 @jit
 def value_of_sums(x, start, step, count, row_max, temperature, sums, weighted):
-    """`value_of` the entries start, start + step, ... from their sums."""
+    """`value_of` the entries start, start + step, ... from their sums beside the maximum."""
     if weighted is not None:
         value = entropy_value(row_max, sums)
     elif misses_faint_terms(row_max, temperature, sums):

@@ -272,9 +272,9 @@ def test_temperature_is_checked_when_there_is_nothing_to_do(function, shape):
 
 
 @every
-@pytest.mark.parametrize("temperature", ["1", 1j, None, [1.0, "a"]])
+@pytest.mark.parametrize("temperature", ["1", 1j, None, [1.0, "a"], [1.0, None]])
 def test_temperature_that_is_no_number(function, temperature):
-    with pytest.raises((TypeError, ValueError)):
+    with pytest.raises(TypeError, match="temperature must be real, got"):
         function([1.0, 2.0], temperature)
 
 
@@ -342,6 +342,7 @@ def test_any_byte_order_gives_native_results(function, dtype):
         (np.zeros(2, [("a", float)]), "'a'"),
         (np.zeros(2, "V8"), "V8|void"),
         (np.zeros(2, ml_dtypes.float8_e4m3fn), "float8_e4m3fn"),
+        (np.zeros(2, ml_dtypes.float8_e5m2), "float8_e5m2"),
         (["a", "b"], "U1"),
         ([1j], "complex128"),
         ([None], "object"),
@@ -366,6 +367,16 @@ def test_other_dtypes_are_refused_when_empty(function, dtype):
 def test_masked_arrays_are_pointed_to_where(function, mask):
     with pytest.raises(TypeError, match="where="):
         function(np.ma.masked_array([1.0, 2.0, 3.0], mask=mask))
+
+
+@every
+def test_masked_arrays_in_a_sequence_are_no_less_masked(function):
+    masked = np.ma.masked_array([1.0, 2.0], mask=[False, True])
+    for x in [masked, masked], [[1.0, 2.0], (masked, [3.0, 4.0])], [1.0, np.ma.masked]:
+        with pytest.raises(TypeError, match="x must not be a masked array"):
+            function(x)
+    with pytest.raises(TypeError, match="temperature must not be a masked array"):
+        function([1.0, 2.0], [np.ma.masked])
 
 
 # --- what counts as an array --------------------------------------------------------------------
@@ -634,6 +645,21 @@ def test_out_that_overlaps_x(function, step):
     with pytest.raises(ValueError, match="out"):
         function(x, out=out)
     assert_same(buffer, before)
+
+
+@elementwise
+@pytest.mark.parametrize("axis", [0, (0,)])
+def test_out_that_overlaps_integers(function, axis):
+    """They are converted first, but are the caller's, and not to be written to."""
+    for dtype, size, first in ((np.int64, 6, 1), (np.int8, 8, 0)):
+        buffer = np.arange(7 if first else 64).astype(dtype)
+        before = buffer.copy()
+        with pytest.raises(ValueError, match="overlaps x in part"):
+            function(buffer[:size], axis=axis, out=buffer[first:].view(np.float64))
+        assert_same(buffer, before)
+    whole = np.arange(6)
+    expected = function(whole.copy())
+    assert_same(function(whole, axis=axis, out=whole.view(np.float64)), expected)
 
 
 @elementwise

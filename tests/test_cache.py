@@ -229,6 +229,12 @@ def test_kernels_that_can_only_be_read_are_used(monkeypatch, tmp_path):
     assert find() == directory
 
 
+def test_a_place_that_cannot_even_be_asked_for_is_none(monkeypatch, tmp_path):
+    """As that of a user whose home belongs to another one: here, its name is too long."""
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path / ("x" * 300)))
+    assert _jit._cache_directory.__wrapped__() is None
+
+
 def test_kernels_of_other_states_are_kept_for_a_day(monkeypatch, tmp_path):
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
     own = Path(_jit._cache_directory.__wrapped__() or "")

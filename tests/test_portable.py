@@ -37,7 +37,7 @@ array, size = types.CPointer(dtype), types.intp
 scale = types.NamedTuple([dtype] * len(Scale._fields), Scale)
 count = _lanes.REGISTER_BYTES * 8 // dtype.bitwidth
 zero = _lanes.Lanes(dtype, count)
-signature = (array, size, size, scale, types.none, array, size, types.none, zero)
+signature = (array, size, size, scale, types.none, types.none, array, size, types.none, zero)
 target = numba.njit(error_model="numpy")(_slice.lane_sums.py_func)
 target.compile(signature)
 code = target.inspect_llvm(signature)

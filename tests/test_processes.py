@@ -289,6 +289,41 @@ while os.waitpid(child, os.WNOHANG) == (0, 0):
 
 
 @forks
+@pytest.mark.parametrize(
+    ("module", "call"),
+    [
+        ("numpy.ma", "fastmax.softmax([1.0, 2.0, 3.0])"),
+        ("fastmax._gufunc", "fastmax.softmax(x[::2, ::2])"),
+        ("fastmax._learning", "fastmax.cross_entropy(x, np.zeros(400, int))"),
+    ],
+)
+def test_fork_while_another_thread_imports(module, call):
+    """It waits until the module is there: a child would find it locked for good."""
+    run(f"""
+import signal, time
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            found.set()
+            time.sleep(0.5)
+
+found = threading.Event()
+sys.meta_path.insert(0, Finder())
+thread = threading.Thread(target=lambda: {call})
+thread.start()
+assert found.wait(60.0)
+child = os.fork()
+if child == 0:
+    signal.alarm(120)
+    {call}
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+thread.join()
+""")
+
+
+@forks
 @pytest.mark.parametrize("delay", [0.001, 0.01, 0.05])
 def test_fork_after_an_interrupted_first_call(delay):
     run(f"""

@@ -104,7 +104,7 @@ def test_terms_of_softmax_are_within_an_ulp_times_their_unit(dtype):
         in_python(getattr(_math, name), dtype, 16)
         for name in ("rate_of", "ratio_scale", "ratio_terms", "unit_of")
     )
-    precision, bits, _ = FORMATS[dtype]
+    precision, _, _ = FORMATS[dtype]
     errors, units = [], []
     for temperature, row_max, x in draws(dtype, np.random.default_rng(0)):
         rate = rate_of(temperature, row_max)
@@ -112,7 +112,6 @@ def test_terms_of_softmax_are_within_an_ulp_times_their_unit(dtype):
         unit = float(unit_of(row_max, rate))
         power, excess = ratio_terms(row_max, scale, None)
         assert power == 2.0 ** _math.BIAS[precision]
-        assert abs(Fraction(float(excess)) - (Fraction(unit) - 1)) < Fraction(2) ** (-2 * bits)
         power, excess = ratio_terms(x, scale, None)
         with mpmath.workprec(200):
             exact = unit * mpmath.exp((mpmath.mpf(float(x)) - float(row_max)) / temperature)
@@ -123,6 +122,27 @@ def test_terms_of_softmax_are_within_an_ulp_times_their_unit(dtype):
     assert max(errors) < 0.62
     assert 1.0 <= min(units) < 1.01
     assert 1.04 < max(units) <= 2.0 ** (1 / 16) + 2.0**-9
+
+
+@pytest.mark.parametrize("entries", [2, 16])
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_the_term_of_a_maximum_leaves_nothing_over(dtype, entries):
+    """It is its unit times 2**BIAS, and the sum of that and what sums start from is a float."""
+    names = "rate_of", "ratio_scale", "exact_ratio_terms", "unit_of", "exact_terms", "plain_scale"
+    rate_of, ratio_scale, exact_ratio_terms, unit_of, exact_terms, plain_scale = (
+        in_python(getattr(_math, name), dtype, entries) for name in names
+    )
+    rng = np.random.default_rng(1)
+    top = 2.0 ** _math.BIAS[FORMATS[dtype][0]]
+    maxima = rng.choice([-1.0, 1.0], 3000) * 2.0 ** rng.uniform(-60, 12, 3000)
+    for row_max in [dtype(0.0), *maxima.astype(dtype)]:
+        rate = rate_of(float(2 ** rng.uniform(-2, 2)), row_max)
+        unit = Fraction(float(unit_of(row_max, rate)))
+        power, excess = exact_ratio_terms(row_max, ratio_scale(row_max, rate), None)
+        assert (power, 1 + Fraction(float(excess))) == (top, unit)
+        assert Fraction(float(dtype(2) + dtype(unit))) == 2 + unit
+        power, excess, _ = exact_terms(row_max, plain_scale(row_max, rate), None)
+        assert (power, excess) == (top, 0.0)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
