@@ -75,7 +75,7 @@ def evaluate(operation, x, temperature, axis, where, out, keepdims):
 
 
 def _as_dask(array, name):
-    if isinstance(getattr(array, "_meta", array), np.ma.MaskedArray):
+    if _api._is_masked(getattr(array, "_meta", array)):
         raise TypeError(f"{name} must not be a masked array")
     if isinstance(array, da.Array):
         return array

@@ -3,6 +3,7 @@
 import os
 import sys
 
+import mpmath
 import numpy as np
 import oracle
 import pytest
@@ -143,6 +144,29 @@ def test_a_forked_child_of_a_parent_with_threads_computes():
     if child == 0:
         os._exit(0 if np.array_equal(fastmax.softmax(x), expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", [3, 31, 33, 40, 64, 100, 257, 1000, 4000, 40_000])
+def test_logarithms_of_many_equal_terms_far_below_the_maximum(dtype, n):
+    """All that is left of their sum is an error of the maximum: summed plainly, it is off by 5.3 ulp."""
+    rng = np.random.default_rng(n)
+    gaps = rng.uniform(15, 90, 100) if dtype is np.float32 else rng.uniform(34, 700, 100)
+    gaps = gaps[: max(4, 20_000 // n)].astype(dtype)
+    rows = np.repeat(-gaps[:, None], n, axis=1)
+    rows[:, n // 3] = 0.0
+    exact = [-mpmath.log1p((n - 1) * mpmath.exp(-mpmath.mpf(float(gap)))) for gap in gaps]
+    for x, axis in ((rows, 1), (np.ascontiguousarray(rows.T), 0), (np.repeat(rows, 2, axis=1)[:, ::2], 1)):
+        found = fastmax.log_softmax(x, axis=axis).max(axis=axis)
+        for value, expected in zip(found, exact, strict=True):
+            assert abs(mpmath.mpf(float(value)) - expected) <= 3.0 * np.spacing(dtype(float(-expected)))
+
+
+def test_strided_entries_by_the_ten_millions():
+    """Each of as many equal entries gets its share: float32 ones were off by 4 ulp."""
+    n = 4 * 10**7
+    share = fastmax.softmax(np.ones(n, np.float32)[::-1])[:3]
+    assert np.all(abs(share.astype(float) * n - 1.0) <= 2.0**-24)
 
 
 @pytest.mark.parametrize("n", [20_000, 2**20])
