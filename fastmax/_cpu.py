@@ -1929,27 +1929,23 @@ def _choice(schedules, shape, itemsize, temperatures, threads):
         return schedules.columns, is_large, threads
     size, lanes = slices * n, LANE_BYTES // max(itemsize, 4)
     if n < lanes or (slices > 1 and n <= CHUNK * lanes):
-        schedule = schedules.narrow_rows if _is_narrow(n, lanes, schedules) else schedules.rows
+        schedule = schedules.narrow_rows if _is_narrow(n, lanes) else schedules.rows
         return schedule, size >= PARALLEL_ROWS, min(threads, slices)
     if slices > outer or (n * itemsize <= STORED_BYTES and slices >= 10 * threads):
         return schedules.wide_rows, size >= PARALLEL_SLICE, min(threads, slices)
     return schedules.long_rows, size >= PARALLEL_SLICE, threads
 
 
-def _is_narrow(n, lanes, schedules):
+def _is_narrow(n, lanes):
     """Whether rows take less time as narrow ones.
 
     A row takes as long as 0.65 vectors more than it fills, a narrow one 1.4 times its vectors. With AVX2 on
     Zen 1 63 float32 took 144 ns as a narrow row and 149 as a row, 64 as long, 65 149 and 200, 96 210 and 193,
-    float64 alike. With AVX-512 on an Emerald Rapids softmax of 40 float32 takes 0.75 of the time as narrow
-    rows, 56 0.97, 63 1.1, 65 0.85, 80 1.05 and 95 1.2, log_softmax alike; but logsumexp takes 0.6 to 1, and
-    entropy less, up to 150.
+    float64 alike. With AVX-512 on an Emerald Rapids softmax of 40 float32 takes 0.74 of the time as narrow
+    rows, 56 0.97, 63 1.1, 65 0.85, 80 1.0 and 96 1.2, log_softmax and logsumexp alike; entropy takes 0.65 to
+    1 up to 159, which would be a rule of its own for a tenth.
 
     Both give the same bits from one vector on, where `lane_sums` takes lanes of a register, too, and below
-    five, from which on it settles.
+    five, where softmax has one block.
     """
-    if n < lanes:
-        return True
-    if REGISTER_BYTES == 64 and schedules is _VALUES:
-        return n < 5 * lanes
-    return 1.4 * n < (-(-n // lanes) + 0.65) * lanes
+    return n < lanes or 1.4 * n < (-(-n // lanes) + 0.65) * lanes

@@ -15,7 +15,7 @@ which the origin has been subtracted. |f| is then up to 1/16. Elsewhere m is 2; 
 1/64 or 1/1024, as that sum is, in which what lies below 1/2 is cleared, and |f| is hardly above 1/4. A term
 takes 16 and 19 instructions (float32, float64) and is within 0.62 ulp, or 20 and 25, within 0.75.
 
-Softmax needs no more of its terms than their ratios, and with AVX-512 takes them times a factor. There n is
+All but the entropy need no more of terms than their ratios, and with AVX-512 take them times a factor: n is
 x high rounded down, and f = (x high - n) + x low is from 0 to 1/16, or hardly beyond: nothing of the maximum
 is subtracted from it. A term takes 13 and 17 instructions, and with fewer constants for f as well as fewer
 steps softmax of 8192 x 1000 float32 takes 0.6 to 0.9 of the time. The term of the maximum is 2**BIAS times
@@ -585,7 +585,7 @@ def start_of_sum(like):
     return spread(2.0, like) * top_term(like)
 
 
-# -- terms for softmax, which needs no more than their ratios ------------------------------------------
+# -- terms of which no more is needed than their ratios -------------------------------------------------
 
 
 @traced
