@@ -652,8 +652,19 @@ def _is_masked(x):
     Only where there is that module can there be one. To have it imported here, by looking it up in ``np``,
     would leave it locked for good in a process that is forked meanwhile.
     """
-    kind = getattr(sys.modules.get("numpy.ma"), "MaskedArray", ())
-    return isinstance(x, kind) or (isinstance(x, list | tuple) and any(map(_is_masked, x)))
+    kind = getattr(sys.modules.get("numpy.ma"), "MaskedArray", None)
+    return kind is not None and (isinstance(x, kind) or _holds(x, kind, 64))
+
+
+def _holds(x, kind, depth):
+    """Whether an object of a kind is in a sequence, or in one in it; arrays have no more than 64 axes."""
+    if not isinstance(x, list | tuple) or depth == 0:
+        return False
+    kinds = set(map(type, x))  # of 10**6 numbers they are found before NumPy has made an array of those
+    if any(issubclass(own, kind) for own in kinds):
+        return True
+    nested = any(issubclass(own, list | tuple) for own in kinds)
+    return nested and any(_holds(item, kind, depth - 1) for item in x)
 
 
 def _as_array(x, name="x", advice="; pass x.data with where=~np.ma.getmaskarray(x)"):

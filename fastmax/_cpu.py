@@ -59,6 +59,7 @@ from fastmax._math import (
     Rate,
     Scale,
     add_sums,
+    apart,
     bounded_gap,
     bounded_scale,
     closed,
@@ -1841,7 +1842,7 @@ def uniform_value(high, low, logarithm):
     top = top_term(high)
     if logarithm is None:
         return probability(top, *normalizer(top * high, top * low))
-    log_sum = log_of_sum(high, (top * (high - spread(1.0, high)), top * low))
+    log_sum = log_of_sum(high, apart((top * high, top * low), spread(1.0, high)))
     return spread(0.0, high) - spread(log_sum, high)
 
 

@@ -280,7 +280,8 @@ def _states(x, temperature, mask, reduced, operation):
         states[..., 0] = states[..., 1] = chunk.per_batch(maxima)
         # Terms of float32 kernels are in smaller units.
         units = 2.0 ** (BIAS[1] - BIAS[0]) if chunk.dtype == np.float32 else 1.0
-        states[..., 2:6] = chunk.per_batch(sums.astype(np.float64)) * units
+        stop = 4 if operation == "entropy" else 2
+        states[..., 2 : 2 + stop] = chunk.per_batch(sums[:, :stop].astype(np.float64)) * units
         rest = states[..., 2] + states[..., 3]  # where it is tiny, the error may have all of it
         states[..., 3] += states[..., 2] - rest
         states[..., 2] = rest
@@ -310,6 +311,8 @@ def _keep_faint_terms(states, x, mask, reduced):
             top = 2.0 ** BIAS[1]
             total = top + alone[2]
             states[index][1:4] = alone[0], total, (top - total) + alone[2] + alone[3]
+        else:  # terms of -inf are raised to the least of a scale
+            states[index][2:4] = 0.0
 
 
 def _merge_blocks(states, axis, keepdims):
@@ -413,7 +416,7 @@ def write_log_rows(x, mask, temperature, maxima, sums, out):
     for row in range(rows):
         start, stop, shift = row * pitch, row * pitch + n, row * (n - pitch)
         rate = _cpu.rate_at(temperature, row, maxima[row])
-        beside = sums_apart(_cpu.get_sums(sums, 4 * row, 1, None), maxima[row], rate, None)
+        beside = sums_apart(_cpu.get_sums(sums, 4 * row, 1, None), maxima[row], rate, (None,))
         log_sum = log_of_sum(maxima[row], beside)
         _slice.write_log_softmax(entries, start, stop, maxima[row], rate, log_sum, results, shift, False)
 
@@ -472,7 +475,10 @@ def sums_of(states, i, k):
 
 @kernel
 def merge_states(states, merged):
-    """Merge states (slices, count, fields) into (slices, fields)."""
+    """Merge states (slices, count, fields) into (slices, fields).
+
+    Where all entries are -inf, the rest is that of none but one maximum, -2**BIAS, and makes up for it.
+    """
     for i in range(len(states)):
         temperature = states[i, 0, 6]
         largest, sums = states[i, 0, 0], sums_of(states, i, 0)

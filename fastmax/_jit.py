@@ -66,9 +66,8 @@ def _cache_directory():
     directory of its own there, and removes those that no process has started with for a day.
     """
     source = Path(_writable.__code__.co_filename)
-    if source != Path(__file__) or not os.path.isfile(
-        source
-    ):  # a zip archive, or no sources: nothing to stamp
+    # In a zip archive, or without sources, there is nothing to stamp.
+    if source != Path(__file__) or not os.path.isfile(source):
         return None
     own = f"{_PACKAGE.name}_{hashlib.sha256(os.fsencode(_PACKAGE)).hexdigest()[:16]}"
     chosen: Any = config.CACHE_DIR  # pyright: ignore[reportAttributeAccessIssue]

@@ -774,7 +774,7 @@ def first_of(sums):
 
 @traced
 def add_sums(sums, part):
-    """Add to sums, of whose errors nothing is lost, either.
+    """Add to sums, of whose errors nothing is lost, either, until they are `closed`.
 
     Beside a term of 2**BIAS the error may be all there is of the others, and have 10**5 parts.
     """
@@ -905,7 +905,7 @@ def log_one_plus_for_float32(x):
     """
     zero, one, two = spread(0.0, x), spread(1.0, x), spread(2.0, x)
     total = one + x
-    error = select(total < two, x - (total - one), zero)
+    error = select(total > two, zero, x - (total - one))  # NaN, too, is not above 2
     k, fraction = split_power(total)
     f = fraction - one
     s = f / (f + two)

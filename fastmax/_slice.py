@@ -585,7 +585,7 @@ def logsumexp_of_faint(x, start, step, count, row_max, temperature):
         if second < entry < row_max:
             second = entry
     if second == -math.inf:
-        return row_max
+        return row_max + spread(0.0, row_max)  # which of several zeros is the maximum must not show
     scale, guard = guarded_scale(second, temperature)
     total = error = spread(0.0, row_max)
     for i in range(count):

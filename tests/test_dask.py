@@ -82,6 +82,13 @@ def test_axes_of_three(name):
         check(name, x, (3, 4, 3), 0.7, axis=axis)
 
 
+def test_no_term_of_minus_inf_is_multiplied_by_a_large_temperature():
+    x = np.full(8, -np.inf, np.float32)
+    x[1] = 0.0
+    for chunks in 2, 4, 8:
+        assert fastmax.logsumexp(da.from_array(x, chunks=chunks), 1e30).compute() == 0.0
+
+
 @every
 def test_temperatures(name):
     per_column, sweep = np.abs(RNG.normal(size=70)), np.array([[0.0], [0.5], [np.inf]])

@@ -162,6 +162,37 @@ def test_logarithms_of_many_equal_terms_far_below_the_maximum(dtype, n):
             assert abs(mpmath.mpf(float(value)) - expected) <= 3.0 * np.spacing(dtype(float(-expected)))
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        ((40, 5), 1),  # narrow rows
+        ((40, 70), 1),
+        ((40, 40_000), 1),  # wide ones
+        ((3, 200_000), 1),  # long ones
+        ((70, 40), 0),
+        ((2500, 40), 0),  # tall columns
+    ],
+)
+def test_nan_of_either_sign_makes_every_result_nan(dtype, shape, axis):
+    """A shorter logarithm took it for a number."""
+    for sign in 1.0, -1.0:
+        x = np.zeros(shape, dtype)
+        x[tuple(n // 3 for n in shape)] = np.copysign(dtype(np.nan), sign)
+        own = shape[1 - axis] // 3
+        for function in FUNCTIONS:
+            result = function(x, axis=axis)
+            slices = result if result.ndim == 1 else np.moveaxis(result, axis, -1)
+            assert np.isnan(slices[own]).all()
+            assert not np.isnan(np.delete(slices, own, axis=0)).any()
+
+
+def test_logsumexp_of_minus_zero_alone():
+    for temperature in 0.5, 1.0, 2.0, 1e30, np.inf:
+        for x in [-0.0], [-0.0, -np.inf], [0.0]:
+            assert np.copysign(1.0, fastmax.logsumexp(x, temperature)) == 1.0
+
+
 def test_strided_entries_by_the_ten_millions():
     """Each of as many equal entries gets its share: float32 ones were off by 4 ulp."""
     n = 4 * 10**7
