@@ -665,14 +665,14 @@ def unit_of(row_max, rate):
 
 @traced
 def exact_terms(x, scale, guard):
-    """`terms`, of which that of the maximum has no excess at all."""
+    """`terms`, of which that of the maximum has neither an excess nor a product."""
     power, excess, product = terms(x, scale, guard)
+    if guard is not None and guard.plain is None:
+        return power, excess, product  # it has none: x - max is 0
     at_top, zero = x == spread(scale.row_max, x), spread(0.0, x)
-    if guard is None:
-        excess = select(at_top, zero, excess)
-    elif guard.plain is not None:
-        excess = select(at_top & (guard.plain > spread(0.0, guard.plain)), zero, excess)
-    return power, excess, product
+    if guard is not None:
+        at_top = at_top & (guard.plain > spread(0.0, guard.plain))
+    return power, select(at_top, zero, excess), select(at_top, zero, product)
 
 
 @traced
