@@ -173,6 +173,12 @@ def has_moments(exact):
 
 
 @traced
+def quantities(exact):
+    """Numbers of the quantities that sums have: total and error, or moment and its error as well."""
+    return range(4 if has_moments(exact) else 2)
+
+
+@traced
 def start_of_sums(zero, exact):
     """Sums of nothing."""
     most = start_of_sum(zero)
