@@ -580,12 +580,16 @@ def _is_packed(array, order):
 
 
 def _memory_order(x, axes):
-    """Axes in the order of memory, if x is contiguous in it and the reduced axes are neighbours."""
+    """`_order_of` x, if that is contiguous in it; else None."""
+    order = _order_of(x, axes)
+    return order if order is not None and _is_packed(x, order) else None
+
+
+def _order_of(x, axes):
+    """Axes in the order of memory, if the reduced axes are neighbours in it; else None."""
     order = list(range(x.ndim))
     if not x.flags.c_contiguous:
         order.sort(key=lambda i: -abs(x.strides[i]))
-    if not _is_packed(x, order):
-        return None
     positions = sorted(order.index(i) for i in axes)
     if positions and positions[-1] - positions[0] >= len(positions):
         return None

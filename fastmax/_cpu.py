@@ -1494,7 +1494,20 @@ def value_tile(task, part, tiles, x, mask, temperature, rate, out, weighted, wor
 
 
 # -- long columns: chunks of rows, of which each thread takes some -----------------------------------
-# Numbers for each column are arrays (outer, chunks, inner), or (outer, inner) when the chunks are merged.
+# Numbers for each column are arrays (outer, chunks, inner), or (outer, inner) when the chunks are merged. The
+# rows of x may lie apart, as those of an array that was cut out of another do, if there is no mask.
+
+
+@jit
+def place(x, i, row, column):
+    """Index of an entry in memory."""
+    return (i * x.strides[0] + row * x.strides[1]) // x.itemsize + column
+
+
+@jit
+def row_pitch(x):
+    """Entries from the beginning of a row to that of the next."""
+    return x.strides[1] // x.itemsize
 
 
 @jit
@@ -1527,75 +1540,94 @@ def strip_maxima(task, x, mask, partial, width):
     """Maxima of each column over the rows of a strip."""
     i, chunk, rows, first, count = strip_of(task, x.shape, width)
     n, inner = x.shape[1:]
-    row, to = (i * n + chunk * CHUNK) * inner + first, (i * -(-n // CHUNK) + chunk) * inner + first
-    column_maxima(x, mask, row, inner, rows, count, partial, to)
+    to = (i * -(-n // CHUNK) + chunk) * inner + first
+    start = place(x, i, chunk * CHUNK, first)
+    column_maxima(entries_of(x, mask), start, row_pitch(x), rows, count, partial, to)
 
 
 @traced
 def merge_maxima(partial, i, chunks, inner, maxima):
     """Merge the maxima of all chunks of some columns."""
-    column_maxima(partial, None, i * chunks * inner, inner, chunks, inner, maxima, i * inner)
+    column_maxima(pointer(partial), i * chunks * inner, inner, chunks, inner, maxima, i * inner)
 
 
 @jit
-def column_maxima(x, mask, row, inner, rows, count, out, to):
-    """Maximum of each column over some rows."""
-    zero = spread(0.0, x)
-    entries, results, lanes = entries_of(x, mask), pointer(out), lane_count(x)
-    lowest = spread(-math.inf, x)
+def column_maxima(entries, start, pitch, rows, count, out, to):
+    """Maximum of each column over some rows, from one to the next so many entries apart."""
+    zero, lowest = spread(0.0, out), spread(-math.inf, out)
+    results, lanes = pointer(out), lane_count(out)
     for j in range(0, count, lanes):
         write(results, to + j, count - j, lowest)
     for i in range(rows):
+        row = start + i * pitch
         for j in range(0, count, lanes):
-            value = larger(
-                read(entries, row + i * inner + j, count - j, zero), read(results, to + j, count - j, zero)
-            )
+            value = larger(read(entries, row + j, count - j, zero), read(results, to + j, count - j, zero))
             write(results, to + j, count - j, value)
+
+
+@jit(inline="always")
+def tall_passes(steps, team, parts, x, mask, temperature, exact, out, write):
+    """Maxima, sums and, with a third step, results of long columns; return the first two."""
+    outer, n, inner = x.shape
+    like, chunks = pointer(x), -(-n // CHUNK)
+    width = strip_width(inner, like)
+    partial = workspace(outer * chunks * 4 * inner, like)
+    maxima, sums = workspace(outer * inner, like), workspace(outer * 4 * inner, like)
+    work = workspaces(parts, (_FIELDS + CHUNK) * width, like)
+    rate, count = first_rate(temperature, like), strip_count(x.shape, width)
+    numbers = maxima, sums, partial, width, work
+    for step in range(steps):
+        arguments = step, x, mask, temperature, rate, exact, out, numbers, write
+        each_part(one_by_one, team, parts, count, (arguments, pass_over_strip))
+        for i in range(outer):
+            if step == 0:
+                merge_maxima(partial, i, chunks, inner, maxima)
+            elif step == 1:
+                merge_strips(partial, i, chunks, inner, exact, sums)
+    return maxima, sums
 
 
 @Kernel
 def tall_softmax(team, parts, x, mask, temperature, out):
     """Softmax of long columns, in three passes that are compiled as one."""
-    outer, n, inner = x.shape
-    chunks, width = -(-n // CHUNK), strip_width(inner, x)
-    partial = workspace(outer * chunks * 4 * inner, x)
-    maxima, sums = workspace(outer * inner, x), workspace(outer * 4 * inner, x)
-    work = workspaces(parts, (_FIELDS + CHUNK) * width, x)
-    rate, count = first_rate(temperature, x), strip_count(x.shape, width)
-    numbers = maxima, sums, partial, width, work
-    for step in range(3):
-        arguments = step, x, mask, temperature, rate, out, numbers
-        each_part(one_by_one, team, parts, count, (arguments, softmax_strip))
-        for i in range(outer):
-            if step == 0:
-                merge_maxima(partial, i, chunks, inner, maxima)
-            elif step == 1:
-                merge_strips(partial, i, chunks, inner, None, sums)
+    tall_passes(3, team, parts, x, mask, temperature, None, out, write_strip)
+
+
+@Kernel
+def tall_log_softmax(team, parts, x, mask, temperature, out):
+    """Logarithm of the softmax of long columns."""
+    tall_passes(3, team, parts, x, mask, temperature, (None,), out, write_log_strip)
+
+
+@Kernel
+def tall_sums(team, parts, x, mask, temperature, exact):
+    """Maxima, an array (outer, inner), and sums, (outer, 4, inner), of columns; both flat."""
+    return tall_passes(2, team, parts, x, mask, temperature, exact, None, None)
 
 
 @jit
-def softmax_strip(task, part, step, x, mask, temperature, rate, out, numbers):
+def pass_over_strip(task, part, step, x, mask, temperature, rate, exact, out, numbers, write):
     """One pass over a strip."""
     maxima, sums, partial, width, work = numbers
     if step == 0:
         strip_maxima(task, x, mask, partial, width)
     elif step == 1:
-        strip_sums(task, part, x, mask, temperature, rate, maxima, partial, None, width, work)
-    else:
-        write_strip(task, part, x, mask, temperature, rate, maxima, sums, out, width, work)
+        strip_sums(task, part, x, mask, temperature, rate, maxima, partial, exact, width, work)
+    elif write is not None:
+        write(task, part, x, mask, temperature, rate, maxima, sums, out, width, work)
 
 
 @jit
 def strip_sums(task, part, x, mask, temperature, rate, maxima, partial, exact, width, work):
     """Sums of each column over the rows of a strip."""
-    zero = spread(0.0, x)
+    zero = spread(0.0, maxima)
     i, chunk, rows, first, count = strip_of(task, x.shape, width)
     n, inner = x.shape[1:]
     w, lanes = pointer(part_of(work, part)), lane_count(work)
     tile = _FIELDS * width
-    base = (i * n + chunk * CHUNK) * inner + first
-    further, _ = steps_ahead(count, inner, work)
-    pack(entries_of(x, mask), base, inner, rows, count, w, tile, further)
+    start, pitch = place(x, i, chunk * CHUNK, first), row_pitch(x)
+    further, _ = steps_ahead(count, pitch, work)
+    pack(entries_of(x, mask), start, pitch, rows, count, w, tile, further)
     for j in range(0, count, lanes):
         at, column = tile + j * rows, i * inner + first + j
         row_max = read(pointer(maxima), column, count - j, zero)
@@ -1619,16 +1651,16 @@ def merge_strips(partial, i, chunks, inner, exact, sums):
 @Kernel
 def tall_write(team, parts, x, mask, temperature, maxima, sums, out):
     """Write the terms of each column over their sum: the second pass alone, for columns in parts."""
-    width = strip_width(x.shape[2], x)
-    work = workspaces(parts, _FIELDS * width, x)
-    arguments = x, mask, temperature, first_rate(temperature, x), maxima, sums, out, width, work
+    width = strip_width(x.shape[2], maxima)
+    work = workspaces(parts, _FIELDS * width, maxima)
+    arguments = x, mask, temperature, first_rate(temperature, maxima), maxima, sums, out, width, work
     each_part(one_by_one, team, parts, strip_count(x.shape, width), (arguments, write_strip))
 
 
 @jit
 def write_strip(task, part, x, mask, temperature, rate, maxima, sums, out, width, work):
     """Write the terms of a strip over the sums of its columns."""
-    zero = spread(0.0, x)
+    zero = spread(0.0, maxima)
     i, chunk, rows, first, count = strip_of(task, x.shape, width)
     n, inner = x.shape[1:]
     entries, results, lanes = entries_of(x, mask), pointer(out), lane_count(work)
@@ -1645,7 +1677,7 @@ def write_strip(task, part, x, mask, temperature, rate, maxima, sums, out, width
         store(w, field(_NORMALIZER, j, width), high)
         store(w, field(_NORMALIZER + 1, j, width), low)
     for k in range(rows):
-        row = (i * n + chunk * CHUNK + k) * inner + first
+        row, to = place(x, i, chunk * CHUNK + k, first), (i * n + chunk * CHUNK + k) * inner + first
         for j in range(0, count, lanes):
             scale, values = read_scale(w, j, width), read(entries, row + j, count - j, zero)
             if plain:
@@ -1654,85 +1686,22 @@ def write_strip(task, part, x, mask, temperature, rate, maxima, sums, out, width
                 power, excess = ratio_terms(values, scale, read_guard(w, j, width))
             inverse = load(w, field(_NORMALIZER, j, width)), load(w, field(_NORMALIZER + 1, j, width))
             value = probability(term_of(power, excess), inverse[0], inverse[1])
-            write(results, row + j, count - j, present(entries, row + j, count - j, value, zero))
-
-
-@Kernel
-def tall_sums(team, parts, x, mask, temperature, exact):
-    """Maxima, an array (outer, inner), and sums, (outer, 4, inner), of columns; both flat."""
-    outer, n, inner = x.shape
-    chunks, width = -(-n // CHUNK), strip_width(inner, x)
-    partial = workspace(outer * chunks * 4 * inner, x)
-    maxima, sums = workspace(outer * inner, x), workspace(outer * 4 * inner, x)
-    work = workspaces(parts, (_FIELDS + CHUNK) * width, x)
-    rate, count = first_rate(temperature, x), strip_count(x.shape, width)
-    numbers = maxima, partial, width, work
-    for step in range(2):
-        arguments = step, x, mask, temperature, rate, exact, numbers
-        each_part(one_by_one, team, parts, count, (arguments, value_strip))
-        for i in range(outer):
-            if step == 0:
-                merge_maxima(partial, i, chunks, inner, maxima)
-            else:
-                merge_strips(partial, i, chunks, inner, exact, sums)
-    return maxima, sums
-
-
-@jit
-def value_strip(task, part, step, x, mask, temperature, rate, exact, numbers):
-    """One pass over a strip."""
-    maxima, partial, width, work = numbers
-    if step == 0:
-        strip_maxima(task, x, mask, partial, width)
-    else:
-        strip_sums(task, part, x, mask, temperature, rate, maxima, partial, exact, width, work)
-
-
-@Kernel
-def tall_log_softmax(team, parts, x, mask, temperature, out):
-    """Logarithm of the softmax of long columns, in three passes that are compiled as one."""
-    outer, n, inner = x.shape
-    chunks, width = -(-n // CHUNK), strip_width(inner, x)
-    partial = workspace(outer * chunks * 4 * inner, x)
-    maxima, sums = workspace(outer * inner, x), workspace(outer * 4 * inner, x)
-    work = workspaces(parts, (_FIELDS + CHUNK) * width, x)
-    rate, count = first_rate(temperature, x), strip_count(x.shape, width)
-    numbers = maxima, sums, partial, width, work
-    for step in range(3):
-        arguments = step, x, mask, temperature, rate, out, numbers
-        each_part(one_by_one, team, parts, count, (arguments, log_softmax_strip))
-        for i in range(outer):
-            if step == 0:
-                merge_maxima(partial, i, chunks, inner, maxima)
-            elif step == 1:
-                merge_strips(partial, i, chunks, inner, (None,), sums)
-
-
-@jit
-def log_softmax_strip(task, part, step, x, mask, temperature, rate, out, numbers):
-    """One pass over a strip."""
-    maxima, sums, partial, width, work = numbers
-    if step == 0:
-        strip_maxima(task, x, mask, partial, width)
-    elif step == 1:
-        strip_sums(task, part, x, mask, temperature, rate, maxima, partial, (None,), width, work)
-    else:
-        write_log_strip(task, part, x, mask, temperature, rate, maxima, sums, out, width, work)
+            write(results, to + j, count - j, present(entries, row + j, count - j, value, zero))
 
 
 @Kernel
 def tall_write_log(team, parts, x, mask, temperature, maxima, sums, out):
     """Write the logarithms of each column: the second pass alone, for columns in parts."""
-    width = strip_width(x.shape[2], x)
-    work = workspaces(parts, _FIELDS * width, x)
-    arguments = x, mask, temperature, first_rate(temperature, x), maxima, sums, out, width, work
+    width = strip_width(x.shape[2], maxima)
+    work = workspaces(parts, _FIELDS * width, maxima)
+    arguments = x, mask, temperature, first_rate(temperature, maxima), maxima, sums, out, width, work
     each_part(one_by_one, team, parts, strip_count(x.shape, width), (arguments, write_log_strip))
 
 
 @jit
 def write_log_strip(task, part, x, mask, temperature, rate, maxima, sums, out, width, work):
     """Write the logarithms of a strip."""
-    zero = spread(0.0, x)
+    zero = spread(0.0, maxima)
     i, chunk, rows, first, count = strip_of(task, x.shape, width)
     n, inner = x.shape[1:]
     entries, results, lanes = entries_of(x, mask), pointer(out), lane_count(work)
@@ -1748,14 +1717,14 @@ def write_log_strip(task, part, x, mask, temperature, rate, maxima, sums, out, w
         write_gaps(row_max, rates, log_sum, temperature, column, w, j, width)
     lowest = -spread(math.inf, w)
     for k in range(rows):
-        row = (i * n + chunk * CHUNK + k) * inner + first
+        row, to = place(x, i, chunk * CHUNK + k, first), (i * n + chunk * CHUNK + k) * inner + first
         for j in range(0, count, lanes):
             values = read(entries, row + j, count - j, zero)
             if plain:
                 value = log_terms(values, read_gap(w, j, width), None)
             else:
                 value = log_terms(values, read_gap(w, j, width), read_guard(w, j, width))
-            write(results, row + j, count - j, present(entries, row + j, count - j, value, lowest))
+            write(results, to + j, count - j, present(entries, row + j, count - j, value, lowest))
 
 
 @kernel

@@ -10,6 +10,7 @@ the sum of exp((x - reference) / T) and of these times (x - reference) log2(e) /
 2**-BIAS. The reference is the maximum itself, unless terms would be lost beside it that show in a logsumexp.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -19,22 +20,27 @@ from dask.graph_manipulation import bind
 
 from fastmax import _api, _cpu, _slice
 from fastmax._jit import jit, kernel
-from fastmax._lanes import as_float64, entries_of, fma, lane_count, pointer, spread, workspace
+from fastmax._lanes import as_float64, entries_of, fma, get, lane_count, pointer, spread, workspace
 from fastmax._math import (
     BIAS,
     FAINT_REST,
     entropy_value,
     guarded_scale,
+    is_plain,
     log_of_sum,
     logsumexp_value,
     merge,
     misses_faint_terms,
     normalizer,
+    plain_scale,
+    rate_of,
+    settled,
     terms,
     top_term,
     unit_of,
 )
 from fastmax._slice import sums_apart
+from fastmax._tracing import traced
 
 _FIELDS = 7
 
@@ -214,17 +220,14 @@ class _Chunk:
             mask = None if mask is None else np.broadcast_to(mask, batch + sizes)
         self.axes = tuple(range(x.ndim - reduced, x.ndim))
         given, x = x, x.astype(dtype, copy=False)
-        order = _api._memory_order(x, self.axes)
-        self.order = list(range(x.ndim)) if order is None else order
         self.batch, self.shape = batch, x.shape
-        self.blocks = _api._blocks(x.shape, self.axes, self.order)
-        if order is None:
-            x = _rows_apart(x.reshape(self.blocks), mask)
-            self.x = _api._as_stored(x)
-        else:
-            self.x = _api._as_stored(x).transpose(order).reshape(self.blocks)
+        self.order = _api._order_of(x, self.axes) or list(range(x.ndim))
+        blocks = x.transpose(self.order).reshape(_api._blocks(x.shape, self.axes, self.order))
+        if mask is not None or not _are_apart(blocks):
+            blocks = np.require(blocks, requirements=["C", "A"])
+        self.x = _api._as_stored(blocks)
         self.is_copy = not np.may_share_memory(x, given)
-        self.mask = _api._mask_blocks(mask, self.order, self.blocks)
+        self.mask = _api._mask_blocks(mask, self.order, self.x.shape)
         self.dtype = _api._kernel_dtype(dtype)
         self.result_dtype = dtype
 
@@ -238,7 +241,9 @@ class _Chunk:
     def temperatures(self, values):
         """One temperature if it is that of all slices, else one for each."""
         first = values.reshape(-1)[:1]
-        return _api._flat(first if (values == first).all() else self.per_slice(values))
+        if values.size > 1 and not (values == first).all():
+            first = self.per_slice(np.broadcast_to(values, self.batch))
+        return _api._flat(first)
 
     def per_batch(self, values):
         """Values in the order of slices (more axes may follow) as an array of the batch's shape."""
@@ -247,46 +252,46 @@ class _Chunk:
         rest = range(len(kept), values.ndim)
         return values.transpose([*np.argsort(kept), *rest])
 
-    def sums(self, temperature, operation):
-        """Maxima and sums of the slices, in the order in which kernels take slices."""
-        exact = {"softmax": None, "entropy": (True,)}.get(operation, (None,))
-        if len(self.blocks) == 2:
-            return sums_of_rows(self.x, self.mask, temperature, exact)
-        maxima, sums = _cpu.tall_sums(1, self.x, self.mask, temperature, exact)
-        outer, _, inner = self.blocks
-        sums = sums.reshape(outer, 4, inner).transpose(0, 2, 1).reshape(-1)
-        set_apart(maxima, temperature, exact, sums)
-        return maxima, sums.reshape(-1, 4)
+    def states(self, temperature, exact):
+        """States of the slices, in the order of the batch."""
+        sums_of = sums_of_rows if len(self.x.shape) == 2 else functools.partial(_cpu.tall_sums, 1)
+        maxima, sums = sums_of(self.x, self.mask, temperature, exact)
+        states = np.empty((len(maxima), _FIELDS))
+        write_states(maxima, sums, _inner(self.x), temperature, exact, states)
+        return self.per_batch(states)
 
 
-def _rows_apart(rows, mask):
-    """Rows of which each is contiguous; a copy if they are not, or to lie as their mask does."""
-    step, stride = rows.strides
-    apart = stride == rows.itemsize and step > 0 and step % rows.itemsize == 0 and rows.flags.aligned
-    return rows if apart and mask is None else np.ascontiguousarray(rows)
+def _inner(blocks):
+    """Number of slices that lie side by side."""
+    return 1 if blocks.ndim == 2 else blocks.shape[2]
+
+
+def _are_apart(blocks):
+    """Whether kernels take blocks as they lie, which dask may have cut out of a larger array.
+
+    A copy would take longer than their sums.
+    """
+    steps = [step for n, step in zip(blocks.shape, blocks.strides, strict=True) if n > 1]
+    in_line = blocks.shape[-1] == 1 or steps[-1] == blocks.itemsize
+    return (
+        in_line and blocks.flags.aligned and all(step > 0 and step % blocks.itemsize == 0 for step in steps)
+    )
 
 
 def _states(x, temperature, mask, reduced, operation):
     """States of the slices of a chunk, with an axis of one for each reduced axis."""
     temperature = _api._as_temperature(temperature)
     batch = np.broadcast_shapes(x.shape[: x.ndim - reduced], temperature.shape)
-    states = np.zeros((*batch, _FIELDS))
-    states[..., 0] = states[..., 1] = -math.inf
-    states[..., 6] = temperature
-    if x.size and states.size:
+    if x.size and 0 not in batch:
         chunk = _Chunk(x, mask, reduced, batch)
-        own = chunk.temperatures(states[..., 6])
-        maxima, sums = chunk.sums(own, operation)
-        states[..., 0] = states[..., 1] = chunk.per_batch(maxima)
-        # Terms of float32 kernels are in smaller units.
-        units = 2.0 ** (BIAS[1] - BIAS[0]) if chunk.dtype == np.float32 else 1.0
-        stop = 4 if operation == "entropy" else 2
-        states[..., 2 : 2 + stop] = chunk.per_batch(sums[:, :stop].astype(np.float64)) * units
-        rest = states[..., 2] + states[..., 3]  # where it is tiny, the error may have all of it
-        states[..., 3] += states[..., 2] - rest
-        states[..., 2] = rest
-        if operation == "logsumexp":
+        exact = {"softmax": None, "entropy": (True,)}.get(operation, (None,))
+        states = chunk.states(chunk.temperatures(temperature), exact)
+        if operation == "logsumexp" and (temperature > 1.0).any():
             _keep_faint_terms(states, x, mask, reduced)
+    else:
+        states = np.zeros((*batch, _FIELDS))
+        states[..., 0] = states[..., 1] = -math.inf
+        states[..., 6] = temperature
     return states.reshape(*batch, *[1] * reduced, _FIELDS)
 
 
@@ -336,12 +341,11 @@ def _write(x, states, mask, reduced, operation):
         maxima = ordered[:, 0].astype(chunk.dtype)
         sums = np.zeros((len(ordered), 4), chunk.dtype)
         sums_of_kernels(ordered, maxima, own, sums)
-        if len(chunk.blocks) == 2:
+        sums = sums.reshape(-1, _inner(chunk.x), 4).transpose(0, 2, 1).reshape(-1)
+        if len(chunk.x.shape) == 2:
             write = write_rows if operation == "softmax" else write_log_rows
-            write(chunk.x, chunk.mask, own, maxima, sums.reshape(-1), out)
+            write(chunk.x, chunk.mask, own, maxima, sums, out)
         else:
-            outer, inner = chunk.blocks[::2]
-            sums = np.ascontiguousarray(sums.reshape(outer, inner, 4).transpose(0, 2, 1)).reshape(-1)
             write = _cpu.tall_write if operation == "softmax" else _cpu.tall_write_log
             write(1, chunk.x, chunk.mask, own, maxima, sums, out)
     out = out.view(chunk.result_dtype).reshape([chunk.shape[i] for i in chunk.order])
@@ -374,26 +378,20 @@ def _serial(function):
 
 @_serial
 def sums_of_rows(x, mask, temperature, exact):
-    """Maxima of rows, and what their sums have beside these."""
+    """Maxima of rows, and their sums, four for each."""
     rows, n = x.shape
     entries, pitch = entries_of(x, mask), pitch_of(x)
     maxima, sums = workspace(rows, pointer(x)), workspace(rows * 4, pointer(x))
+    rate = _cpu.first_rate(temperature, pointer(x))
     for row in range(rows):
         start, stop = row * pitch, row * pitch + n
         maxima[row] = _slice.maximum(entries, start, stop)
-        rate = _cpu.rate_at(temperature, row, maxima[row])
+        if len(temperature) > 1:
+            rate = _cpu.rate_at(temperature, row, maxima[row])
         soon = _slice.Soon(entries, min(row + 1, rows - 1) * pitch, None, 0, lane_count(entries))
         own = _slice.sums_of_slice(entries, start, stop, maxima[row], rate, exact, None, 0, soon)
-        _cpu.put_sums(sums, 4 * row, 1, sums_apart(own, maxima[row], rate, exact))
-    return maxima, sums.reshape(rows, 4)
-
-
-@kernel
-def set_apart(maxima, temperature, exact, sums):
-    """Put what sums have beside the maxima of slices in their place."""
-    for i in range(len(maxima)):
-        own, rate = _cpu.get_sums(sums, 4 * i, 1, exact), _cpu.rate_at(temperature, i, maxima[i])
-        _cpu.put_sums(sums, 4 * i, 1, sums_apart(own, maxima[i], rate, exact))
+        _cpu.put_sums(sums, 4 * row, 1, own)
+    return maxima, sums
 
 
 @_serial
@@ -424,20 +422,51 @@ def write_log_rows(x, mask, temperature, maxima, sums, out):
 # -- states ---------------------------------------------------------------------------------------
 
 
+@_serial
+def write_states(maxima, sums, inner, temperature, exact, states):
+    """Write the state of each slice."""
+    # Terms of float32 kernels are in smaller units.
+    units = top_term(0.0) / as_float64(top_term(get(maxima, 0)))
+    rate = _cpu.first_rate(temperature, maxima)
+    for i in range(len(maxima)):
+        if len(temperature) > 1:
+            rate = _cpu.rate_at(temperature, i, maxima[i])
+        own = _cpu.get_sums(sums, i // inner * 4 * inner + i % inner, inner, exact)
+        own = sums_apart(own, maxima[i], rate, exact)
+        rest, error, moment, moment_error = in_units(own, units)
+        states[i, 0] = states[i, 1] = maxima[i]
+        states[i, 2], states[i, 3], states[i, 4], states[i, 5] = rest, error, moment, moment_error
+        states[i, 6] = rate.temperature
+
+
+@traced
+def in_units(sums, units):
+    """Four sums in other units; where the rest is tiny, the error may have all of it."""
+    rest, error, *moments = (as_float64(value) * units for value in sums)
+    rest, error = settled(rest, error)
+    return (rest, error, *moments) if moments else (rest, error, spread(0.0, rest), spread(0.0, rest))
+
+
 @jit
-def weight(entry, reference, temperature):
+def weight(entry, reference, rate):
     """exp((entry - reference) / T) as power * (1 + excess), and the exponent in units of log(2)."""
-    scale, guard = guarded_scale(reference, temperature)
-    power, excess, product = terms(entry, scale, guard)
+    if is_plain(reference, rate):
+        scale = plain_scale(reference, rate)
+        power, excess, product = terms(entry, scale, None)
+        if entry < scale.lowest:
+            power = excess = product = 0.0
+    else:
+        scale, guard = guarded_scale(reference, rate.temperature)
+        power, excess, product = terms(entry, scale, guard)
     return power / top_term(reference), excess, product
 
 
 @jit
-def referred(sums, reference, temperature):
+def referred(sums, reference, rate):
     """Sums (reference, rest, error, moment, moment_error) with another reference."""
     if sums[0] == reference:
         return sums
-    power, excess, product = weight(sums[0], reference, temperature)
+    power, excess, product = weight(sums[0], reference, rate)
     rest, error = times_weight(sums[1], sums[2], power, excess)
     moment = sums[3] + product * (sums[1] + sums[2])
     moment, moment_error = times_weight(moment, sums[4], power, excess)
@@ -454,10 +483,10 @@ def times_weight(total, error, power, excess):
 
 
 @jit
-def merged_sums(a, b, temperature):
+def merged_sums(a, b, rate):
     """Sum of two sums, as in `referred`; beside nothing, one that would be faint keeps its reference."""
     reference, faint = max(a[0], b[0]), FAINT_REST[1] * top_term(a[1])
-    own_a, own_b = referred(a, reference, temperature), referred(b, reference, temperature)
+    own_a, own_b = referred(a, reference, rate), referred(b, reference, rate)
     if a[1] == 0.0 and own_b[1] < faint:
         return b
     if b[1] == 0.0 and own_a[1] < faint:
@@ -479,16 +508,18 @@ def merge_states(states, merged):
 
     Where all entries are -inf, the rest is that of none but one maximum, -2**BIAS, and makes up for it.
     """
+    rate = rate_of(1.0, 1.0)
     for i in range(len(states)):
-        temperature = states[i, 0, 6]
+        if states[i, 0, 6] != rate.temperature:
+            rate = rate_of(states[i, 0, 6], 1.0)
         largest, sums = states[i, 0, 0], sums_of(states, i, 0)
         for k in range(1, states.shape[1]):
             own, own_sums = states[i, k, 0], sums_of(states, i, k)
             if own > largest:
                 largest, own, sums, own_sums = own, largest, own_sums, sums
             maximum = own, top_term(own), 0.0, 0.0, 0.0
-            sums = merged_sums(sums, merged_sums(maximum, own_sums, temperature), temperature)
-        merged[i, 0], merged[i, 6] = largest, temperature
+            sums = merged_sums(sums, merged_sums(maximum, own_sums, rate), rate)
+        merged[i, 0], merged[i, 6] = largest, rate.temperature
         for quantity in range(5):
             merged[i, 1 + quantity] = sums[quantity]
 
@@ -497,7 +528,7 @@ def merge_states(states, merged):
 def beside_maximum(states, i):
     """(rest, error, moment, moment_error) of a slice, in which the reference is the maximum."""
     sums = states[i, 1], states[i, 2], states[i, 3], states[i, 4], states[i, 5]
-    _, rest, error, moment, moment_error = referred(sums, states[i, 0], states[i, 6])
+    _, rest, error, moment, moment_error = referred(sums, states[i, 0], rate_of(states[i, 6], 1.0))
     return rest, error, moment, moment_error
 
 
@@ -528,7 +559,7 @@ def write_values(states, weighted, values):
             values[i] = entropy_value(largest, sums)
         elif states[i, 1] < largest and misses_faint_terms(largest, temperature, sums):
             # As in `_slice.logsumexp_of_faint`: the weight is the square of that at twice the temperature.
-            power, excess, _ = weight(states[i, 1], largest, 2.0 * temperature)
+            power, excess, _ = weight(states[i, 1], largest, rate_of(2.0 * temperature, 1.0))
             root = power * (1.0 + excess)
             rest = (states[i, 2] + states[i, 3]) / top_term(largest)
             values[i] = fma(root * rest, root * temperature, largest)

@@ -82,6 +82,38 @@ def test_axes_of_three(name):
         check(name, x, (3, 4, 3), 0.7, axis=axis)
 
 
+LAYOUTS = {
+    "cut out": lambda x: x,
+    "transposed": lambda x: np.ascontiguousarray(x.T).T,
+    "axes of memory in another order": lambda x: np.ascontiguousarray(x.transpose(1, 2, 0)).transpose(
+        2, 0, 1
+    ),
+    "backwards": lambda x: np.ascontiguousarray(x[::-1, :, ::-1])[::-1, :, ::-1],
+    "every other": lambda x: np.repeat(x, 2, axis=2)[..., ::2],
+    "repeated": lambda x: np.broadcast_to(x[:1], x.shape),
+    "not aligned": lambda x: np.frombuffer(b"0" + x.tobytes(), x.dtype, x.size, 1).reshape(x.shape),
+}
+
+
+@every
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_chunks(name, layout):
+    x = LAYOUTS[layout](RNG.normal(scale=3.0, size=(6, 7, 40)).astype(np.float32))
+    for axis in 0, 1, 2, (0, 1), (0, 2):
+        check(name, x, (3, 4, 20), 0.7, axis=axis)
+    check(name, x, (3, 4, 20), np.abs(RNG.normal(size=(6, 40))), axis=1, where=x < 3.0)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_what_is_cut_out_of_an_array_is_not_copied(axis):
+    from fastmax import _dask
+
+    x = np.moveaxis(X[5:40, 10:50], axis, -1)
+    chunk = _dask._Chunk(x, None, 1, x.shape[:1])
+    assert np.shares_memory(chunk.x, X)
+    assert not chunk.is_copy
+
+
 def test_no_term_of_minus_inf_is_multiplied_by_a_large_temperature():
     x = np.full(8, -np.inf, np.float32)
     x[1] = 0.0
