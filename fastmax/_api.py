@@ -492,11 +492,27 @@ def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
 # -- running --------------------------------------------------------------------------------------
 
 
+class _Lent:
+    """Memory of a read-only array that does not say so."""
+
+    def __init__(self, array):
+        self._array = array  # which keeps the memory
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
+
+
+def _writeable(array):
+    """View of an array for kernels, which write to none but results.
+
+    A type that says read-only would have Numba compile each of them once more, for some seconds.
+    """
+    return array if array.flags.writeable else np.asarray(_Lent(array))
+
+
 def _as_stored(array):
-    """View under a dtype that kernels know: int16 stands for float16, uint16 for bfloat16."""
+    """View of a type that kernels know: int16 stands for float16, uint16 for bfloat16."""
     if array.dtype.itemsize > 2:
-        return array
-    return array.view(np.int16 if array.dtype == np.float16 else np.uint16)
+        return _writeable(array)
+    return _writeable(array.view(np.int16 if array.dtype == np.float16 else np.uint16))
 
 
 def _transform(operation, x, mask, temperature, axes, places, shape, batch, out):
@@ -515,7 +531,7 @@ def _transform(operation, x, mask, temperature, axes, places, shape, batch, out)
     x = _with_absent(_as_entries(x, _kernel_dtype(x.dtype), axes), mask)
     if _is_one_slice(x, axes):
         rows = np.empty((temperature.size, x.size), x.dtype)
-        operation.schedule(x.reshape(1, -1), None, _flat(temperature), rows)
+        operation.schedule(_as_stored(x.reshape(1, -1)), None, _flat(temperature), rows)
         reduced = [x.shape[i] for i in axes]
         rows = rows.reshape(*(n for i, n in enumerate(shape) if i not in places), *reduced)
         result = np.moveaxis(rows, range(-len(axes), 0), places)
@@ -553,7 +569,7 @@ def _reduce(operation, x, mask, temperature, axes, places, shape, batch, out):
         x = _with_absent(_as_entries(x, _kernel_dtype(x.dtype), axes), mask)
         if _is_one_slice(x, axes):
             values = np.empty(temperature.size, x.dtype)
-            operation.schedule(x.reshape(1, -1), None, _flat(temperature), values)
+            operation.schedule(_as_stored(x.reshape(1, -1)), None, _flat(temperature), values)
             values = values.reshape(batch)
         else:
             values = np.asarray(operation.broadcast(_slices_last(x, axes), temperature))
@@ -566,7 +582,7 @@ def _mask_blocks(mask, order, blocks):
     """The mask as the bytes that kernels read, in the blocks of x."""
     if mask is None:
         return None
-    return np.ascontiguousarray(mask.transpose(order)).reshape(blocks).view(np.uint8)
+    return _writeable(np.ascontiguousarray(mask.transpose(order)).reshape(blocks).view(np.uint8))
 
 
 def _is_one_slice(x, axes):

@@ -3,6 +3,7 @@
 Run as a script, so that the number of threads and the cache can be set before Numba is imported.
 """
 
+import functools
 import hashlib
 import json
 import sys
@@ -19,6 +20,7 @@ LONG = 1_500_007
 ENTRIES = 2**18  # in an array of many slices
 
 
+@functools.cache
 def entries(shape, dtype):
     rng = np.random.default_rng(shape)
     return rng.normal(scale=5.0, size=shape).astype(dtype)

@@ -14,6 +14,8 @@ from numpy.exceptions import AxisError
 from numpy.typing import ArrayLike
 
 import fastmax
+from fastmax import _cpu
+from fastmax._threads import Kernel
 
 ALL = [getattr(fastmax, name) for name in oracle.FUNCTIONS]
 ELEMENTWISE = [fastmax.softmax, fastmax.log_softmax]
@@ -461,6 +463,21 @@ def test_layouts_give_the_same_values_and_are_not_written(function, layout, axis
     np.testing.assert_allclose(np.asarray(result), expected, rtol=1e-14)
     np.testing.assert_array_equal(x, before)
     assert not np.shares_memory(result, x)
+
+
+@every
+def test_read_only_arrays_have_no_kernels_of_their_own(function):
+    def compiled():
+        return [len(kernel._kernel.overloads) for kernel in vars(_cpu).values() if isinstance(kernel, Kernel)]
+
+    mask = CUBE > 0
+    for axis in (0, 2):
+        for own, own_mask in [(CUBE, None), (CUBE, mask)]:
+            expected = function(own, axis=axis, where=own_mask)
+            before = compiled()
+            own_mask = None if own_mask is None else read_only(own_mask)
+            assert_same(function(read_only(own), axis=axis, where=own_mask), expected)
+            assert compiled() == before
 
 
 # --- out ----------------------------------------------------------------------------------------
