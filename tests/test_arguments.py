@@ -472,12 +472,51 @@ def test_read_only_arrays_have_no_kernels_of_their_own(function):
 
     mask = CUBE > 0
     for axis in (0, 2):
-        for own, own_mask in [(CUBE, None), (CUBE, mask)]:
-            expected = function(own, axis=axis, where=own_mask)
+        one, each = np.array(0.7), np.full(np.delete(CUBE.shape, axis), 0.7)
+        for temperature, where in [(one, None), (one, mask), (each, None), (each, mask)]:
+            expected = function(CUBE, temperature, axis=axis, where=where)
             before = compiled()
-            own_mask = None if own_mask is None else read_only(own_mask)
-            assert_same(function(read_only(own), axis=axis, where=own_mask), expected)
+            for x in CUBE, read_only(CUBE):
+                other = None if where is None else read_only(where)
+                assert_same(function(x, read_only(temperature), axis=axis, where=other), expected)
             assert compiled() == before
+
+
+# --- ways of few steps ----------------------------------------------------------------------------
+
+
+SHORT = {
+    "vector": (CUBE[0, 0], 0.7, {}),
+    "sweep": (CUBE[0, 0], np.array([0.0, 0.7, np.inf]), {}),
+    "sweep along the last axis": (CUBE[0, 0], np.array([0.0, 0.7, np.inf]), {"axis": -1}),
+    "sweep of two axes": (CUBE[0, 0], np.array([[0.0, 0.7, np.inf], [3.0, 1e-300, 1.0]]), {"axis": 0}),
+    "sweep of no temperature": (CUBE[0, 0], np.ones((2, 0)), {}),
+    "all axes": (CUBE, 0.7, {"axis": None}),
+    "no axis": (np.array(3.0), 0.7, {"axis": None}),
+    "temperature per slice": (CUBE, CUBE[0] ** 2, {}),
+    "temperature per row": (CUBE, CUBE[..., 0] ** 2, {"axis": -1}),
+    "mask": (CUBE, 0.7, {"where": CUBE > 0, "axis": 1}),
+}
+
+
+@every
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.int64])
+@pytest.mark.parametrize("case", SHORT)
+def test_ways_of_few_steps_have_the_results_of_the_long_one(function, case, dtype):
+    x, temperature, keywords = SHORT[case]
+    x = x.astype(dtype)
+    found = function(x, temperature, **keywords)
+    if function in ELEMENTWISE:
+        dtype = np.dtype(np.float64) if x.dtype.kind == "i" else x.dtype
+        out = np.full((*found.shape, 2), 7, dtype)[..., 0]  # for which there is no short way
+        expected = function(x, temperature, out=out, **keywords)
+    else:
+        expected = function(x, temperature, keepdims=True, **keywords)
+        expected = expected.squeeze(keywords.get("axis", 0))[()]
+    assert type(found) is (np.ndarray if np.ndim(expected) else expected.dtype.type)
+    assert_same(np.asarray(found), np.asarray(expected))
+    assert found.tobytes() == expected.tobytes()
+    assert_same(function(read_only(x), temperature, **keywords), found)
 
 
 # --- out ----------------------------------------------------------------------------------------
