@@ -466,10 +466,13 @@ def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
         return _imported("_dask").evaluate(operation, x, temperature, axis, where, out, keepdims)
     x, result_dtype = _as_array(x)
     temperature = _as_temperature(temperature)
+    alone = where is None and out is None
+    if x.flags.fnc and alone and not keepdims and temperature.ndim == 0 and type(axis) is int:
+        if -x.ndim <= axis < x.ndim:
+            return _evaluate(operation, x.T, temperature, ~axis, None, None).T
     if not keepdims and (out is None or operation.elementwise) and x.flags.c_contiguous:
         plain, along = x.astype(result_dtype, copy=False), axis
         apart = plain is x or out is None or not np.may_share_memory(out, x)
-        alone = where is None and out is None
         plain = _writeable(plain)
         if axis is None and alone and temperature.ndim == 0:
             plain, along = plain.reshape(-1), 0

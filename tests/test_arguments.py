@@ -496,6 +496,8 @@ SHORT = {
     "temperature per slice": (CUBE, CUBE[0] ** 2, {}),
     "temperature per row": (CUBE, CUBE[..., 0] ** 2, {"axis": -1}),
     "mask": (CUBE, 0.7, {"where": CUBE > 0, "axis": 1}),
+    "Fortran order": (CUBE.T, 0.7, {"axis": 0}),
+    "Fortran order, axis in the middle": (CUBE.T, 0.7, {"axis": -2}),
 }
 
 
@@ -504,7 +506,7 @@ SHORT = {
 @pytest.mark.parametrize("case", SHORT)
 def test_ways_of_few_steps_have_the_results_of_the_long_one(function, case, dtype):
     x, temperature, keywords = SHORT[case]
-    x = x.astype(dtype)
+    x = x.astype(dtype, order="K")
     found = function(x, temperature, **keywords)
     if function in ELEMENTWISE:
         dtype = np.dtype(np.float64) if x.dtype.kind == "i" else x.dtype
