@@ -515,7 +515,7 @@ def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
 
 
 class _Lent:
-    """Memory of a read-only array that does not say so."""
+    """Memory of a read-only array that does not say so, as no view of it may."""
 
     def __init__(self, array):
         self._array = array  # which keeps the memory
@@ -523,9 +523,9 @@ class _Lent:
 
 
 def _writeable(array):
-    """View of an array for kernels, which write to none but results.
+    """View of an array for kernels, which write to results alone; those have been found writeable before.
 
-    A type that says read-only would have Numba compile each of them once more, for some seconds.
+    A type that says read-only would have Numba compile each kernel once more, for some seconds.
     """
     return array if array.flags.writeable else np.asarray(_Lent(array))
 
@@ -863,6 +863,6 @@ def _overlaps_in_part(out, x):
     same = (
         out.shape == x.shape
         and out.strides == x.strides
-        and out.__array_interface__["data"] == x.__array_interface__["data"]
+        and out.__array_interface__["data"][0] == x.__array_interface__["data"][0]
     )
     return not same and np.shares_memory(out, x)

@@ -1499,15 +1499,15 @@ def value_tile(task, part, tiles, x, mask, temperature, rate, out, weighted, wor
 
 
 @jit
-def place(x, i, row, column):
-    """Index of an entry in memory."""
-    return (i * x.strides[0] + row * x.strides[1]) // x.itemsize + column
+def pitch(x, axis):
+    """Entries of memory from one index along an axis to the next."""
+    return x.strides[axis] // x.itemsize
 
 
 @jit
-def row_pitch(x):
-    """Entries from the beginning of a row to that of the next."""
-    return x.strides[1] // x.itemsize
+def place(x, i, row, column):
+    """Where an entry lies in memory, counted in entries, of which those of a row are neighbours."""
+    return i * pitch(x, 0) + row * pitch(x, 1) + column
 
 
 @jit
@@ -1542,7 +1542,7 @@ def strip_maxima(task, x, mask, partial, width):
     n, inner = x.shape[1:]
     to = (i * -(-n // CHUNK) + chunk) * inner + first
     start = place(x, i, chunk * CHUNK, first)
-    column_maxima(entries_of(x, mask), start, row_pitch(x), rows, count, partial, to)
+    column_maxima(entries_of(x, mask), start, pitch(x, 1), rows, count, partial, to)
 
 
 @traced
@@ -1552,22 +1552,22 @@ def merge_maxima(partial, i, chunks, inner, maxima):
 
 
 @jit
-def column_maxima(entries, start, pitch, rows, count, out, to):
+def column_maxima(entries, start, step, rows, count, out, to):
     """Maximum of each column over some rows, from one to the next so many entries apart."""
     zero, lowest = spread(0.0, out), spread(-math.inf, out)
     results, lanes = pointer(out), lane_count(out)
     for j in range(0, count, lanes):
         write(results, to + j, count - j, lowest)
     for i in range(rows):
-        row = start + i * pitch
+        row = start + i * step
         for j in range(0, count, lanes):
             value = larger(read(entries, row + j, count - j, zero), read(results, to + j, count - j, zero))
             write(results, to + j, count - j, value)
 
 
 @jit(inline="always")
-def tall_passes(steps, team, parts, x, mask, temperature, exact, out, write):
-    """Maxima, sums and, with a third step, results of long columns; return the first two."""
+def tall_passes(team, parts, x, mask, temperature, exact, out, write):
+    """Maxima and sums of long columns, which are returned, and results unless ``write`` is None."""
     outer, n, inner = x.shape
     like, chunks = pointer(x), -(-n // CHUNK)
     width = strip_width(inner, like)
@@ -1576,7 +1576,7 @@ def tall_passes(steps, team, parts, x, mask, temperature, exact, out, write):
     work = workspaces(parts, (_FIELDS + CHUNK) * width, like)
     rate, count = first_rate(temperature, like), strip_count(x.shape, width)
     numbers = maxima, sums, partial, width, work
-    for step in range(steps):
+    for step in range(2 if write is None else 3):
         arguments = step, x, mask, temperature, rate, exact, out, numbers, write
         each_part(one_by_one, team, parts, count, (arguments, pass_over_strip))
         for i in range(outer):
@@ -1590,19 +1590,19 @@ def tall_passes(steps, team, parts, x, mask, temperature, exact, out, write):
 @Kernel
 def tall_softmax(team, parts, x, mask, temperature, out):
     """Softmax of long columns, in three passes that are compiled as one."""
-    tall_passes(3, team, parts, x, mask, temperature, None, out, write_strip)
+    tall_passes(team, parts, x, mask, temperature, None, out, write_strip)
 
 
 @Kernel
 def tall_log_softmax(team, parts, x, mask, temperature, out):
     """Logarithm of the softmax of long columns."""
-    tall_passes(3, team, parts, x, mask, temperature, (None,), out, write_log_strip)
+    tall_passes(team, parts, x, mask, temperature, (None,), out, write_log_strip)
 
 
 @Kernel
 def tall_sums(team, parts, x, mask, temperature, exact):
     """Maxima, an array (outer, inner), and sums, (outer, 4, inner), of columns; both flat."""
-    return tall_passes(2, team, parts, x, mask, temperature, exact, None, None)
+    return tall_passes(team, parts, x, mask, temperature, exact, None, None)
 
 
 @jit
@@ -1625,9 +1625,9 @@ def strip_sums(task, part, x, mask, temperature, rate, maxima, partial, exact, w
     n, inner = x.shape[1:]
     w, lanes = pointer(part_of(work, part)), lane_count(work)
     tile = _FIELDS * width
-    start, pitch = place(x, i, chunk * CHUNK, first), row_pitch(x)
-    further, _ = steps_ahead(count, pitch, work)
-    pack(entries_of(x, mask), start, pitch, rows, count, w, tile, further)
+    start, step = place(x, i, chunk * CHUNK, first), pitch(x, 1)
+    further, _ = steps_ahead(count, step, work)
+    pack(entries_of(x, mask), start, step, rows, count, w, tile, further)
     for j in range(0, count, lanes):
         at, column = tile + j * rows, i * inner + first + j
         row_max = read(pointer(maxima), column, count - j, zero)

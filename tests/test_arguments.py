@@ -784,6 +784,17 @@ def test_out_of_a_reduction_inside_x(function):
     assert_same(x, CUBE)
 
 
+@elementwise
+@pytest.mark.parametrize("axis", [0, 1, (0, 1)])
+def test_a_read_only_view_of_out(function, axis):
+    x = CUBE[0].copy()
+    view = x.view()
+    view.flags.writeable = False
+    expected = function(CUBE[0], axis=axis)
+    assert function(view, axis=axis, out=x) is x
+    assert_same(x, expected)
+
+
 @every
 def test_read_only_out(function):
     out = read_only(function(CUBE))
