@@ -1664,6 +1664,7 @@ def write_strip(task, part, x, mask, temperature, rate, maxima, sums, out, width
     i, chunk, rows, first, count = strip_of(task, x.shape, width)
     n, inner = x.shape[1:]
     entries, results, lanes = entries_of(x, mask), pointer(out), lane_count(work)
+    start, step = place(x, i, chunk * CHUNK, first), pitch(x, 1)
     w = pointer(part_of(work, part))
     plain = True
     for j in range(0, count, lanes):
@@ -1677,7 +1678,7 @@ def write_strip(task, part, x, mask, temperature, rate, maxima, sums, out, width
         store(w, field(_NORMALIZER, j, width), high)
         store(w, field(_NORMALIZER + 1, j, width), low)
     for k in range(rows):
-        row, to = place(x, i, chunk * CHUNK + k, first), (i * n + chunk * CHUNK + k) * inner + first
+        row, to = start + k * step, (i * n + chunk * CHUNK + k) * inner + first
         for j in range(0, count, lanes):
             scale, values = read_scale(w, j, width), read(entries, row + j, count - j, zero)
             if plain:
@@ -1705,6 +1706,7 @@ def write_log_strip(task, part, x, mask, temperature, rate, maxima, sums, out, w
     i, chunk, rows, first, count = strip_of(task, x.shape, width)
     n, inner = x.shape[1:]
     entries, results, lanes = entries_of(x, mask), pointer(out), lane_count(work)
+    start, step = place(x, i, chunk * CHUNK, first), pitch(x, 1)
     w = pointer(part_of(work, part))
     plain = True
     for j in range(0, count, lanes):
@@ -1717,7 +1719,7 @@ def write_log_strip(task, part, x, mask, temperature, rate, maxima, sums, out, w
         write_gaps(row_max, rates, log_sum, temperature, column, w, j, width)
     lowest = -spread(math.inf, w)
     for k in range(rows):
-        row, to = place(x, i, chunk * CHUNK + k, first), (i * n + chunk * CHUNK + k) * inner + first
+        row, to = start + k * step, (i * n + chunk * CHUNK + k) * inner + first
         for j in range(0, count, lanes):
             values = read(entries, row + j, count - j, zero)
             if plain:
