@@ -253,7 +253,7 @@ class _Chunk:
 
     def states(self, temperature, exact):
         """States of the slices, in the order of the batch."""
-        sums_of = sums_of_rows if len(self.x.shape) == 2 else functools.partial(_cpu.tall_sums, 1)
+        sums_of = sums_of_rows if self.x.ndim == 2 else functools.partial(_cpu.tall_sums, 1)
         maxima, sums = sums_of(self.x, self.mask, temperature, exact)
         states = np.empty((len(maxima), _FIELDS))
         write_states(maxima, sums, _inner(self.x), temperature, exact, states)
@@ -341,7 +341,7 @@ def _write(x, states, mask, reduced, operation):
         sums = np.zeros((len(ordered), 4), chunk.dtype)
         sums_of_kernels(ordered, maxima, own, sums)
         sums = sums.reshape(-1, _inner(chunk.x), 4).transpose(0, 2, 1).reshape(-1)
-        if len(chunk.x.shape) == 2:
+        if chunk.x.ndim == 2:
             write = write_rows if operation == "softmax" else write_log_rows
             write(chunk.x, chunk.mask, own, maxima, sums, out)
         else:

@@ -122,6 +122,7 @@ def test_sweep_refuses_bad_arguments(ends_at_once, tmp_path, arguments, named):
     status, _, error = ends_at_once("temperature_sweep.py", *arguments, *output)
     assert status == 2
     assert named in error.splitlines()[-1]
+    assert "Traceback" not in error
     assert files(tmp_path) == {}
 
 
