@@ -32,6 +32,7 @@ from fastmax._cpu import (
     rate_at,
     read_guard,
     read_scale,
+    soon_for_row,
     temperature_at,
     touch_rows,
     unpack_rows,
@@ -499,7 +500,7 @@ def row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, temperat
     n = x.shape[1]
     entries, start, stop, lanes = pointer(x), i * n, i * n + n, lane_count(x)
     results, labels = pointer_to(out), labels_at(pointer_to(probs), start, lanes)
-    soon = Soon(entries, min(stop, (len(x) - 1) * n), results, start, lanes)
+    soon = soon_for_row(entries, start, n, stop, x.size, results, start)
     touch_new(results, start, stop)
     sums = sum_rests(entries, start, stop, lanes, lanes, row_max, scale, guard, stored, 0, soon)
     ties, _ = sum_lanes(sums[0], spread(0.0, x))

@@ -101,6 +101,20 @@ there takes 160 cycles on Zen 1.
 """
 
 
+# Vectors by which entries of a slice in memory are fetched ahead: terms take so long that a processor looks
+# no further than a few. On one core of an Emerald Rapids 10**7 float64 take 0.65 of the time for it, with 16
+# vectors 0.75.
+AHEAD = 48
+
+
+@jit
+def further_on(x, start, stop, end, out, to):
+    """What will be needed while entries ``start`` to ``stop`` of so many are read from memory."""
+    lanes = lane_count(x)
+    ahead = min(AHEAD * lanes, end - stop)
+    return Soon(x, start + ahead, out, to + ahead, lanes)
+
+
 # -- passes: each lane for itself -----------------------------------------------------------------
 
 
@@ -298,7 +312,7 @@ def write_whole(out, i, value, far):
 
 
 @jit
-def write_terms(x, start, stop, scale, guard, high, low, out, shift, far):
+def write_terms(x, start, stop, scale, guard, high, low, out, shift, far, soon):
     """Write the terms times a normalizer to ``out``, at an index shifted by so much."""
     lanes = lane_count(x)
     high, low, zero = spread(high, x), spread(low, x), spread(0.0, x)
@@ -309,6 +323,7 @@ def write_terms(x, start, stop, scale, guard, high, low, out, shift, far):
         value = scaled_terms(load_first(x, start, i - start, zero), scale, guard, high, low)
         store_first(out, start + shift, i - start, present(x, start, i - start, value, zero))
     while i <= stop - lanes:
+        fetch(soon, (i - start) // lanes)
         value = scaled_terms(load(x, i), scale, guard, high, low)
         write_whole(out, i + shift, present(x, i, lanes, value, zero), far)
         i += lanes
@@ -327,8 +342,8 @@ def scaled_terms(x, scale, guard, high, low):
 
 
 @jit
-def write_log_terms(x, start, stop, gap, guard, out, shift, far):
-    """Write (x - max) / T - log_sum to ``out``, at an index shifted by so much."""
+def write_log_terms(x, start, stop, gap, guard, out, shift, far, soon):
+    """Write (x - max) / T - log_sum to ``out``, at an index shifted by so much; ``soon`` may be None."""
     lanes, lowest = lane_count(x), spread(-math.inf, x)
     # Read before ``out`` is written, which may be x.
     last, first = last_lanes(x, start, stop), max(start, stop - lanes)
@@ -337,6 +352,7 @@ def write_log_terms(x, start, stop, gap, guard, out, shift, far):
         value = log_terms(load_first(x, start, i - start, lowest), gap, guard)
         store_first(out, start + shift, i - start, present(x, start, i - start, value, lowest))
     while i <= stop - lanes:
+        fetch(soon, (i - start) // lanes)
         value = log_terms(load(x, i), gap, guard)
         write_whole(out, i + shift, present(x, i, lanes, value, lowest), far)
         i += lanes
@@ -529,23 +545,23 @@ def sums_apart(sums, row_max, rate, exact):
 
 
 @jit
-def write_softmax(x, start, stop, row_max, rate, high, low, out, shift, far):
+def write_softmax(x, start, stop, row_max, rate, high, low, out, shift, far, soon):
     """`write_terms` at the temperature of a rate."""
     if is_plain(row_max, rate):
-        write_terms(x, start, stop, ratio_scale(row_max, rate), None, high, low, out, shift, far)
+        write_terms(x, start, stop, ratio_scale(row_max, rate), None, high, low, out, shift, far, soon)
     else:
         scale, guard = guarded_scale(row_max, rate.temperature)
-        write_terms(x, start, stop, scale, guard, high, low, out, shift, far)
+        write_terms(x, start, stop, scale, guard, high, low, out, shift, far, soon)
 
 
 @jit
-def write_log_softmax(x, start, stop, row_max, rate, log_sum, out, shift, far):
+def write_log_softmax(x, start, stop, row_max, rate, log_sum, out, shift, far, soon):
     """`write_log_terms` at the temperature of a rate."""
     if is_plain(row_max, rate):
-        write_log_terms(x, start, stop, plain_gap(row_max, rate, log_sum), None, out, shift, far)
+        write_log_terms(x, start, stop, plain_gap(row_max, rate, log_sum), None, out, shift, far, soon)
     else:
         gap, guard = guarded_gap(row_max, rate.temperature, log_sum)
-        write_log_terms(x, start, stop, gap, guard, out, shift, far)
+        write_log_terms(x, start, stop, gap, guard, out, shift, far, soon)
 
 
 @traced
@@ -554,7 +570,7 @@ def log_softmax_of(x, start, stop, rate, out, shift, soon):
     row_max = maximum(x, start, stop)
     sums = sums_of_slice(x, start, stop, row_max, rate, (None,), None, 0, soon)
     log_sum = log_of_sum(row_max, sums_apart(sums, row_max, rate, (None,)))
-    write_log_softmax(x, start, stop, row_max, rate, log_sum, out, shift, False)
+    write_log_softmax(x, start, stop, row_max, rate, log_sum, out, shift, False, soon)
 
 
 @traced
