@@ -161,17 +161,16 @@ def lane_sums(x, start, stop, scale, guard, exact, stored, at, soon, zero):
     # Read before ``stored`` is written, which may be x.
     last, first = last_lanes(x, start, stop), max(start, stop - lanes)
     at -= start
-    i = start
+    i, pause = start, start + block
     while i <= stop - lanes:
-        if i > start:  # and not before a last part, as in `narrow_sums`
+        if i == pause:  # and not before a last part, as in `narrow_sums`
             sums, earlier, lost = next_block(sums, earlier, lost, exact)
-        pause = min(stop - lanes, i + block - lanes)
-        while i <= pause:
-            fetch(soon, (i - start) // lanes)
-            sums, term = add_terms(sums, load(x, i), 0, scale, guard, exact)
-            if stored is not None:
-                store(stored, at + i, term)
-            i += lanes
+            pause += block
+        fetch(soon, (i - start) // lanes)
+        sums, term = add_terms(sums, load(x, i), 0, scale, guard, exact)
+        if stored is not None:
+            store(stored, at + i, term)
+        i += lanes
     if i < stop:
         fetch(soon, (i - start) // lanes)
         sums, term = add_terms(sums, last, i - first, scale, guard, exact)
