@@ -170,6 +170,25 @@ def test_rows_of_each_length_have_the_bits_of_the_vector(name, dtype):
             )
 
 
+@every
+@float_types
+def test_columns_of_each_depth_have_the_same_bits_in_any_company(name, dtype):
+    """On both sides of 16 entries, up to which softmax takes columns vector by vector."""
+    function = getattr(fastmax, name)
+    temperatures = np.resize([1.0, 0.37, 0.0, 12.0, np.inf, 1e-320], 71)
+    for n in (1, 2, 3, 10, 15, 16, 17, 33):
+        x = draw(71 * n, dtype).reshape(n, 71)
+        x[n // 2, 3], x[0, 5], x[:, 7] = np.nan, np.inf, -np.inf
+        alike = bits(function(x, 0.7))
+        mixed = bits(function(x, temperatures))
+        for j in range(71):
+            pair = [j, 70 - j]
+            two = np.ascontiguousarray(x[:, pair])  # which has them one after the other
+            np.testing.assert_array_equal(bits(function(two, 0.7)), alike[..., pair], f"{j} of {n}")
+            own = bits(function(two, temperatures[pair]))
+            np.testing.assert_array_equal(own, mixed[..., pair], f"{j} of {n}, T = {temperatures[pair]}")
+
+
 @float_types
 @pytest.mark.parametrize("name", oracle.ELEMENTWISE)
 def test_rows_of_each_length_have_the_same_bits_in_place(name, dtype):
