@@ -8,7 +8,7 @@ bytes of that shape; temperatures are one float64, or one for each of the outer 
   temperatures;
 - long rows: too long for a core's cache, or too few to keep the threads busy; all threads share each row;
 - columns: neighbouring slices lie side by side, a thread takes a tile of them, one per lane;
-- shallow columns: so few rows that one vector of columns after the other is read and written;
+- shallow columns: so few rows that softmax reads and writes one vector of columns after the other;
 - long columns: too long for a tile; each is taken chunk by chunk, and threads share them.
 """
 
@@ -86,6 +86,7 @@ from fastmax._math import (
     top_term,
 )
 from fastmax._slice import (
+    AHEAD,
     BLOCK,
     CHUNK,
     EXACT_BLOCK,
@@ -150,6 +151,10 @@ FEW_FAR_ROWS = 32
 # 10 x 50 0.8; log_softmax and logsumexp would take 0.95 to 1. Of 24 x 400000 each row and its results are a
 # stream, too many for a processor to foresee: 1.3.
 SHALLOW = BLOCK
+
+# Outer indices for each thread from which threads do not take tiles in turn. They count in one place then,
+# and 20000 x 10 x 50 took 3.3 times as long over its middle axis, twice as long as on one thread.
+MANY = 8
 
 # Entries of a column from which it is tall: a vector of such columns takes half a tile.
 TALL = 2**11
@@ -810,17 +815,17 @@ def value_narrow_group(group, part, x, mask, temperature, rate, out, weighted, w
 
 
 @jit
-def soon_for_row(x, row, n, following, end, out, to):
+def soon_for_row(x, row, n, following, last, out, to):
     """What to fetch while a row is worked on: the next one, or, where the second cache is too small, its own.
 
     That has to hold the row, its results if any, and the next one, and is shared by code. In 2 MB rows of
     32000 float64 take 0.87 of the time with the next one fetched, of 128256 1.2 times as long, or 0.9 without
-    results. Entries end with the last row.
+    results.
     """
-    rows = 2 if out is None else 4
-    if n * LANE_BYTES > SECOND_CACHE_BYTES // rows * lane_count(x):
-        return further_on(x, row, row + n, end, out, to)
-    return Soon(x, min(following, end - n), out, to, lane_count(x))
+    lanes, rows = lane_count(x), 2 if out is None else 4
+    if n * LANE_BYTES > SECOND_CACHE_BYTES // rows * lanes:
+        return Soon(x, row + AHEAD * lanes, out, to + AHEAD * lanes, lanes)
+    return Soon(x, min(following, last), out, to, lanes)
 
 
 @Kernel
@@ -848,7 +853,7 @@ def softmax_wide_row(i, part, x, mask, temperature, out, work):
     entries, results = entries_of(x, mask), pointer(out)
     stored, at = place_of_terms(out, i * n, part_of(work, part))
     rate = rate_at(temperature, i, get(entries, 0))
-    soon = soon_for_row(entries, row, n, row + step, x.size, results, i * n)
+    soon = soon_for_row(entries, row, n, row + step, x.size - n, results, i * n)
     touch_new(results, i * n, i * n + n)
     _slice.softmax_of(entries, row, row + n, rate, stored, at, results, i * n - row, soon)
 
@@ -866,7 +871,7 @@ def log_softmax_wide_row(i, part, x, mask, temperature, out):
     row, step = i * row_step(x, n), row_step(x, n)
     entries, results = entries_of(x, mask), pointer(out)
     rate = rate_at(temperature, i, get(entries, 0))
-    soon = soon_for_row(entries, row, n, row + step, x.size, results, i * n)
+    soon = soon_for_row(entries, row, n, row + step, x.size - n, results, i * n)
     touch_new(results, i * n, i * n + n)
     _slice.log_softmax_of(entries, row, row + n, rate, results, i * n - row, soon)
 
@@ -885,7 +890,7 @@ def value_wide_row(i, part, x, mask, temperature, out, weighted):
     row, step = i * row_step(x, n), row_step(x, n)
     entries = entries_of(x, mask)
     rate = rate_at(temperature, i, get(entries, 0))
-    soon = soon_for_row(entries, row, n, row + step, x.size, None, 0)
+    soon = soon_for_row(entries, row, n, row + step, x.size - n, None, 0)
     value = _slice.value_of(entries, row, row + n, rate, weighted, soon)
     put(pointer(out), i, value)
 
@@ -1063,7 +1068,7 @@ def value_long_rows(parts, x, mask, temperature, out, weighted):
 # A tile of columns is copied into working memory, where each vector of columns is contiguous: the passes of
 # a slice then take a column in each lane. Where it lies, lines of a tile are often a power of two apart, of
 # which a cache keeps no more than eight. Numbers for each column, their fields, stand before the tile.
-# Threads take turns in tiles: the lines of neighbours share pages of memory.
+# Threads take turns in tiles of one outer index: the lines of neighbours share pages of memory.
 
 # Fields of a column: those of Scale and Guard, or of Gap and Guard, and a normalizer.
 _GUARD = 6
@@ -1071,11 +1076,11 @@ _NORMALIZER = 11
 _FIELDS = 13
 
 
-Tiles = namedtuple("Tiles", "width count lack far new parts")
+Tiles = namedtuple("Tiles", "width count lack far new turns")
 Tiles.__doc__ = """How columns are cut into tiles.
 
 So many columns wide, so many side by side; by how many columns the first is narrower; whether results are
-written past the caches, and may lie in new memory; how many threads take them in turn.
+written past the caches, and may lie in new memory; how many threads take neighbours in turn.
 """
 
 Tile = namedtuple("Tile", "count base number following further step")
@@ -1151,9 +1156,25 @@ def tiles_of(x, out, parts):
     if out is not None:
         far, new = are_far_columns(x, out), is_new(pointer(out), out.size)
         lead = to_stream(pointer(out), 0) if far else 0
-    width = tile_width(n, inner, parts, far, workspace(1, x))
+    turns = turns_of(len(x), parts)
+    width = tile_width(n, inner, turns, far, workspace(1, x))
     lack = width - lead if lead > 0 else 0
-    return Tiles(width, -(-(inner + lack) // width), lack, far, new, parts)
+    return Tiles(width, -(-(inner + lack) // width), lack, far, new, turns)
+
+
+@jit
+def turns_of(outer, parts):
+    """How many threads take tiles in turn: all, or one, if each has its share of the outer axis."""
+    return parts if outer < MANY * parts else 1
+
+
+@jit(inline="always")
+def each_tile(team, parts, turns, count, arguments):
+    """`one_by_one` for so many tiles, by threads that take them in turn or not."""
+    if turns == parts:
+        each_in_turn(one_by_one, team, parts, count, arguments)
+    else:
+        each_part(one_by_one, team, parts, count, arguments)
 
 
 @jit
@@ -1170,7 +1191,7 @@ def tile_of(task, tiles, x, out, work):
     """Tile of a task, whose results, if any, are touched where they lie in new memory."""
     n, inner = x.shape[1:]
     i, first = task // tiles.count, task % tiles.count * tiles.width - tiles.lack
-    following = i * n * inner + next_tile(first, tiles.parts * tiles.width, inner)
+    following = i * n * inner + next_tile(first, tiles.turns * tiles.width, inner)
     first, count = max(first, 0), min(first + tiles.width, inner) - max(first, 0)
     base = i * n * inner + first
     further, step = steps_ahead(count, inner, work)
@@ -1391,7 +1412,7 @@ def softmax_columns(team, parts, x, mask, temperature, out):
     tiles = tiles_of(x, out, parts)
     work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, x)
     arguments = tiles, x, mask, temperature, first_rate(temperature, x), out, work
-    each_in_turn(one_by_one, team, parts, len(x) * tiles.count, (arguments, softmax_tile))
+    each_tile(team, parts, tiles.turns, len(x) * tiles.count, (arguments, softmax_tile))
 
 
 @jit
@@ -1430,7 +1451,7 @@ def softmax_shallow_columns(team, parts, x, mask, temperature, out):
     tiles = tiles_of(x, out, parts)
     work = workspaces(parts, (_FIELDS + x.shape[1]) * lane_count(pointer(x)), x)
     arguments = tiles, x, mask, temperature, first_rate(temperature, x), out, work
-    each_in_turn(one_by_one, team, parts, len(x) * tiles.count, (arguments, softmax_shallow_tile))
+    each_tile(team, parts, tiles.turns, len(x) * tiles.count, (arguments, softmax_shallow_tile))
 
 
 @jit
@@ -1448,15 +1469,17 @@ def softmax_shallow_tile(task, part, tiles, x, mask, temperature, rate, out, wor
         row_max = pack_vector(entries, tile, j, n, inner, w, at)
         soon = Soon(entries, tile.following + j, results, tile.base + j, inner)
         rates = lane_rates(temperature, number, count, rate, w)
+        scale, sums = ratio_scale(row_max, rates), start_of_sums(zero, None)
         if are_plain(row_max, rates):
-            scale, sums = ratio_scale(row_max, rates), start_of_sums(zero, None)
             for k in range(n):
                 fetch(soon, k)
                 sums, term = add_terms(sums, load(w, at + k * lanes), 0, scale, None, None)
                 store(w, at + k * lanes, term)
             total, error = end_of_sums(sums, zero, zero, None)
         else:
-            total, error = tile_sums(w, at, n, row_max, temperature, number, rates, None, w, 0, lanes, soon)
+            write_scales(row_max, scale, rates, temperature, number, w, 0, lanes)
+            scale, guard = read_scale(w, 0, lanes), read_guard(w, 0, lanes)
+            total, error = column_sums(w, at, n, scale, guard, None, w, soon)
         high, low = normalizer(total, error)
         for k in range(n):
             row, value = tile.base + k * inner + j, probability(load(w, at + k * lanes), high, low)
@@ -1483,7 +1506,7 @@ def log_softmax_columns(team, parts, x, mask, temperature, out):
     tiles = tiles_of(x, out, parts)
     work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, x)
     arguments = tiles, x, mask, temperature, first_rate(temperature, x), out, work
-    each_in_turn(one_by_one, team, parts, len(x) * tiles.count, (arguments, log_softmax_tile))
+    each_tile(team, parts, tiles.turns, len(x) * tiles.count, (arguments, log_softmax_tile))
 
 
 @jit
@@ -1556,7 +1579,7 @@ def value_columns(team, parts, x, mask, temperature, out, weighted):
     tiles = tiles_of(x, None, parts)
     work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, x)
     arguments = tiles, x, mask, temperature, first_rate(temperature, x), out, weighted, work
-    each_in_turn(one_by_one, team, parts, len(x) * tiles.count, (arguments, value_tile))
+    each_tile(team, parts, tiles.turns, len(x) * tiles.count, (arguments, value_tile))
 
 
 @jit

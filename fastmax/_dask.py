@@ -370,9 +370,9 @@ def _serial(function):
 
 
 @jit
-def soon_for_row(x, row, rows, n, pitch):
+def soon_in_chunk(x, row, rows, n, pitch):
     """What to fetch while a row of a chunk is read: to write results takes half the time for it."""
-    return _cpu.soon_for_row(x, row * pitch, n, (row + 1) * pitch, (rows - 1) * pitch + n, None, 0)
+    return _cpu.soon_for_row(x, row * pitch, n, (row + 1) * pitch, (rows - 1) * pitch, None, 0)
 
 
 @_serial
@@ -387,7 +387,7 @@ def sums_of_rows(x, mask, temperature, exact):
         maxima[row] = _slice.maximum(entries, start, stop)
         if len(temperature) > 1:
             rate = _cpu.rate_at(temperature, row, maxima[row])
-        soon = soon_for_row(entries, row, rows, n, pitch)
+        soon = soon_in_chunk(entries, row, rows, n, pitch)
         own = _slice.sums_of_slice(entries, start, stop, maxima[row], rate, exact, None, 0, soon)
         _cpu.put_sums(sums, 4 * row, 1, own)
     return maxima, sums
@@ -402,7 +402,7 @@ def write_rows(x, mask, temperature, maxima, sums, out):
         start, stop, shift = row * pitch, row * pitch + n, row * (n - pitch)
         rate = _cpu.rate_at(temperature, row, maxima[row])
         high, low = normalizer(*_cpu.get_sums(sums, 4 * row, 1, None))
-        soon = soon_for_row(entries, row, rows, n, pitch)
+        soon = soon_in_chunk(entries, row, rows, n, pitch)
         _slice.write_softmax(entries, start, stop, maxima[row], rate, high, low, results, shift, False, soon)
 
 
@@ -416,7 +416,7 @@ def write_log_rows(x, mask, temperature, maxima, sums, out):
         rate = _cpu.rate_at(temperature, row, maxima[row])
         beside = sums_apart(_cpu.get_sums(sums, 4 * row, 1, None), maxima[row], rate, (None,))
         log_sum = log_of_sum(maxima[row], beside)
-        soon = soon_for_row(entries, row, rows, n, pitch)
+        soon = soon_in_chunk(entries, row, rows, n, pitch)
         _slice.write_log_softmax(
             entries, start, stop, maxima[row], rate, log_sum, results, shift, False, soon
         )

@@ -22,6 +22,7 @@ from fastmax._cpu import (
     STORED_BYTES,
     TILE_BYTES,
     are_plain,
+    each_tile,
     lane_rates,
     next_tile,
     no_guard,
@@ -35,6 +36,7 @@ from fastmax._cpu import (
     soon_for_row,
     temperature_at,
     touch_rows,
+    turns_of,
     unpack_rows,
     workspaces,
     write_scales,
@@ -500,7 +502,7 @@ def row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, temperat
     n = x.shape[1]
     entries, start, stop, lanes = pointer(x), i * n, i * n + n, lane_count(x)
     results, labels = pointer_to(out), labels_at(pointer_to(probs), start, lanes)
-    soon = soon_for_row(entries, start, n, stop, x.size, results, start)
+    soon = soon_for_row(entries, start, n, stop, x.size - n, results, start)
     touch_new(results, start, stop)
     sums = sum_rests(entries, start, stop, lanes, lanes, row_max, scale, guard, stored, 0, soon)
     ties, _ = sum_lanes(sums[0], spread(0.0, x))
@@ -610,17 +612,18 @@ def cross_entropy_tiles(team, parts, x, classes, probs, shape, temperature, samp
     """Losses of samples and, unless out is None, gradients, tile by tile."""
     arrays = 1 if probs is None else 2
     lanes = lane_count(x)
-    width = tile_size(shape.n, shape.inner, parts, arrays, workspace(1, x))
+    turns = turns_of(shape.outer, parts)
+    width = tile_size(shape.n, shape.inner, turns, arrays, workspace(1, x))
     work = workspaces(parts, (_FIELDS + piece_size(x)) * lanes + arrays * shape.n * width, x)
     new = is_new(pointer_to(out), x.size)
     tiles = -(-shape.inner // width)
-    arguments = x, classes, probs, shape, temperature, samples, losses, out, width, tiles, parts, new, work
-    each_in_turn(one_by_one, team, parts, shape.outer * tiles, (arguments, tile_losses))
+    arguments = x, classes, probs, shape, temperature, samples, losses, out, width, tiles, turns, new, work
+    each_tile(team, parts, turns, shape.outer * tiles, (arguments, tile_losses))
 
 
 @jit
 def tile_losses(
-    task, part, x, classes, probs, shape, temperature, samples, losses, out, width, tiles, parts, new, work
+    task, part, x, classes, probs, shape, temperature, samples, losses, out, width, tiles, turns, new, work
 ):
     """Losses and gradients of a tile of those ``tiles`` that lie side by side."""
     entries, w, lanes, n = pointer(x), pointer(part_of(work, part)), lane_count(work), shape.n
@@ -638,7 +641,7 @@ def tile_losses(
     for j in range(0, count, lanes):
         at = tile + j * n
         place = base + (j if across else j * n)
-        following = place + (next_tile(first, parts * width, shape.inner) - first) * shape.sample_step
+        following = place + (next_tile(first, turns * width, shape.inner) - first) * shape.sample_step
         step = shape.class_step if across else lanes
         number, present = i * shape.inner + first + j, min(lanes, count - j)
         store(w, _MAX * lanes, lane_maxima(w, at, at + n * lanes))

@@ -96,8 +96,8 @@ Soon = namedtuple("Soon", "x at out to step")
 Soon.__doc__ = """What will be needed next: x from ``at`` and out from ``to`` on, by steps of so many entries.
 
 The out may be None. To fetch it while terms are computed makes slices in memory take 0.6 to 0.8 of the time.
-Nothing is asked for further than a vector past the end of an array: each prefetch from a page that is not
-there takes 160 cycles on Zen 1.
+Little is asked for past the end of an array, for each prefetch from a page that is not there takes 160 cycles
+on Zen 1: of most a vector, of the last row of a narrower tile a tile, of long rows `AHEAD`.
 """
 
 
@@ -109,7 +109,7 @@ AHEAD = 48
 
 @jit
 def further_on(x, start, stop, end, out, to):
-    """What will be needed while entries ``start`` to ``stop`` of so many are read from memory."""
+    """What will be needed while entries ``start`` to ``stop`` are read from memory, before an ``end``."""
     lanes = lane_count(x)
     ahead = min(AHEAD * lanes, end - stop)
     return Soon(x, start + ahead, out, to + ahead, lanes)
@@ -312,7 +312,7 @@ def write_whole(out, i, value, far):
 
 @jit
 def write_terms(x, start, stop, scale, guard, high, low, out, shift, far, soon):
-    """Write the terms times a normalizer to ``out``, at an index shifted by so much."""
+    """Write the terms times a normalizer to ``out``, at an index shifted by so much; ``soon`` may be None."""
     lanes = lane_count(x)
     high, low, zero = spread(high, x), spread(low, x), spread(0.0, x)
     # Read before ``out`` is written, which may be x.
@@ -565,7 +565,10 @@ def write_log_softmax(x, start, stop, row_max, rate, log_sum, out, shift, far, s
 
 @traced
 def log_softmax_of(x, start, stop, rate, out, shift, soon):
-    """Write the logarithm of the softmax of a slice to ``out``, at an index shifted by so much."""
+    """Write the logarithm of the softmax of a slice to ``out``, at an index shifted by so much.
+
+    Both passes fetch what is needed soon: if not the sums as well, 512 x 32000 takes 1.09 times as long.
+    """
     row_max = maximum(x, start, stop)
     sums = sums_of_slice(x, start, stop, row_max, rate, (None,), None, 0, soon)
     log_sum = log_of_sum(row_max, sums_apart(sums, row_max, rate, (None,)))
