@@ -115,7 +115,7 @@ from fastmax._slice import (
     touch_new,
     write_whole,
 )
-from fastmax._threads import Kernel, each_in_turn, each_part, parts_for
+from fastmax._threads import Kernel, each_part, parts_for
 from fastmax._tracing import traced
 
 # Entries from which all threads take no longer than one, on two cores: rows, columns, one slice (see
@@ -362,7 +362,7 @@ def softmax_rows(team, parts, x, mask, temperature, out):
     n = out.shape[1]
     work = workspaces(parts, row_work_size(n, x), x)
     arguments = x, mask, temperature, first_rate(temperature, x), out, work
-    each_part(softmax_groups, team, parts, group_count(len(out), n, x), arguments)
+    each_part(softmax_groups, team, parts, parts, group_count(len(out), n, x), arguments)
 
 
 @jit
@@ -400,7 +400,7 @@ def log_softmax_rows(team, parts, x, mask, temperature, out):
     n = out.shape[1]
     work = workspaces(parts, row_work_size(n, x), x)
     arguments = x, mask, temperature, first_rate(temperature, x), out, work
-    each_part(log_softmax_groups, team, parts, group_count(len(out), n, x), arguments)
+    each_part(log_softmax_groups, team, parts, parts, group_count(len(out), n, x), arguments)
 
 
 @jit
@@ -442,7 +442,7 @@ def value_rows(team, parts, x, mask, temperature, out, weighted):
     n = x.shape[1]
     work = workspaces(parts, row_work_size(n, x), x)
     arguments = x, mask, temperature, first_rate(temperature, x), out, weighted, work
-    each_part(value_groups, team, parts, group_count(len(out), n, x), arguments)
+    each_part(value_groups, team, parts, parts, group_count(len(out), n, x), arguments)
 
 
 @jit
@@ -641,7 +641,7 @@ def softmax_narrow_rows(team, parts, x, mask, temperature, out):
     work = workspaces(parts, narrow_work_size(out.shape[1], x), x)
     arguments = x, mask, temperature, first_rate(temperature, x), out, is_new(pointer(out), out.size), work
     groups = narrow_group_count(len(out), x)
-    each_part(one_by_one, team, parts, groups, (arguments, softmax_narrow_group))
+    each_part(one_by_one, team, parts, parts, groups, (arguments, softmax_narrow_group))
 
 
 @plain_kernel(2, 2)
@@ -717,7 +717,7 @@ def log_softmax_narrow_rows(team, parts, x, mask, temperature, out):
     work = workspaces(parts, narrow_work_size(out.shape[1], x), x)
     arguments = x, mask, temperature, first_rate(temperature, x), out, is_new(pointer(out), out.size), work
     groups = narrow_group_count(len(out), x)
-    each_part(one_by_one, team, parts, groups, (arguments, log_softmax_narrow_group))
+    each_part(one_by_one, team, parts, parts, groups, (arguments, log_softmax_narrow_group))
 
 
 @plain_kernel(2, 2)
@@ -763,7 +763,7 @@ def value_narrow_rows(team, parts, x, mask, temperature, out, weighted):
     work = workspaces(parts, narrow_work_size(x.shape[1], x), x)
     arguments = x, mask, temperature, first_rate(temperature, x), out, weighted, work
     groups = narrow_group_count(len(out), x)
-    each_part(one_by_one, team, parts, groups, (arguments, value_narrow_group))
+    each_part(one_by_one, team, parts, parts, groups, (arguments, value_narrow_group))
 
 
 @jit
@@ -832,7 +832,7 @@ def soon_for_row(x, row, n, following, last, out, to):
 def softmax_wide_rows(team, parts, x, mask, temperature, out):
     """Softmax of rows of more than a chunk, each by one thread."""
     work = workspaces(parts, 0 if is_as_wide(out) else padded_size(out.shape[1], x), x)
-    each_part(one_by_one, team, parts, len(out), ((x, mask, temperature, out, work), softmax_wide_row))
+    each_part(one_by_one, team, parts, parts, len(out), ((x, mask, temperature, out, work), softmax_wide_row))
 
 
 @traced
@@ -861,7 +861,7 @@ def softmax_wide_row(i, part, x, mask, temperature, out, work):
 @Kernel
 def log_softmax_wide_rows(team, parts, x, mask, temperature, out):
     """Logarithm of the softmax of rows of more than a chunk, each by one thread."""
-    each_part(one_by_one, team, parts, len(out), ((x, mask, temperature, out), log_softmax_wide_row))
+    each_part(one_by_one, team, parts, parts, len(out), ((x, mask, temperature, out), log_softmax_wide_row))
 
 
 @jit
@@ -880,7 +880,7 @@ def log_softmax_wide_row(i, part, x, mask, temperature, out):
 def value_wide_rows(team, parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of rows of more than a chunk, each by one thread."""
     arguments = x, mask, temperature, out, weighted
-    each_part(one_by_one, team, parts, len(out), (arguments, value_wide_row))
+    each_part(one_by_one, team, parts, parts, len(out), (arguments, value_wide_row))
 
 
 @jit
@@ -918,7 +918,7 @@ def long_maxima(team, parts, x, mask):
     rows, n = x.shape
     chunks = chunk_count(n, x)
     partial, maxima = workspace(rows * chunks, x), workspace(rows, x)
-    each_part(one_by_one, team, parts, rows * chunks, ((x, mask, partial), chunk_maximum))
+    each_part(one_by_one, team, parts, parts, rows * chunks, ((x, mask, partial), chunk_maximum))
     for row in range(rows):
         maxima[row] = _slice.maximum(partial, row * chunks, (row + 1) * chunks)
     return maxima
@@ -938,7 +938,7 @@ def long_sums(team, parts, x, mask, temperature, maxima, exact):
     chunks = chunk_count(n, x)
     partial = workspace(rows * chunks * 4, x)
     arguments = x, mask, temperature, maxima, exact, partial
-    each_part(one_by_one, team, parts, rows * chunks, (arguments, chunk_sums))
+    each_part(one_by_one, team, parts, parts, rows * chunks, (arguments, chunk_sums))
     sums = workspace(rows * 4, x)
     for row in range(rows):
         merged = first_of(no_sums(maxima[row], exact))
@@ -992,7 +992,7 @@ def get_sums(array, at, inner, exact):
 def long_write(team, parts, x, mask, temperature, maxima, sums, out):
     """Write the terms of each row over their sum."""
     chunks, arguments = len(x) * chunk_count(x.shape[1], x), (x, mask, temperature, maxima, sums, out)
-    each_part(one_by_one, team, parts, chunks, (arguments, write_chunk))
+    each_part(one_by_one, team, parts, parts, chunks, (arguments, write_chunk))
 
 
 @jit
@@ -1015,7 +1015,7 @@ def is_far(x, out):
 def long_write_log(team, parts, x, mask, temperature, maxima, sums, out):
     """Write the logarithms of each row."""
     chunks, arguments = len(x) * chunk_count(x.shape[1], x), (x, mask, temperature, maxima, sums, out)
-    each_part(one_by_one, team, parts, chunks, (arguments, write_log_chunk))
+    each_part(one_by_one, team, parts, parts, chunks, (arguments, write_log_chunk))
 
 
 @jit
@@ -1164,17 +1164,8 @@ def tiles_of(x, out, parts):
 
 @jit
 def turns_of(outer, parts):
-    """How many threads take tiles in turn: all, or one, if each has its share of the outer axis."""
+    """How many threads take tiles in turn: all, or one, where each has its share of the outer axis."""
     return parts if outer < MANY * parts else 1
-
-
-@jit(inline="always")
-def each_tile(team, parts, turns, count, arguments):
-    """`one_by_one` for so many tiles, by threads that take them in turn or not."""
-    if turns == parts:
-        each_in_turn(one_by_one, team, parts, count, arguments)
-    else:
-        each_part(one_by_one, team, parts, count, arguments)
 
 
 @jit
@@ -1412,7 +1403,7 @@ def softmax_columns(team, parts, x, mask, temperature, out):
     tiles = tiles_of(x, out, parts)
     work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, x)
     arguments = tiles, x, mask, temperature, first_rate(temperature, x), out, work
-    each_tile(team, parts, tiles.turns, len(x) * tiles.count, (arguments, softmax_tile))
+    each_part(one_by_one, team, parts, parts // tiles.turns, len(x) * tiles.count, (arguments, softmax_tile))
 
 
 @jit
@@ -1451,7 +1442,9 @@ def softmax_shallow_columns(team, parts, x, mask, temperature, out):
     tiles = tiles_of(x, out, parts)
     work = workspaces(parts, (_FIELDS + x.shape[1]) * lane_count(pointer(x)), x)
     arguments = tiles, x, mask, temperature, first_rate(temperature, x), out, work
-    each_tile(team, parts, tiles.turns, len(x) * tiles.count, (arguments, softmax_shallow_tile))
+    each_part(
+        one_by_one, team, parts, parts // tiles.turns, len(x) * tiles.count, (arguments, softmax_shallow_tile)
+    )
 
 
 @jit
@@ -1506,7 +1499,9 @@ def log_softmax_columns(team, parts, x, mask, temperature, out):
     tiles = tiles_of(x, out, parts)
     work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, x)
     arguments = tiles, x, mask, temperature, first_rate(temperature, x), out, work
-    each_tile(team, parts, tiles.turns, len(x) * tiles.count, (arguments, log_softmax_tile))
+    each_part(
+        one_by_one, team, parts, parts // tiles.turns, len(x) * tiles.count, (arguments, log_softmax_tile)
+    )
 
 
 @jit
@@ -1579,7 +1574,7 @@ def value_columns(team, parts, x, mask, temperature, out, weighted):
     tiles = tiles_of(x, None, parts)
     work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, x)
     arguments = tiles, x, mask, temperature, first_rate(temperature, x), out, weighted, work
-    each_tile(team, parts, tiles.turns, len(x) * tiles.count, (arguments, value_tile))
+    each_part(one_by_one, team, parts, parts // tiles.turns, len(x) * tiles.count, (arguments, value_tile))
 
 
 @jit
@@ -1699,7 +1694,7 @@ def tall_passes(team, parts, x, mask, temperature, exact, out, write):
     numbers = maxima, sums, partial, width, work
     for step in range(2 if write is None else 3):
         arguments = step, x, mask, temperature, rate, exact, out, numbers, write
-        each_part(one_by_one, team, parts, count, (arguments, pass_over_strip))
+        each_part(one_by_one, team, parts, parts, count, (arguments, pass_over_strip))
         for i in range(outer):
             if step == 0:
                 merge_maxima(partial, i, chunks, inner, maxima)
@@ -1775,7 +1770,7 @@ def tall_write(team, parts, x, mask, temperature, maxima, sums, out):
     width = strip_width(x.shape[2], maxima)
     work = workspaces(parts, _FIELDS * width, maxima)
     arguments = x, mask, temperature, first_rate(temperature, maxima), maxima, sums, out, width, work
-    each_part(one_by_one, team, parts, strip_count(x.shape, width), (arguments, write_strip))
+    each_part(one_by_one, team, parts, parts, strip_count(x.shape, width), (arguments, write_strip))
 
 
 @jit
@@ -1820,7 +1815,7 @@ def tall_write_log(team, parts, x, mask, temperature, maxima, sums, out):
     width = strip_width(x.shape[2], maxima)
     work = workspaces(parts, _FIELDS * width, maxima)
     arguments = x, mask, temperature, first_rate(temperature, maxima), maxima, sums, out, width, work
-    each_part(one_by_one, team, parts, strip_count(x.shape, width), (arguments, write_log_strip))
+    each_part(one_by_one, team, parts, parts, strip_count(x.shape, width), (arguments, write_log_strip))
 
 
 @jit
@@ -1892,11 +1887,13 @@ def fill_uniform(team, parts, x, n, out, logarithm):
     tasks, high, low = -(-x.size // _FILL), spread(float(n), get(x, 0)), spread(0.0, get(x, 0))
     low = spread(float(n) - float(high), high)
     partial = workspace(tasks, x)
-    each_part(one_by_one, team, parts, tasks, ((x, partial), scan_entries))
+    each_part(one_by_one, team, parts, parts, tasks, ((x, partial), scan_entries))
     for task in range(tasks):
         if not partial[task] == 0.0:
             return False
-    each_part(one_by_one, team, parts, tasks, ((uniform_value(high, low, logarithm), x, out), fill_entries))
+    each_part(
+        one_by_one, team, parts, parts, tasks, ((uniform_value(high, low, logarithm), x, out), fill_entries)
+    )
     return True
 
 

@@ -22,7 +22,6 @@ from fastmax._cpu import (
     STORED_BYTES,
     TILE_BYTES,
     are_plain,
-    each_tile,
     lane_rates,
     next_tile,
     no_guard,
@@ -86,7 +85,7 @@ from fastmax._math import (
     top_term,
 )
 from fastmax._slice import CHUNK, Soon, fetch, is_new, lane_maxima, later, sum_lanes, touch_new
-from fastmax._threads import Kernel, each_in_turn, each_part, parts_for
+from fastmax._threads import Kernel, each_part, parts_for
 from fastmax._tracing import traced
 
 # Rows up to so many entries are taken many at a time, transposed, one in each lane.
@@ -459,7 +458,7 @@ def cross_entropy_rows(team, parts, x, classes, probs, temperature, samples, los
     """Losses and gradients of rows whose terms a thread keeps."""
     work = workspaces(parts, padded_size(x.shape[1], x), x)
     arguments = x, classes, probs, temperature, samples, losses, out, work
-    each_part(kept_row_losses, team, parts, len(x), arguments)
+    each_part(kept_row_losses, team, parts, parts, len(x), arguments)
 
 
 @jit
@@ -473,7 +472,7 @@ def kept_row_losses(first, stop, part, x, classes, probs, temperature, samples, 
 def cross_entropy_long_rows(team, parts, x, classes, probs, temperature, samples, losses, out):
     """Losses of rows and, unless out is None, gradients; for these, terms are computed twice."""
     arguments = x, classes, probs, temperature, samples, losses, out, None, True
-    each_part(row_losses, team, parts, len(x), arguments)
+    each_part(row_losses, team, parts, parts, len(x), arguments)
 
 
 @jit
@@ -618,7 +617,7 @@ def cross_entropy_tiles(team, parts, x, classes, probs, shape, temperature, samp
     new = is_new(pointer_to(out), x.size)
     tiles = -(-shape.inner // width)
     arguments = x, classes, probs, shape, temperature, samples, losses, out, width, tiles, turns, new, work
-    each_tile(team, parts, turns, shape.outer * tiles, (arguments, tile_losses))
+    each_part(one_by_one, team, parts, parts // turns, shape.outer * tiles, (arguments, tile_losses))
 
 
 @jit
@@ -661,7 +660,7 @@ def cross_entropy_tall(team, parts, x, classes, probs, shape, temperature, sampl
     """Losses of columns and, unless out is None, gradients; each vector of columns is read where it lies."""
     work = workspaces(parts, _FIELDS * lane_count(x), x)
     arguments = x, classes, probs, shape, temperature, samples, losses, out, work
-    each_in_turn(one_by_one, team, parts, vectors_of(sizes_of(shape), x), (arguments, tall_losses))
+    each_part(one_by_one, team, parts, 1, vectors_of(sizes_of(shape), x), (arguments, tall_losses))
 
 
 @jit
@@ -915,7 +914,9 @@ def write_products(probs, cotangent, start, stop, step, width, total, error, fac
 @Kernel
 def vjp_rows(team, parts, probs, cotangent, temperature, out, log):
     """Product of the cotangent with the Jacobian of softmax, or log_softmax, in each row."""
-    each_part(one_by_one, team, parts, len(probs), ((probs, cotangent, temperature, out, log), vjp_row))
+    each_part(
+        one_by_one, team, parts, parts, len(probs), ((probs, cotangent, temperature, out, log), vjp_row)
+    )
 
 
 @jit
@@ -935,7 +936,7 @@ def vjp_columns(team, parts, probs, cotangent, temperature, out, log):
     """Product of the cotangent with the Jacobian of softmax, or log_softmax, in each column."""
     work = workspaces(parts, 3 * lane_count(probs), probs)
     arguments = probs, cotangent, temperature, out, log, work
-    each_part(one_by_one, team, parts, vectors_of(probs.shape, probs), (arguments, vjp_vector))
+    each_part(one_by_one, team, parts, parts, vectors_of(probs.shape, probs), (arguments, vjp_vector))
 
 
 @jit
@@ -1038,7 +1039,7 @@ def write_start(table, i, top, number, first, second, weight, gap):
 @Kernel
 def fit_start_rows(team, parts, x, classes, probs, factor, table):
     """Find what a fit needs of each row."""
-    each_part(one_by_one, team, parts, len(x), ((x, classes, probs, factor, table), fit_start_row))
+    each_part(one_by_one, team, parts, parts, len(x), ((x, classes, probs, factor, table), fit_start_row))
 
 
 @jit
@@ -1074,7 +1075,7 @@ def fit_start_columns(team, parts, x, classes, probs, factor, table):
     """Find what a fit needs of each column."""
     work = workspaces(parts, 6 * lane_count(table), table)
     arguments = x, classes, probs, factor, table, work
-    each_part(one_by_one, team, parts, vectors_of(x.shape, table), (arguments, fit_start_vector))
+    each_part(one_by_one, team, parts, parts, vectors_of(x.shape, table), (arguments, fit_start_vector))
 
 
 @jit
@@ -1136,7 +1137,9 @@ def write_moments(moments, i, weight, total, error, first, first_error, second):
 @Kernel
 def fit_rows(team, parts, x, table, temperature, moments):
     """Mean and variance of b d in each row, at one temperature."""
-    each_part(one_by_one, team, parts, len(x), ((x, table, rate_of(temperature, 0.0), moments), fit_row))
+    each_part(
+        one_by_one, team, parts, parts, len(x), ((x, table, rate_of(temperature, 0.0), moments), fit_row)
+    )
 
 
 @jit
@@ -1164,7 +1167,7 @@ def fit_columns(team, parts, x, table, temperature, moments):
     """Mean and variance of b d in each column, at one temperature."""
     work = workspaces(parts, 11 * lane_count(table), table)
     arguments = x, table, rate_of(temperature, 0.0), moments, work
-    each_part(one_by_one, team, parts, vectors_of(x.shape, table), (arguments, fit_vector))
+    each_part(one_by_one, team, parts, parts, vectors_of(x.shape, table), (arguments, fit_vector))
 
 
 @jit
@@ -1371,7 +1374,7 @@ def solve_slices(team, parts, x, entropies, at_limit, temperatures, found):
     """Solve for the temperature of each slice over axis 1 of an array (outer, n, inner)."""
     work = workspaces(parts, x.shape[1], 0.0)
     arguments = x, entropies, at_limit, temperatures, found, work
-    each_part(one_by_one, team, parts, len(x) * x.shape[2], (arguments, solve_one))
+    each_part(one_by_one, team, parts, parts, len(x) * x.shape[2], (arguments, solve_one))
 
 
 @jit

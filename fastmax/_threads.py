@@ -24,7 +24,7 @@ _PARTS = types.intp, types.intp, types.intp  # what `_all_parts` takes
 
 
 class Kernel:
-    """A jitted function of a team, a number of parts for `each_part` or `each_in_turn`, and more arguments.
+    """A jitted function of a team, a number of parts for `each_part`, and more arguments.
 
     Other Python threads go on meanwhile. One call at a time has all threads; others keep to their own.
     """
@@ -79,50 +79,46 @@ _PIECES = 8
 _COUNTER = LINE_BYTES // np.intp().itemsize
 
 
-def _each(in_turn):
-    @intrinsic
-    def each(typingctx, function, team, parts, count, arguments):
-        own = function.get_call_type(typingctx, (types.intp, types.intp, types.intp, *arguments), {})
+@intrinsic
+def each_part(typingctx, function, team, parts, shares, count, arguments):
+    """Call ``function(first, stop, part, *arguments)`` until all of so many tasks are done.
 
-        def codegen(context, builder, sig, args):
-            _, team, parts, count, values = args
-            values = _shared(context, builder, arguments, values)
-            values = [builder.extract_value(values, i) for i in range(len(arguments))]
-            is_alone = builder.icmp_unsigned("==", team, _SIZE(0))
-            shares = _SIZE(1) if in_turn else builder.select(is_alone, _SIZE(1), parts)
-            pieces = builder.select(is_alone, _SIZE(1), count if in_turn else _SIZE(_PIECES))
-            counters = _counters(builder, shares)
-            values = [count, shares, pieces, counters, *values]
-            data = cgutils.alloca_once(builder, ir.LiteralStructType([value.type for value in values]))
-            builder.store(cgutils.pack_struct(builder, values), data)
-            call = _function_of_part(context, builder.module, function, own, data.type)
-            data = builder.bitcast(data, call.args[2].type)
-            with builder.if_else(is_alone) as (alone, together):
-                with alone:
-                    context.call_conv.call_function(builder, call, types.none, _PART, [data, _SIZE(0)])
-                with together:
-                    kind = context.call_conv.get_function_type(types.none, _PARTS)
-                    addresses = [builder.ptrtoint(pointer, _SIZE) for pointer in (call, data)]
-                    team = builder.inttoptr(team, kind.as_pointer())
-                    context.call_conv.call_function(builder, team, types.none, _PARTS, [*addresses, parts])
-            return context.get_dummy_value()
+    Once for all tasks, or by a team if that is not 0, where each of so many parts goes on to another span of
+    tasks when it is done with one. Of as many shares as parts each has its own, in pieces, and takes pieces
+    of others when that is done; of one share all take the next task in turn, so that neighbours are worked on
+    together. With equal shares the slowest core, which may be a small one or one that others use, had all
+    wait: on two cores of which one was shared 1024 x 64 float32 took as long as on one.
 
-        return types.none(function, types.intp, types.intp, types.intp, arguments), codegen
+    It allocates nothing, and so raises no error, which a thread could tell nobody. It is for kernels only:
+    what those call is linked by name, and what is made here has a name for one kernel alone.
+    """
+    own = function.get_call_type(typingctx, (types.intp, types.intp, types.intp, *arguments), {})
 
-    return each
+    def codegen(context, builder, sig, args):
+        _, team, parts, shares, count, values = args
+        values = _shared(context, builder, arguments, values)
+        values = [builder.extract_value(values, i) for i in range(len(arguments))]
+        is_alone = builder.icmp_unsigned("==", team, _SIZE(0))
+        in_turn = builder.icmp_unsigned("==", shares, _SIZE(1))
+        pieces = builder.select(in_turn, count, _SIZE(_PIECES))
+        shares, pieces = (builder.select(is_alone, _SIZE(1), number) for number in (shares, pieces))
+        counters = _counters(builder, shares)
+        values = [count, shares, pieces, counters, *values]
+        data = cgutils.alloca_once(builder, ir.LiteralStructType([value.type for value in values]))
+        builder.store(cgutils.pack_struct(builder, values), data)
+        call = _function_of_part(context, builder.module, function, own, data.type)
+        data = builder.bitcast(data, call.args[2].type)
+        with builder.if_else(is_alone) as (alone, together):
+            with alone:
+                context.call_conv.call_function(builder, call, types.none, _PART, [data, _SIZE(0)])
+            with together:
+                kind = context.call_conv.get_function_type(types.none, _PARTS)
+                addresses = [builder.ptrtoint(pointer, _SIZE) for pointer in (call, data)]
+                team = builder.inttoptr(team, kind.as_pointer())
+                context.call_conv.call_function(builder, team, types.none, _PARTS, [*addresses, parts])
+        return context.get_dummy_value()
 
-
-# Call ``function(first, stop, part, *arguments)`` until all of so many tasks are done: once for all tasks, or
-# by a team if that is not 0, where each of so many parts goes on to another span of tasks when it is done
-# with one. `each_part` gives each thread a share of its own, in pieces, and pieces of others when that is
-# done; `each_in_turn` gives the next task to whoever is free, so that neighbours are worked on together. With
-# equal shares the slowest core, which may be a small one or one that others use, had all wait: on two cores
-# of which one was shared 1024 x 64 float32 took as long as on one.
-#
-# They return None. They allocate nothing, and so raise no error, which a thread could tell nobody. They are
-# for kernels only: what those call is linked by name, and what is made here has a name for one kernel alone.
-each_part = _each(in_turn=False)
-each_in_turn = _each(in_turn=True)
+    return types.none(function, types.intp, types.intp, types.intp, types.intp, arguments), codegen
 
 
 def _counters(builder, count):
@@ -155,7 +151,7 @@ def _shared(context, builder, kind, value):
 
 
 def _function_of_part(context, module, function, signature, kind):
-    """LLVM function that a thread calls for a part, with `_each`'s data: it claims pieces until none is left.
+    """LLVM function that a thread calls for a part: with the data of `each_part` it claims what is left.
 
     A piece is claimed by counting up the counter of a share.
     """

@@ -19,7 +19,7 @@ import fastmax
 from fastmax import _cpu, _process
 from fastmax._jit import jit
 from fastmax._slice import CHUNK
-from fastmax._threads import Kernel, each_in_turn, each_part
+from fastmax._threads import Kernel, each_part
 
 every = pytest.mark.parametrize("name", oracle.FUNCTIONS)
 float_types = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -105,12 +105,12 @@ def take(first, stop, part, counts, owners, burnt, steps):
 
 @Kernel
 def take_shares(team, parts, counts, owners, burnt, steps):
-    each_part(take, team, parts, len(counts), (counts, owners, burnt, steps))
+    each_part(take, team, parts, parts, len(counts), (counts, owners, burnt, steps))
 
 
 @Kernel
 def take_turns(team, parts, counts, owners, burnt, steps):
-    each_in_turn(take, team, parts, len(counts), (counts, owners, burnt, steps))
+    each_part(take, team, parts, 1, len(counts), (counts, owners, burnt, steps))
 
 
 @pytest.mark.parametrize("kernel", [take_shares, take_turns])
