@@ -953,7 +953,7 @@ def chunk_sums(task, part, x, mask, temperature, maxima, exact, partial):
     """Sums of a chunk."""
     row, start, stop = chunk_of(task, x.shape[1], x)
     rate, entries = rate_at(temperature, row, maxima[row]), entries_of(x, mask)
-    soon = further_on(entries, start, stop, x.size, None, 0)
+    soon = further_on(entries, start, stop, x.size)
     sums = _slice.sums_of_slice(entries, start, stop, maxima[row], rate, exact, None, 0, soon)
     put_sums(partial, 4 * task, 1, sums)
 
@@ -1001,7 +1001,7 @@ def write_chunk(task, part, x, mask, temperature, maxima, sums, out):
     row, start, stop = chunk_of(task, x.shape[1], x)
     entries, results, rate = entries_of(x, mask), pointer(out), rate_at(temperature, row, maxima[row])
     high, low = normalizer(*get_sums(sums, 4 * row, 1, None))
-    far, soon = is_far(x, out), further_on(entries, start, stop, x.size, None, 0)
+    far, soon = is_far(x, out), further_on(entries, start, stop, x.size)
     _slice.write_softmax(entries, start, stop, maxima[row], rate, high, low, results, 0, far, soon)
 
 
@@ -1027,7 +1027,7 @@ def write_log_chunk(task, part, x, mask, temperature, maxima, sums, out):
         maxima[row], sums_apart(get_sums(sums, 4 * row, 1, None), maxima[row], rate, (None,))
     )
     entries, results, far = entries_of(x, mask), pointer(out), is_far(x, out)
-    soon = further_on(entries, start, stop, x.size, None, 0)
+    soon = further_on(entries, start, stop, x.size)
     _slice.write_log_softmax(entries, start, stop, maxima[row], rate, log_sum, results, 0, far, soon)
 
 

@@ -108,11 +108,10 @@ AHEAD = 48
 
 
 @jit
-def further_on(x, start, stop, end, out, to):
+def further_on(x, start, stop, end):
     """What will be needed while entries ``start`` to ``stop`` are read from memory, before an ``end``."""
     lanes = lane_count(x)
-    ahead = min(AHEAD * lanes, end - stop)
-    return Soon(x, start + ahead, out, to + ahead, lanes)
+    return Soon(x, start + min(AHEAD * lanes, end - stop), None, 0, lanes)
 
 
 # -- passes: each lane for itself -----------------------------------------------------------------
