@@ -115,7 +115,7 @@ from fastmax._slice import (
     touch_new,
     write_whole,
 )
-from fastmax._threads import Kernel, each_part, parts_for
+from fastmax._threads import Kernel, each_span, each_task, parts_for
 from fastmax._tracing import traced
 
 # Entries from which all threads take no longer than one, on two cores: rows, columns, one slice (see
@@ -216,16 +216,6 @@ def part_of(work, part):
     """Share of one part in its `workspaces`, from where a line begins: rows take 0.97 of the time for it."""
     own = work[part]
     return own[to_stream(own, 0) :]
-
-
-@jit
-def one_by_one(first, stop, part, arguments, function):
-    """Call ``function(task, part, *arguments)`` for each of some tasks.
-
-    The function stands last: where a tuple begins with one, Numba warns that functions as values are new.
-    """
-    for task in range(first, stop):
-        function(task, part, *arguments)
 
 
 @traced
@@ -362,7 +352,7 @@ def softmax_rows(team, parts, x, mask, temperature, out):
     n = out.shape[1]
     work = workspaces(parts, row_work_size(n, x), x)
     arguments = x, mask, temperature, first_rate(temperature, x), out, work
-    each_part(softmax_groups, team, parts, parts, group_count(len(out), n, x), arguments)
+    each_span(softmax_groups, team, parts, group_count(len(out), n, x), arguments)
 
 
 @jit
@@ -400,7 +390,7 @@ def log_softmax_rows(team, parts, x, mask, temperature, out):
     n = out.shape[1]
     work = workspaces(parts, row_work_size(n, x), x)
     arguments = x, mask, temperature, first_rate(temperature, x), out, work
-    each_part(log_softmax_groups, team, parts, parts, group_count(len(out), n, x), arguments)
+    each_span(log_softmax_groups, team, parts, group_count(len(out), n, x), arguments)
 
 
 @jit
@@ -442,7 +432,7 @@ def value_rows(team, parts, x, mask, temperature, out, weighted):
     n = x.shape[1]
     work = workspaces(parts, row_work_size(n, x), x)
     arguments = x, mask, temperature, first_rate(temperature, x), out, weighted, work
-    each_part(value_groups, team, parts, parts, group_count(len(out), n, x), arguments)
+    each_span(value_groups, team, parts, group_count(len(out), n, x), arguments)
 
 
 @jit
@@ -641,7 +631,7 @@ def softmax_narrow_rows(team, parts, x, mask, temperature, out):
     work = workspaces(parts, narrow_work_size(out.shape[1], x), x)
     arguments = x, mask, temperature, first_rate(temperature, x), out, is_new(pointer(out), out.size), work
     groups = narrow_group_count(len(out), x)
-    each_part(one_by_one, team, parts, parts, groups, (arguments, softmax_narrow_group))
+    each_task(softmax_narrow_group, team, parts, groups, arguments)
 
 
 @plain_kernel(2, 2)
@@ -717,7 +707,7 @@ def log_softmax_narrow_rows(team, parts, x, mask, temperature, out):
     work = workspaces(parts, narrow_work_size(out.shape[1], x), x)
     arguments = x, mask, temperature, first_rate(temperature, x), out, is_new(pointer(out), out.size), work
     groups = narrow_group_count(len(out), x)
-    each_part(one_by_one, team, parts, parts, groups, (arguments, log_softmax_narrow_group))
+    each_task(log_softmax_narrow_group, team, parts, groups, arguments)
 
 
 @plain_kernel(2, 2)
@@ -763,7 +753,7 @@ def value_narrow_rows(team, parts, x, mask, temperature, out, weighted):
     work = workspaces(parts, narrow_work_size(x.shape[1], x), x)
     arguments = x, mask, temperature, first_rate(temperature, x), out, weighted, work
     groups = narrow_group_count(len(out), x)
-    each_part(one_by_one, team, parts, parts, groups, (arguments, value_narrow_group))
+    each_task(value_narrow_group, team, parts, groups, arguments)
 
 
 @jit
@@ -832,7 +822,7 @@ def soon_for_row(x, row, n, following, last, out, to):
 def softmax_wide_rows(team, parts, x, mask, temperature, out):
     """Softmax of rows of more than a chunk, each by one thread."""
     work = workspaces(parts, 0 if is_as_wide(out) else padded_size(out.shape[1], x), x)
-    each_part(one_by_one, team, parts, parts, len(out), ((x, mask, temperature, out, work), softmax_wide_row))
+    each_task(softmax_wide_row, team, parts, len(out), (x, mask, temperature, out, work))
 
 
 @traced
@@ -861,7 +851,7 @@ def softmax_wide_row(i, part, x, mask, temperature, out, work):
 @Kernel
 def log_softmax_wide_rows(team, parts, x, mask, temperature, out):
     """Logarithm of the softmax of rows of more than a chunk, each by one thread."""
-    each_part(one_by_one, team, parts, parts, len(out), ((x, mask, temperature, out), log_softmax_wide_row))
+    each_task(log_softmax_wide_row, team, parts, len(out), (x, mask, temperature, out))
 
 
 @jit
@@ -880,7 +870,7 @@ def log_softmax_wide_row(i, part, x, mask, temperature, out):
 def value_wide_rows(team, parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of rows of more than a chunk, each by one thread."""
     arguments = x, mask, temperature, out, weighted
-    each_part(one_by_one, team, parts, parts, len(out), (arguments, value_wide_row))
+    each_task(value_wide_row, team, parts, len(out), arguments)
 
 
 @jit
@@ -918,7 +908,7 @@ def long_maxima(team, parts, x, mask):
     rows, n = x.shape
     chunks = chunk_count(n, x)
     partial, maxima = workspace(rows * chunks, x), workspace(rows, x)
-    each_part(one_by_one, team, parts, parts, rows * chunks, ((x, mask, partial), chunk_maximum))
+    each_task(chunk_maximum, team, parts, rows * chunks, (x, mask, partial))
     for row in range(rows):
         maxima[row] = _slice.maximum(partial, row * chunks, (row + 1) * chunks)
     return maxima
@@ -938,7 +928,7 @@ def long_sums(team, parts, x, mask, temperature, maxima, exact):
     chunks = chunk_count(n, x)
     partial = workspace(rows * chunks * 4, x)
     arguments = x, mask, temperature, maxima, exact, partial
-    each_part(one_by_one, team, parts, parts, rows * chunks, (arguments, chunk_sums))
+    each_task(chunk_sums, team, parts, rows * chunks, arguments)
     sums = workspace(rows * 4, x)
     for row in range(rows):
         merged = first_of(no_sums(maxima[row], exact))
@@ -992,7 +982,7 @@ def get_sums(array, at, inner, exact):
 def long_write(team, parts, x, mask, temperature, maxima, sums, out):
     """Write the terms of each row over their sum."""
     chunks, arguments = len(x) * chunk_count(x.shape[1], x), (x, mask, temperature, maxima, sums, out)
-    each_part(one_by_one, team, parts, parts, chunks, (arguments, write_chunk))
+    each_task(write_chunk, team, parts, chunks, arguments)
 
 
 @jit
@@ -1015,7 +1005,7 @@ def is_far(x, out):
 def long_write_log(team, parts, x, mask, temperature, maxima, sums, out):
     """Write the logarithms of each row."""
     chunks, arguments = len(x) * chunk_count(x.shape[1], x), (x, mask, temperature, maxima, sums, out)
-    each_part(one_by_one, team, parts, parts, chunks, (arguments, write_log_chunk))
+    each_task(write_log_chunk, team, parts, chunks, arguments)
 
 
 @jit
@@ -1068,7 +1058,7 @@ def value_long_rows(parts, x, mask, temperature, out, weighted):
 # A tile of columns is copied into working memory, where each vector of columns is contiguous: the passes of
 # a slice then take a column in each lane. Where it lies, lines of a tile are often a power of two apart, of
 # which a cache keeps no more than eight. Numbers for each column, their fields, stand before the tile.
-# Threads take turns in tiles of one outer index: the lines of neighbours share pages of memory.
+# Threads take turns in tiles of few outer indices: the lines of neighbours share pages of memory.
 
 # Fields of a column: those of Scale and Guard, or of Gap and Guard, and a normalizer.
 _GUARD = 6
@@ -1076,11 +1066,12 @@ _NORMALIZER = 11
 _FIELDS = 13
 
 
-Tiles = namedtuple("Tiles", "width count lack far new turns")
+Tiles = namedtuple("Tiles", "width count lack far new shares distance")
 Tiles.__doc__ = """How columns are cut into tiles.
 
 So many columns wide, so many side by side; by how many columns the first is narrower; whether results are
-written past the caches, and may lie in new memory; how many threads take neighbours in turn.
+written past the caches, and may lie in new memory; in how many shares the threads take tiles, and by how many
+columns the next one that a thread may take is further on.
 """
 
 Tile = namedtuple("Tile", "count base number following further step")
@@ -1156,16 +1147,17 @@ def tiles_of(x, out, parts):
     if out is not None:
         far, new = are_far_columns(x, out), is_new(pointer(out), out.size)
         lead = to_stream(pointer(out), 0) if far else 0
-    turns = turns_of(len(x), parts)
-    width = tile_width(n, inner, turns, far, workspace(1, x))
+    shares = shares_of(len(x), parts)
+    abreast = parts // shares
+    width = tile_width(n, inner, abreast, far, workspace(1, x))
     lack = width - lead if lead > 0 else 0
-    return Tiles(width, -(-(inner + lack) // width), lack, far, new, turns)
+    return Tiles(width, -(-(inner + lack) // width), lack, far, new, shares, abreast * width)
 
 
 @jit
-def turns_of(outer, parts):
-    """How many threads take tiles in turn: all, or one, where each has its share of the outer axis."""
-    return parts if outer < MANY * parts else 1
+def shares_of(outer, parts):
+    """Shares of tiles: one, of which threads take neighbours in turn, or of the outer axis one for each."""
+    return 1 if outer < MANY * parts else parts
 
 
 @jit
@@ -1182,7 +1174,7 @@ def tile_of(task, tiles, x, out, work):
     """Tile of a task, whose results, if any, are touched where they lie in new memory."""
     n, inner = x.shape[1:]
     i, first = task // tiles.count, task % tiles.count * tiles.width - tiles.lack
-    following = i * n * inner + next_tile(first, tiles.turns * tiles.width, inner)
+    following = i * n * inner + next_tile(first, tiles.distance, inner)
     first, count = max(first, 0), min(first + tiles.width, inner) - max(first, 0)
     base = i * n * inner + first
     further, step = steps_ahead(count, inner, work)
@@ -1369,6 +1361,21 @@ def read_gap(work, j, width):
     return Gap(row_max, load(work, field(1, j, width)), load(work, field(2, j, width)))
 
 
+@traced
+def write_normalizers(sums, work, j, width):
+    """Write the normalizers of columns."""
+    high, low = normalizer(*sums)
+    store(work, field(_NORMALIZER, j, width), high)
+    store(work, field(_NORMALIZER + 1, j, width), low)
+
+
+@traced
+def normalized(term, work, j, width):
+    """Probabilities of the columns from j on."""
+    high, low = field(_NORMALIZER, j, width), field(_NORMALIZER + 1, j, width)
+    return probability(term, load(work, high), load(work, low))
+
+
 @jit
 def column_sums(work, at, n, scale, guard, exact, stored, soon):
     """Sums of the terms of columns.
@@ -1403,7 +1410,7 @@ def softmax_columns(team, parts, x, mask, temperature, out):
     tiles = tiles_of(x, out, parts)
     work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, x)
     arguments = tiles, x, mask, temperature, first_rate(temperature, x), out, work
-    each_part(one_by_one, team, parts, parts // tiles.turns, len(x) * tiles.count, (arguments, softmax_tile))
+    each_task(softmax_tile, team, parts, len(x) * tiles.count, arguments, tiles.shares)
 
 
 @jit
@@ -1419,17 +1426,14 @@ def softmax_tile(task, part, tiles, x, mask, temperature, rate, out, work):
         soon = Soon(entries, tile.following + j, results, tile.base + j, tile.step)
         rates = lane_rates(temperature, tile.number + j, tile.count - j, rate, w)
         number = tile.number + j
-        total, error = tile_sums(w, at, n, row_max, temperature, number, rates, None, w, j, width, soon)
-        high, low = normalizer(total, error)
-        store(w, field(_NORMALIZER, j, width), high)
-        store(w, field(_NORMALIZER + 1, j, width), low)
+        sums = tile_sums(w, at, n, row_max, temperature, number, rates, None, w, j, width, soon)
+        write_normalizers(sums, w, j, width)
     zero = spread(0.0, w)
     for k in range(n):
         row, terms = tile.base + k * inner, at_first + k * lanes
         ahead = row + min(tile.further, (n - 1 - k) * inner)
         for j in range(0, tile.count, lanes):
-            high, low = load(w, field(_NORMALIZER, j, width)), load(w, field(_NORMALIZER + 1, j, width))
-            value = probability(load(w, terms + j * n), high, low)
+            value = normalized(load(w, terms + j * n), w, j, width)
             value = present(entries, row + j, tile.count - j, value, zero)
             write_far_or_ahead(results, row + j, tile.count - j, value, ahead + j, tiles.far)
     if tiles.far:
@@ -1442,9 +1446,7 @@ def softmax_shallow_columns(team, parts, x, mask, temperature, out):
     tiles = tiles_of(x, out, parts)
     work = workspaces(parts, (_FIELDS + x.shape[1]) * lane_count(pointer(x)), x)
     arguments = tiles, x, mask, temperature, first_rate(temperature, x), out, work
-    each_part(
-        one_by_one, team, parts, parts // tiles.turns, len(x) * tiles.count, (arguments, softmax_shallow_tile)
-    )
+    each_task(softmax_shallow_tile, team, parts, len(x) * tiles.count, arguments, tiles.shares)
 
 
 @jit
@@ -1499,9 +1501,7 @@ def log_softmax_columns(team, parts, x, mask, temperature, out):
     tiles = tiles_of(x, out, parts)
     work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, x)
     arguments = tiles, x, mask, temperature, first_rate(temperature, x), out, work
-    each_part(
-        one_by_one, team, parts, parts // tiles.turns, len(x) * tiles.count, (arguments, log_softmax_tile)
-    )
+    each_task(log_softmax_tile, team, parts, len(x) * tiles.count, arguments, tiles.shares)
 
 
 @jit
@@ -1574,7 +1574,7 @@ def value_columns(team, parts, x, mask, temperature, out, weighted):
     tiles = tiles_of(x, None, parts)
     work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, x)
     arguments = tiles, x, mask, temperature, first_rate(temperature, x), out, weighted, work
-    each_part(one_by_one, team, parts, parts // tiles.turns, len(x) * tiles.count, (arguments, value_tile))
+    each_task(value_tile, team, parts, len(x) * tiles.count, arguments, tiles.shares)
 
 
 @jit
@@ -1682,8 +1682,8 @@ def column_maxima(entries, start, step, rows, count, out, to):
 
 
 @jit(inline="always")
-def tall_passes(team, parts, x, mask, temperature, exact, out, write):
-    """Maxima and sums of long columns, which are returned, and results unless ``write`` is None."""
+def tall_passes(team, parts, x, mask, temperature, exact, out):
+    """Maxima and sums of long columns, which are returned, and results unless ``out`` is None."""
     outer, n, inner = x.shape
     like, chunks = pointer(x), -(-n // CHUNK)
     width = strip_width(inner, like)
@@ -1692,9 +1692,9 @@ def tall_passes(team, parts, x, mask, temperature, exact, out, write):
     work = workspaces(parts, (_FIELDS + CHUNK) * width, like)
     rate, count = first_rate(temperature, like), strip_count(x.shape, width)
     numbers = maxima, sums, partial, width, work
-    for step in range(2 if write is None else 3):
-        arguments = step, x, mask, temperature, rate, exact, out, numbers, write
-        each_part(one_by_one, team, parts, parts, count, (arguments, pass_over_strip))
+    for step in range(2 if out is None else 3):
+        arguments = step, x, mask, temperature, rate, exact, out, numbers
+        each_task(pass_over_strip, team, parts, count, arguments)
         for i in range(outer):
             if step == 0:
                 merge_maxima(partial, i, chunks, inner, maxima)
@@ -1706,31 +1706,31 @@ def tall_passes(team, parts, x, mask, temperature, exact, out, write):
 @Kernel
 def tall_softmax(team, parts, x, mask, temperature, out):
     """Softmax of long columns, in three passes that are compiled as one."""
-    tall_passes(team, parts, x, mask, temperature, None, out, write_strip)
+    tall_passes(team, parts, x, mask, temperature, None, out)
 
 
 @Kernel
 def tall_log_softmax(team, parts, x, mask, temperature, out):
     """Logarithm of the softmax of long columns."""
-    tall_passes(team, parts, x, mask, temperature, (None,), out, write_log_strip)
+    tall_passes(team, parts, x, mask, temperature, (None,), out)
 
 
 @Kernel
 def tall_sums(team, parts, x, mask, temperature, exact):
     """Maxima, an array (outer, inner), and sums, (outer, 4, inner), of columns; both flat."""
-    return tall_passes(team, parts, x, mask, temperature, exact, None, None)
+    return tall_passes(team, parts, x, mask, temperature, exact, None)
 
 
 @jit
-def pass_over_strip(task, part, step, x, mask, temperature, rate, exact, out, numbers, write):
+def pass_over_strip(task, part, step, x, mask, temperature, rate, exact, out, numbers):
     """One pass over a strip."""
     maxima, sums, partial, width, work = numbers
     if step == 0:
         strip_maxima(task, x, mask, partial, width)
     elif step == 1:
         strip_sums(task, part, x, mask, temperature, rate, maxima, partial, exact, width, work)
-    elif write is not None:
-        write(task, part, x, mask, temperature, rate, maxima, sums, out, width, work)
+    elif out is not None:
+        write_strip(task, part, x, mask, temperature, rate, maxima, sums, exact, out, width, work)
 
 
 @jit
@@ -1765,62 +1765,18 @@ def merge_strips(partial, i, chunks, inner, exact, sums):
 
 
 @Kernel
-def tall_write(team, parts, x, mask, temperature, maxima, sums, out):
-    """Write the terms of each column over their sum: the second pass alone, for columns in parts."""
+def tall_write(team, parts, x, mask, temperature, maxima, sums, exact, out):
+    """Write the softmax of columns, or its logarithm if sums are exact: the last pass alone."""
     width = strip_width(x.shape[2], maxima)
     work = workspaces(parts, _FIELDS * width, maxima)
-    arguments = x, mask, temperature, first_rate(temperature, maxima), maxima, sums, out, width, work
-    each_part(one_by_one, team, parts, parts, strip_count(x.shape, width), (arguments, write_strip))
+    rate = first_rate(temperature, maxima)
+    arguments = x, mask, temperature, rate, maxima, sums, exact, out, width, work
+    each_task(write_strip, team, parts, strip_count(x.shape, width), arguments)
 
 
 @jit
-def write_strip(task, part, x, mask, temperature, rate, maxima, sums, out, width, work):
-    """Write the terms of a strip over the sums of its columns."""
-    zero = spread(0.0, maxima)
-    i, chunk, rows, first, count = strip_of(task, x.shape, width)
-    n, inner = x.shape[1:]
-    entries, results, lanes = entries_of(x, mask), pointer(out), lane_count(work)
-    start, step = place(x, i, chunk * CHUNK, first), pitch(x, 1)
-    w, base = pointer(part_of(work, part)), (i * n + chunk * CHUNK) * inner + first
-    further, plain = rows_ahead(count, w), True
-    for j in range(0, count, lanes):
-        column = i * inner + first + j
-        row_max = read(pointer(maxima), column, count - j, zero)
-        rates = lane_rates(temperature, column, count - j, rate, w)
-        plain = plain and are_plain(row_max, rates)
-        write_scales(row_max, ratio_scale(row_max, rates), rates, temperature, column, w, j, width)
-        total, error = read_sums(sums, i * 4 * inner + first + j, inner, None)
-        high, low = normalizer(total, error)
-        store(w, field(_NORMALIZER, j, width), high)
-        store(w, field(_NORMALIZER + 1, j, width), low)
-    for k in range(rows):
-        row, to = start + k * step, base + k * inner
-        ahead = min(further, rows - 1 - k)
-        for j in range(0, count, lanes):
-            prefetch_to_read(entries, row + ahead * step + j)
-            prefetch_to_write(results, to + ahead * inner + j)
-            scale, values = read_scale(w, j, width), read(entries, row + j, count - j, zero)
-            if plain:
-                power, excess = ratio_terms(values, scale, None)
-            else:
-                power, excess = ratio_terms(values, scale, read_guard(w, j, width))
-            inverse = load(w, field(_NORMALIZER, j, width)), load(w, field(_NORMALIZER + 1, j, width))
-            value = probability(term_of(power, excess), inverse[0], inverse[1])
-            write(results, to + j, count - j, present(entries, row + j, count - j, value, zero))
-
-
-@Kernel
-def tall_write_log(team, parts, x, mask, temperature, maxima, sums, out):
-    """Write the logarithms of each column: the second pass alone, for columns in parts."""
-    width = strip_width(x.shape[2], maxima)
-    work = workspaces(parts, _FIELDS * width, maxima)
-    arguments = x, mask, temperature, first_rate(temperature, maxima), maxima, sums, out, width, work
-    each_part(one_by_one, team, parts, parts, strip_count(x.shape, width), (arguments, write_log_strip))
-
-
-@jit
-def write_log_strip(task, part, x, mask, temperature, rate, maxima, sums, out, width, work):
-    """Write the logarithms of a strip."""
+def write_strip(task, part, x, mask, temperature, rate, maxima, sums, exact, out, width, work):
+    """Write the softmax of a strip, or its logarithm if sums are exact."""
     zero = spread(0.0, maxima)
     i, chunk, rows, first, count = strip_of(task, x.shape, width)
     n, inner = x.shape[1:]
@@ -1834,21 +1790,36 @@ def write_log_strip(task, part, x, mask, temperature, rate, maxima, sums, out, w
         rates = lane_rates(temperature, column, count - j, rate, w)
         plain = plain and are_plain(row_max, rates)
         own = read_sums(sums, i * 4 * inner + first + j, inner, None)
-        log_sum = spread(log_of_sum(row_max, sums_apart(own, row_max, rates, (None,))), row_max)
-        write_gaps(row_max, rates, log_sum, temperature, column, w, j, width)
-    lowest = -spread(math.inf, w)
+        if exact is None:
+            write_scales(row_max, ratio_scale(row_max, rates), rates, temperature, column, w, j, width)
+            write_normalizers(own, w, j, width)
+        else:
+            log_sum = spread(log_of_sum(row_max, sums_apart(own, row_max, rates, exact)), row_max)
+            write_gaps(row_max, rates, log_sum, temperature, column, w, j, width)
+    absent = zero if exact is None else spread(-math.inf, zero)
     for k in range(rows):
         row, to = start + k * step, base + k * inner
         ahead = min(further, rows - 1 - k)
         for j in range(0, count, lanes):
             prefetch_to_read(entries, row + ahead * step + j)
             prefetch_to_write(results, to + ahead * inner + j)
-            values = read(entries, row + j, count - j, zero)
-            if plain:
-                value = log_terms(values, read_gap(w, j, width), None)
-            else:
-                value = log_terms(values, read_gap(w, j, width), read_guard(w, j, width))
-            write(results, to + j, count - j, present(entries, row + j, count - j, value, lowest))
+            value = strip_value(read(entries, row + j, count - j, zero), w, j, width, plain, exact)
+            write(results, to + j, count - j, present(entries, row + j, count - j, value, absent))
+
+
+@jit
+def strip_value(x, work, j, width, plain, exact):
+    """Probabilities of entries of the columns from j on, or their logarithms if sums are exact."""
+    if exact is None:
+        scale = read_scale(work, j, width)
+        if plain:
+            power, excess = ratio_terms(x, scale, None)
+        else:
+            power, excess = ratio_terms(x, scale, read_guard(work, j, width))
+        return normalized(term_of(power, excess), work, j, width)
+    if plain:
+        return log_terms(x, read_gap(work, j, width), None)
+    return log_terms(x, read_gap(work, j, width), read_guard(work, j, width))
 
 
 @kernel
@@ -1887,13 +1858,11 @@ def fill_uniform(team, parts, x, n, out, logarithm):
     tasks, high, low = -(-x.size // _FILL), spread(float(n), get(x, 0)), spread(0.0, get(x, 0))
     low = spread(float(n) - float(high), high)
     partial = workspace(tasks, x)
-    each_part(one_by_one, team, parts, parts, tasks, ((x, partial), scan_entries))
+    each_task(scan_entries, team, parts, tasks, (x, partial))
     for task in range(tasks):
         if not partial[task] == 0.0:
             return False
-    each_part(
-        one_by_one, team, parts, parts, tasks, ((uniform_value(high, low, logarithm), x, out), fill_entries)
-    )
+    each_task(fill_entries, team, parts, tasks, (uniform_value(high, low, logarithm), x, out))
     return True
 
 

@@ -345,8 +345,8 @@ def _write(x, states, mask, reduced, operation):
             write = write_rows if operation == "softmax" else write_log_rows
             write(chunk.x, chunk.mask, own, maxima, sums, out)
         else:
-            write = _cpu.tall_write if operation == "softmax" else _cpu.tall_write_log
-            write(1, chunk.x, chunk.mask, own, maxima, sums, out)
+            exact = None if operation == "softmax" else (None,)
+            _cpu.tall_write(1, chunk.x, chunk.mask, own, maxima, sums, exact, out)
     out = out.view(chunk.result_dtype).reshape([chunk.shape[i] for i in chunk.order])
     return out.transpose(np.argsort(chunk.order))
 

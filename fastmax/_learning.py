@@ -25,17 +25,16 @@ from fastmax._cpu import (
     lane_rates,
     next_tile,
     no_guard,
-    one_by_one,
     pack_rows,
     padded_size,
     part_of,
     rate_at,
     read_guard,
     read_scale,
+    shares_of,
     soon_for_row,
     temperature_at,
     touch_rows,
-    turns_of,
     unpack_rows,
     workspaces,
     write_scales,
@@ -85,7 +84,7 @@ from fastmax._math import (
     top_term,
 )
 from fastmax._slice import CHUNK, Soon, fetch, is_new, lane_maxima, later, sum_lanes, touch_new
-from fastmax._threads import Kernel, each_part, parts_for
+from fastmax._threads import Kernel, each_span, each_task, parts_for
 from fastmax._tracing import traced
 
 # Rows up to so many entries are taken many at a time, transposed, one in each lane.
@@ -458,7 +457,7 @@ def cross_entropy_rows(team, parts, x, classes, probs, temperature, samples, los
     """Losses and gradients of rows whose terms a thread keeps."""
     work = workspaces(parts, padded_size(x.shape[1], x), x)
     arguments = x, classes, probs, temperature, samples, losses, out, work
-    each_part(kept_row_losses, team, parts, parts, len(x), arguments)
+    each_span(kept_row_losses, team, parts, len(x), arguments)
 
 
 @jit
@@ -472,7 +471,7 @@ def kept_row_losses(first, stop, part, x, classes, probs, temperature, samples, 
 def cross_entropy_long_rows(team, parts, x, classes, probs, temperature, samples, losses, out):
     """Losses of rows and, unless out is None, gradients; for these, terms are computed twice."""
     arguments = x, classes, probs, temperature, samples, losses, out, None, True
-    each_part(row_losses, team, parts, parts, len(x), arguments)
+    each_span(row_losses, team, parts, len(x), arguments)
 
 
 @jit
@@ -611,18 +610,19 @@ def cross_entropy_tiles(team, parts, x, classes, probs, shape, temperature, samp
     """Losses of samples and, unless out is None, gradients, tile by tile."""
     arrays = 1 if probs is None else 2
     lanes = lane_count(x)
-    turns = turns_of(shape.outer, parts)
-    width = tile_size(shape.n, shape.inner, turns, arrays, workspace(1, x))
+    shares = shares_of(shape.outer, parts)
+    abreast = parts // shares
+    width = tile_size(shape.n, shape.inner, abreast, arrays, workspace(1, x))
     work = workspaces(parts, (_FIELDS + piece_size(x)) * lanes + arrays * shape.n * width, x)
     new = is_new(pointer_to(out), x.size)
-    tiles = -(-shape.inner // width)
-    arguments = x, classes, probs, shape, temperature, samples, losses, out, width, tiles, turns, new, work
-    each_part(one_by_one, team, parts, parts // turns, shape.outer * tiles, (arguments, tile_losses))
+    tiles, distance = -(-shape.inner // width), abreast * width
+    arguments = x, classes, probs, shape, temperature, samples, losses, out, width, tiles, distance, new, work
+    each_task(tile_losses, team, parts, shape.outer * tiles, arguments, shares)
 
 
 @jit
 def tile_losses(
-    task, part, x, classes, probs, shape, temperature, samples, losses, out, width, tiles, turns, new, work
+    task, part, x, classes, probs, shape, temperature, samples, losses, out, width, tiles, distance, new, work
 ):
     """Losses and gradients of a tile of those ``tiles`` that lie side by side."""
     entries, w, lanes, n = pointer(x), pointer(part_of(work, part)), lane_count(work), shape.n
@@ -640,7 +640,7 @@ def tile_losses(
     for j in range(0, count, lanes):
         at = tile + j * n
         place = base + (j if across else j * n)
-        following = place + (next_tile(first, turns * width, shape.inner) - first) * shape.sample_step
+        following = place + (next_tile(first, distance, shape.inner) - first) * shape.sample_step
         step = shape.class_step if across else lanes
         number, present = i * shape.inner + first + j, min(lanes, count - j)
         store(w, _MAX * lanes, lane_maxima(w, at, at + n * lanes))
@@ -660,7 +660,7 @@ def cross_entropy_tall(team, parts, x, classes, probs, shape, temperature, sampl
     """Losses of columns and, unless out is None, gradients; each vector of columns is read where it lies."""
     work = workspaces(parts, _FIELDS * lane_count(x), x)
     arguments = x, classes, probs, shape, temperature, samples, losses, out, work
-    each_part(one_by_one, team, parts, 1, vectors_of(sizes_of(shape), x), (arguments, tall_losses))
+    each_task(tall_losses, team, parts, vectors_of(sizes_of(shape), x), arguments, 1)
 
 
 @jit
@@ -914,9 +914,7 @@ def write_products(probs, cotangent, start, stop, step, width, total, error, fac
 @Kernel
 def vjp_rows(team, parts, probs, cotangent, temperature, out, log):
     """Product of the cotangent with the Jacobian of softmax, or log_softmax, in each row."""
-    each_part(
-        one_by_one, team, parts, parts, len(probs), ((probs, cotangent, temperature, out, log), vjp_row)
-    )
+    each_task(vjp_row, team, parts, len(probs), (probs, cotangent, temperature, out, log))
 
 
 @jit
@@ -936,7 +934,7 @@ def vjp_columns(team, parts, probs, cotangent, temperature, out, log):
     """Product of the cotangent with the Jacobian of softmax, or log_softmax, in each column."""
     work = workspaces(parts, 3 * lane_count(probs), probs)
     arguments = probs, cotangent, temperature, out, log, work
-    each_part(one_by_one, team, parts, parts, vectors_of(probs.shape, probs), (arguments, vjp_vector))
+    each_task(vjp_vector, team, parts, vectors_of(probs.shape, probs), arguments)
 
 
 @jit
@@ -1039,7 +1037,7 @@ def write_start(table, i, top, number, first, second, weight, gap):
 @Kernel
 def fit_start_rows(team, parts, x, classes, probs, factor, table):
     """Find what a fit needs of each row."""
-    each_part(one_by_one, team, parts, parts, len(x), ((x, classes, probs, factor, table), fit_start_row))
+    each_task(fit_start_row, team, parts, len(x), (x, classes, probs, factor, table))
 
 
 @jit
@@ -1075,7 +1073,7 @@ def fit_start_columns(team, parts, x, classes, probs, factor, table):
     """Find what a fit needs of each column."""
     work = workspaces(parts, 6 * lane_count(table), table)
     arguments = x, classes, probs, factor, table, work
-    each_part(one_by_one, team, parts, parts, vectors_of(x.shape, table), (arguments, fit_start_vector))
+    each_task(fit_start_vector, team, parts, vectors_of(x.shape, table), arguments)
 
 
 @jit
@@ -1137,9 +1135,7 @@ def write_moments(moments, i, weight, total, error, first, first_error, second):
 @Kernel
 def fit_rows(team, parts, x, table, temperature, moments):
     """Mean and variance of b d in each row, at one temperature."""
-    each_part(
-        one_by_one, team, parts, parts, len(x), ((x, table, rate_of(temperature, 0.0), moments), fit_row)
-    )
+    each_task(fit_row, team, parts, len(x), (x, table, rate_of(temperature, 0.0), moments))
 
 
 @jit
@@ -1167,7 +1163,7 @@ def fit_columns(team, parts, x, table, temperature, moments):
     """Mean and variance of b d in each column, at one temperature."""
     work = workspaces(parts, 11 * lane_count(table), table)
     arguments = x, table, rate_of(temperature, 0.0), moments, work
-    each_part(one_by_one, team, parts, parts, vectors_of(x.shape, table), (arguments, fit_vector))
+    each_task(fit_vector, team, parts, vectors_of(x.shape, table), arguments)
 
 
 @jit
@@ -1374,7 +1370,7 @@ def solve_slices(team, parts, x, entropies, at_limit, temperatures, found):
     """Solve for the temperature of each slice over axis 1 of an array (outer, n, inner)."""
     work = workspaces(parts, x.shape[1], 0.0)
     arguments = x, entropies, at_limit, temperatures, found, work
-    each_part(one_by_one, team, parts, parts, len(x) * x.shape[2], (arguments, solve_one))
+    each_task(solve_one, team, parts, len(x) * x.shape[2], arguments)
 
 
 @jit

@@ -24,7 +24,7 @@ _PARTS = types.intp, types.intp, types.intp  # what `_all_parts` takes
 
 
 class Kernel:
-    """A jitted function of a team, a number of parts for `each_part`, and more arguments.
+    """A jitted function of a team, a number of parts for `each_task`, and more arguments.
 
     Other Python threads go on meanwhile. One call at a time has all threads; others keep to their own.
     """
@@ -79,23 +79,47 @@ _PIECES = 8
 _COUNTER = LINE_BYTES // np.intp().itemsize
 
 
+# These allocate nothing, and so raise no error, which a thread could tell nobody. They are for kernels only:
+# what those call is linked by name, and what is made here has a name for one kernel alone.
+
+
 @intrinsic
-def each_part(typingctx, function, team, parts, shares, count, arguments):
-    """Call ``function(first, stop, part, *arguments)`` until all of so many tasks are done.
+def each_task(typingctx, function, team, parts, count, arguments, shares=None):
+    """Call ``function(task, part, *arguments)`` for each of so many tasks.
 
-    Once for all tasks, or by a team if that is not 0, where each of so many parts goes on to another span of
-    tasks when it is done with one. Of as many shares as parts each has its own, in pieces, and takes pieces
-    of others when that is done; of one share all take the next task in turn, so that neighbours are worked on
-    together. With equal shares the slowest core, which may be a small one or one that others use, had all
-    wait: on two cores of which one was shared 1024 x 64 float32 took as long as on one.
-
-    It allocates nothing, and so raises no error, which a thread could tell nobody. It is for kernels only:
-    what those call is linked by name, and what is made here has a name for one kernel alone.
+    By one part, or by a team if that is not 0, where each of so many parts goes on to other tasks when it is
+    done with some. Each has a share of its own, in pieces, and takes pieces of others when that is done: with
+    equal shares the slowest core, which may be a small one or one that others use, had all wait, and on two
+    cores of which one was shared 1024 x 64 float32 took as long as on one. Where the number of ``shares`` is
+    given it is 1 or that of the parts; of one share all take the next task in turn, so that neighbours are
+    worked on together.
     """
+    own = function.get_call_type(typingctx, (types.intp, types.intp, *arguments), {})
+
+    def span(builder, call, first, stop, part, values):
+        with cgutils.for_range(builder, stop, start=first) as loop:
+            call(builder, [loop.index, part, *values])
+
+    return _by_parts(function, own, span, arguments, shares)
+
+
+@intrinsic
+def each_span(typingctx, function, team, parts, count, arguments):
+    """As `each_task`, for many tasks at a time: call ``function(first, stop, part, *arguments)``."""
     own = function.get_call_type(typingctx, (types.intp, types.intp, types.intp, *arguments), {})
 
+    def span(builder, call, first, stop, part, values):
+        call(builder, [first, stop, part, *values])
+
+    return _by_parts(function, own, span, arguments, None)
+
+
+def _by_parts(function, own, span, arguments, shares):
+    """Signature and code of a call for all tasks; ``span`` builds what is to be done for some of them."""
+
     def codegen(context, builder, sig, args):
-        _, team, parts, shares, count, values = args
+        team, parts, count, values, *given = args[1:]
+        shares = given[0] if given else parts
         values = _shared(context, builder, arguments, values)
         values = [builder.extract_value(values, i) for i in range(len(arguments))]
         is_alone = builder.icmp_unsigned("==", team, _SIZE(0))
@@ -106,7 +130,8 @@ def each_part(typingctx, function, team, parts, shares, count, arguments):
         values = [count, shares, pieces, counters, *values]
         data = cgutils.alloca_once(builder, ir.LiteralStructType([value.type for value in values]))
         builder.store(cgutils.pack_struct(builder, values), data)
-        call = _function_of_part(context, builder.module, function, own, data.type)
+        task = functools.partial(span, call=context.get_function(function, own))
+        call = _function_of_part(context, builder.module, task, data.type)
         data = builder.bitcast(data, call.args[2].type)
         with builder.if_else(is_alone) as (alone, together):
             with alone:
@@ -118,7 +143,8 @@ def each_part(typingctx, function, team, parts, shares, count, arguments):
                 context.call_conv.call_function(builder, team, types.none, _PARTS, [*addresses, parts])
         return context.get_dummy_value()
 
-    return types.none(function, types.intp, types.intp, types.intp, types.intp, arguments), codegen
+    kinds = [types.intp, types.intp, types.intp, arguments] + ([] if shares is None else [types.intp])
+    return types.none(function, *kinds), codegen
 
 
 def _counters(builder, count):
@@ -130,11 +156,9 @@ def _counters(builder, count):
 
 
 def _shared(context, builder, kind, value):
-    """The same value as threads share it.
+    """The same value as threads share it: no array is counted by reference, as the caller keeps them.
 
-    Arrays are not counted by reference, as the caller keeps them: else all threads would count in one place,
-    and 10**6 x 10 takes 1.3 to 1.5 times as long on two. Of functions, which their types tell, there is no
-    address: with it a kernel could not be cached.
+    Else all threads would count in one place, and 10**6 x 10 takes 1.3 to 1.5 times as long on two.
     """
     if isinstance(kind, types.BaseTuple):
         fields: Any = kind
@@ -145,13 +169,11 @@ def _shared(context, builder, kind, value):
         array = context.make_array(kind)(context, builder, value)
         array.meminfo = cgutils.get_null_value(array.meminfo.type)
         value = array._getvalue()
-    elif isinstance(kind, types.Dispatcher):
-        value = cgutils.get_null_value(value.type)
     return value
 
 
-def _function_of_part(context, module, function, signature, kind):
-    """LLVM function that a thread calls for a part: with the data of `each_part` it claims what is left.
+def _function_of_part(context, module, span, kind):
+    """LLVM function that a thread calls for a part: with the data of `_by_parts` it claims what is left.
 
     A piece is claimed by counting up the counter of a share.
     """
@@ -178,7 +200,7 @@ def _function_of_part(context, module, function, signature, kind):
             builder.sdiv(builder.mul(count, builder.add(piece, _SIZE(i))), all_pieces) for i in range(2)
         )
         with builder.if_then(builder.icmp_signed("<", first, stop)):
-            context.get_function(function, signature)(builder, [first, stop, part, *values])
+            span(builder, first=first, stop=stop, part=part, values=values)
         builder.branch(claim)
         builder.position_at_end(end)
     builder.ret(own.return_type(0))

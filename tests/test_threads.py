@@ -19,7 +19,7 @@ import fastmax
 from fastmax import _cpu, _process
 from fastmax._jit import jit
 from fastmax._slice import CHUNK
-from fastmax._threads import Kernel, each_part
+from fastmax._threads import Kernel, each_span, each_task
 
 every = pytest.mark.parametrize("name", oracle.FUNCTIONS)
 float_types = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -93,27 +93,38 @@ def test_kernels_that_are_loaded_give_the_bits_of_those_just_compiled(tmp_path):
 
 
 @jit
-def take(first, stop, part, counts, owners, burnt, steps):
-    """Count tasks, of which those of part 0 take some steps each."""
+def take(task, part, counts, owners, burnt, steps):
+    """Count a task, which takes part 0 some steps."""
+    counts[task] += 1
+    owners[task] = part
+    if part == 0:
+        for i in range(steps):
+            burnt[0] = burnt[0] * 0.5 + i
+
+
+@jit
+def take_some(first, stop, part, counts, owners, burnt, steps):
+    """Count some tasks."""
     for task in range(first, stop):
-        counts[task] += 1
-        owners[task] = part
-        if part == 0:
-            for i in range(steps):
-                burnt[0] = burnt[0] * 0.5 + i
+        take(task, part, counts, owners, burnt, steps)
 
 
 @Kernel
 def take_shares(team, parts, counts, owners, burnt, steps):
-    each_part(take, team, parts, parts, len(counts), (counts, owners, burnt, steps))
+    each_task(take, team, parts, len(counts), (counts, owners, burnt, steps))
+
+
+@Kernel
+def take_spans(team, parts, counts, owners, burnt, steps):
+    each_span(take_some, team, parts, len(counts), (counts, owners, burnt, steps))
 
 
 @Kernel
 def take_turns(team, parts, counts, owners, burnt, steps):
-    each_part(take, team, parts, 1, len(counts), (counts, owners, burnt, steps))
+    each_task(take, team, parts, len(counts), (counts, owners, burnt, steps), 1)
 
 
-@pytest.mark.parametrize("kernel", [take_shares, take_turns])
+@pytest.mark.parametrize("kernel", [take_shares, take_spans, take_turns])
 @pytest.mark.parametrize("tasks", [0, 1, 15, 16, 17, 100])
 def test_each_task_is_done_once_and_a_slow_thread_holds_up_no_other(kernel, tasks):
     threads = _process.usable_threads()
