@@ -979,46 +979,26 @@ def get_sums(array, at, inner, exact):
 
 
 @Kernel
-def long_write(team, parts, x, mask, temperature, maxima, sums, out):
-    """Write the terms of each row over their sum."""
-    chunks, arguments = len(x) * chunk_count(x.shape[1], x), (x, mask, temperature, maxima, sums, out)
-    each_task(write_chunk, team, parts, chunks, arguments)
+def long_write(team, parts, x, mask, temperature, maxima, sums, exact, out):
+    """Write the softmax of each row, or its logarithm if the sums are exact."""
+    chunks = len(x) * chunk_count(x.shape[1], x)
+    each_task(write_chunk, team, parts, chunks, (x, mask, temperature, maxima, sums, exact, out))
 
 
 @jit
-def write_chunk(task, part, x, mask, temperature, maxima, sums, out):
+def write_chunk(task, part, x, mask, temperature, maxima, sums, exact, out):
     """Write a chunk."""
     row, start, stop = chunk_of(task, x.shape[1], x)
     entries, results, rate = entries_of(x, mask), pointer(out), rate_at(temperature, row, maxima[row])
-    high, low = normalizer(*get_sums(sums, 4 * row, 1, None))
     far, soon = is_far(x, out), further_on(entries, start, stop, x.size)
-    _slice.write_softmax(entries, start, stop, maxima[row], rate, high, low, results, 0, far, soon)
+    own = get_sums(sums, 4 * row, 1, None)
+    _slice.write_slice(entries, start, stop, maxima[row], rate, own, exact, results, 0, far, soon)
 
 
 @jit
 def is_far(x, out):
     """Whether a result is too long for the caches, and not in place: what was just read they have."""
     return out.size * out.itemsize >= FAR_BYTES and out.ctypes.data != x.ctypes.data
-
-
-@Kernel
-def long_write_log(team, parts, x, mask, temperature, maxima, sums, out):
-    """Write the logarithms of each row."""
-    chunks, arguments = len(x) * chunk_count(x.shape[1], x), (x, mask, temperature, maxima, sums, out)
-    each_task(write_log_chunk, team, parts, chunks, arguments)
-
-
-@jit
-def write_log_chunk(task, part, x, mask, temperature, maxima, sums, out):
-    """Write the logarithms of a chunk."""
-    row, start, stop = chunk_of(task, x.shape[1], x)
-    rate = rate_at(temperature, row, maxima[row])
-    log_sum = log_of_sum(
-        maxima[row], sums_apart(get_sums(sums, 4 * row, 1, None), maxima[row], rate, (None,))
-    )
-    entries, results, far = entries_of(x, mask), pointer(out), is_far(x, out)
-    soon = further_on(entries, start, stop, x.size)
-    _slice.write_log_softmax(entries, start, stop, maxima[row], rate, log_sum, results, 0, far, soon)
 
 
 @kernel
@@ -1037,14 +1017,14 @@ def softmax_long_rows(parts, x, mask, temperature, out):
     """Softmax of rows that all threads share."""
     maxima = long_maxima(parts, x, mask)
     sums = long_sums(parts, x, mask, temperature, maxima, None)
-    long_write(parts, x, mask, temperature, maxima, sums, out)
+    long_write(parts, x, mask, temperature, maxima, sums, None, out)
 
 
 def log_softmax_long_rows(parts, x, mask, temperature, out):
     """Logarithm of the softmax of rows that all threads share."""
     maxima = long_maxima(parts, x, mask)
     sums = long_sums(parts, x, mask, temperature, maxima, (None,))
-    long_write_log(parts, x, mask, temperature, maxima, sums, out)
+    long_write(parts, x, mask, temperature, maxima, sums, (None,), out)
 
 
 def value_long_rows(parts, x, mask, temperature, out, weighted):
@@ -1404,40 +1384,76 @@ def tile_sums(work, at, n, row_max, temperature, first, rates, exact, stored, j,
     return column_sums(work, at, n, scale, guard, exact, stored, soon)
 
 
+@jit(inline="always")
+def write_columns(team, parts, x, mask, temperature, exact, out):
+    """Write the softmax of columns that fit a tile, or its logarithm if the sums are to be exact."""
+    tiles = tiles_of(x, out, parts)
+    work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, x)
+    arguments = tiles, x, mask, temperature, first_rate(temperature, x), exact, out, work
+    each_task(write_tile, team, parts, len(x) * tiles.count, arguments, tiles.shares)
+
+
 @Kernel
 def softmax_columns(team, parts, x, mask, temperature, out):
     """Softmax of columns that fit a tile."""
-    tiles = tiles_of(x, out, parts)
-    work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, x)
-    arguments = tiles, x, mask, temperature, first_rate(temperature, x), out, work
-    each_task(softmax_tile, team, parts, len(x) * tiles.count, arguments, tiles.shares)
+    write_columns(team, parts, x, mask, temperature, None, out)
+
+
+@Kernel
+def log_softmax_columns(team, parts, x, mask, temperature, out):
+    """Logarithm of the softmax of columns that fit a tile."""
+    write_columns(team, parts, x, mask, temperature, (None,), out)
 
 
 @jit
-def softmax_tile(task, part, tiles, x, mask, temperature, rate, out, work):
-    """Softmax of a tile of columns."""
+def write_tile(task, part, tiles, x, mask, temperature, rate, exact, out, work):
+    """Write the softmax of a tile, or its logarithm if the sums are to be exact."""
     n, inner = x.shape[1:]
     entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part))
     lanes, width = lane_count(w), tiles.width
-    tile, at_first = begin_tile(task, tiles, x, mask, out, w), _FIELDS * width
+    tile, at_first, plain = begin_tile(task, tiles, x, mask, out, w), _FIELDS * width, True
     for j in range(0, tile.count, lanes):
-        at = at_first + j * n
+        at, number = at_first + j * n, tile.number + j
         row_max = lane_maxima(w, at, at + n * lanes)
         soon = Soon(entries, tile.following + j, results, tile.base + j, tile.step)
-        rates = lane_rates(temperature, tile.number + j, tile.count - j, rate, w)
-        number = tile.number + j
-        sums = tile_sums(w, at, n, row_max, temperature, number, rates, None, w, j, width, soon)
-        write_normalizers(sums, w, j, width)
-    zero = spread(0.0, w)
+        rates = lane_rates(temperature, number, tile.count - j, rate, w)
+        if exact is None:
+            sums = tile_sums(w, at, n, row_max, temperature, number, rates, exact, w, j, width, soon)
+            write_normalizers(sums, w, j, width)
+        else:
+            sums = tile_sums(w, at, n, row_max, temperature, number, rates, exact, None, j, width, soon)
+            log_sum = log_of_sum(row_max, sums_apart(sums, row_max, rates, exact))
+            write_gaps(row_max, rates, spread(log_sum, row_max), temperature, number, w, j, width)
+            plain = plain and are_plain(row_max, rates)
     for k in range(n):
-        row, terms = tile.base + k * inner, at_first + k * lanes
+        row, at = tile.base + k * inner, at_first + k * lanes
         ahead = row + min(tile.further, (n - 1 - k) * inner)
-        for j in range(0, tile.count, lanes):
-            value = normalized(load(w, terms + j * n), w, j, width)
-            value = present(entries, row + j, tile.count - j, value, zero)
-            write_far_or_ahead(results, row + j, tile.count - j, value, ahead + j, tiles.far)
+        write_row(entries, results, row, w, at, n, tile.count, width, plain, exact, ahead, tiles.far)
     if tiles.far:
         settle()
+
+
+@jit
+def write_row(x, out, row, work, at, n, count, width, plain, exact, ahead, far):
+    """Write a row of a tile, and fetch what is written later unless it is far."""
+    lanes, zero = lane_count(work), spread(0.0, work)
+    absent = zero if exact is None else spread(-math.inf, zero)
+    for j in range(0, count, lanes):
+        value = load(work, at + j * n)
+        if exact is None:
+            value = normalized(value, work, j, width)
+        else:
+            value = log_value(value, work, j, width, plain)
+        value = present(x, row + j, count - j, value, absent)
+        write_far_or_ahead(out, row + j, count - j, value, ahead + j, far)
+
+
+@jit
+def log_value(x, work, j, width, plain):
+    """Logarithms of the softmax of columns from j on, all of them plain or some not."""
+    if plain:
+        return log_terms(x, read_gap(work, j, width), None)
+    return log_terms(x, read_gap(work, j, width), read_guard(work, j, width))
 
 
 @Kernel
@@ -1493,55 +1509,6 @@ def pack_vector(x, tile, j, n, inner, work, at):
         row_max = larger(entries, row_max)
         store(work, at + k * lanes, entries)
     return row_max
-
-
-@Kernel
-def log_softmax_columns(team, parts, x, mask, temperature, out):
-    """Logarithm of the softmax of columns that fit a tile."""
-    tiles = tiles_of(x, out, parts)
-    work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, x)
-    arguments = tiles, x, mask, temperature, first_rate(temperature, x), out, work
-    each_task(log_softmax_tile, team, parts, len(x) * tiles.count, arguments, tiles.shares)
-
-
-@jit
-def log_softmax_tile(task, part, tiles, x, mask, temperature, rate, out, work):
-    """Logarithm of the softmax of a tile of columns."""
-    n, inner = x.shape[1:]
-    entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part))
-    lanes, width = lane_count(w), tiles.width
-    tile, at_first = begin_tile(task, tiles, x, mask, out, w), _FIELDS * width
-    plain = True
-    for j in range(0, tile.count, lanes):
-        at, number = at_first + j * n, tile.number + j
-        row_max = lane_maxima(w, at, at + n * lanes)
-        soon = Soon(entries, tile.following + j, results, tile.base + j, tile.step)
-        rates = lane_rates(temperature, number, tile.count - j, rate, w)
-        sums = tile_sums(w, at, n, row_max, temperature, number, rates, (None,), None, j, width, soon)
-        log_sum = log_of_sum(row_max, sums_apart(sums, row_max, rates, (None,)))
-        write_gaps(row_max, rates, spread(log_sum, row_max), temperature, number, w, j, width)
-        plain = plain and are_plain(row_max, rates)
-    for k in range(n):
-        row, at = tile.base + k * inner, at_first + k * lanes
-        ahead = row + min(tile.further, (n - 1 - k) * inner)
-        write_log_row(entries, results, row, w, at, n, tile.count, width, plain, ahead, tiles.far)
-    if tiles.far:
-        settle()
-
-
-@jit
-def write_log_row(x, out, row, work, at, n, count, width, plain, ahead, far):
-    """Write the logarithms of a row of a tile, and fetch what is written later unless it is far."""
-    lanes = lane_count(work)
-    lowest = -spread(math.inf, work)
-    for j in range(0, count, lanes):
-        entries = load(work, at + j * n)
-        if plain:
-            value = log_terms(entries, read_gap(work, j, width), None)
-        else:
-            value = log_terms(entries, read_gap(work, j, width), read_guard(work, j, width))
-        value = present(x, row + j, count - j, value, lowest)
-        write_far_or_ahead(out, row + j, count - j, value, ahead + j, far)
 
 
 @traced
@@ -1809,17 +1776,15 @@ def write_strip(task, part, x, mask, temperature, rate, maxima, sums, exact, out
 
 @jit
 def strip_value(x, work, j, width, plain, exact):
-    """Probabilities of entries of the columns from j on, or their logarithms if sums are exact."""
-    if exact is None:
-        scale = read_scale(work, j, width)
-        if plain:
-            power, excess = ratio_terms(x, scale, None)
-        else:
-            power, excess = ratio_terms(x, scale, read_guard(work, j, width))
-        return normalized(term_of(power, excess), work, j, width)
+    """Probabilities of entries of the columns from j on, or their logarithms if the sums are exact."""
+    if exact is not None:
+        return log_value(x, work, j, width, plain)
+    scale = read_scale(work, j, width)
     if plain:
-        return log_terms(x, read_gap(work, j, width), None)
-    return log_terms(x, read_gap(work, j, width), read_guard(work, j, width))
+        power, excess = ratio_terms(x, scale, None)
+    else:
+        power, excess = ratio_terms(x, scale, read_guard(work, j, width))
+    return normalized(term_of(power, excess), work, j, width)
 
 
 @kernel

@@ -27,11 +27,9 @@ from fastmax._math import (
     entropy_value,
     guarded_scale,
     is_plain,
-    log_of_sum,
     logsumexp_value,
     merge,
     misses_faint_terms,
-    normalizer,
     plain_scale,
     rate_of,
     settled,
@@ -341,12 +339,9 @@ def _write(x, states, mask, reduced, operation):
         sums = np.zeros((len(ordered), 4), chunk.dtype)
         sums_of_kernels(ordered, maxima, own, sums)
         sums = sums.reshape(-1, _inner(chunk.x), 4).transpose(0, 2, 1).reshape(-1)
-        if chunk.x.ndim == 2:
-            write = write_rows if operation == "softmax" else write_log_rows
-            write(chunk.x, chunk.mask, own, maxima, sums, out)
-        else:
-            exact = None if operation == "softmax" else (None,)
-            _cpu.tall_write(1, chunk.x, chunk.mask, own, maxima, sums, exact, out)
+        exact = None if operation == "softmax" else (None,)
+        write = write_rows if chunk.x.ndim == 2 else functools.partial(_cpu.tall_write, 1)
+        write(chunk.x, chunk.mask, own, maxima, sums, exact, out)
     out = out.view(chunk.result_dtype).reshape([chunk.shape[i] for i in chunk.order])
     return out.transpose(np.argsort(chunk.order))
 
@@ -394,32 +389,15 @@ def sums_of_rows(x, mask, temperature, exact):
 
 
 @_serial
-def write_rows(x, mask, temperature, maxima, sums, out):
-    """Write the terms of rows over their sums."""
+def write_rows(x, mask, temperature, maxima, sums, exact, out):
+    """Write the softmax of rows, or its logarithm if the sums are exact."""
     rows, n = x.shape
     entries, pitch, results = entries_of(x, mask), _cpu.pitch(x, 0), pointer(out)
     for row in range(rows):
         start, stop, shift = row * pitch, row * pitch + n, row * (n - pitch)
-        rate = _cpu.rate_at(temperature, row, maxima[row])
-        high, low = normalizer(*_cpu.get_sums(sums, 4 * row, 1, None))
-        soon = soon_in_chunk(entries, row, rows, n, pitch)
-        _slice.write_softmax(entries, start, stop, maxima[row], rate, high, low, results, shift, False, soon)
-
-
-@_serial
-def write_log_rows(x, mask, temperature, maxima, sums, out):
-    """Write the logarithms of rows."""
-    rows, n = x.shape
-    entries, pitch, results = entries_of(x, mask), _cpu.pitch(x, 0), pointer(out)
-    for row in range(rows):
-        start, stop, shift = row * pitch, row * pitch + n, row * (n - pitch)
-        rate = _cpu.rate_at(temperature, row, maxima[row])
-        beside = sums_apart(_cpu.get_sums(sums, 4 * row, 1, None), maxima[row], rate, (None,))
-        log_sum = log_of_sum(maxima[row], beside)
-        soon = soon_in_chunk(entries, row, rows, n, pitch)
-        _slice.write_log_softmax(
-            entries, start, stop, maxima[row], rate, log_sum, results, shift, False, soon
-        )
+        top, own = maxima[row], _cpu.get_sums(sums, 4 * row, 1, None)
+        rate, soon = _cpu.rate_at(temperature, row, top), soon_in_chunk(entries, row, rows, n, pitch)
+        _slice.write_slice(entries, start, stop, top, rate, own, exact, results, shift, False, soon)
 
 
 # -- states ---------------------------------------------------------------------------------------

@@ -543,23 +543,25 @@ def sums_apart(sums, row_max, rate, exact):
 
 
 @jit
-def write_softmax(x, start, stop, row_max, rate, high, low, out, shift, far, soon):
-    """`write_terms` at the temperature of a rate."""
-    if is_plain(row_max, rate):
-        write_terms(x, start, stop, ratio_scale(row_max, rate), None, high, low, out, shift, far, soon)
-    else:
-        scale, guard = guarded_scale(row_max, rate.temperature)
-        write_terms(x, start, stop, scale, guard, high, low, out, shift, far, soon)
+def write_slice(x, start, stop, row_max, rate, sums, exact, out, shift, far, soon):
+    """Write the softmax of entries of a slice, or its logarithm if the sums are exact.
 
-
-@jit
-def write_log_softmax(x, start, stop, row_max, rate, log_sum, out, shift, far, soon):
-    """`write_log_terms` at the temperature of a rate."""
-    if is_plain(row_max, rate):
-        write_log_terms(x, start, stop, plain_gap(row_max, rate, log_sum), None, out, shift, far, soon)
+    Results go to ``out``, at an index shifted by so much.
+    """
+    if exact is None:
+        high, low = normalizer(*sums)
+        if is_plain(row_max, rate):
+            write_terms(x, start, stop, ratio_scale(row_max, rate), None, high, low, out, shift, far, soon)
+        else:
+            scale, guard = guarded_scale(row_max, rate.temperature)
+            write_terms(x, start, stop, scale, guard, high, low, out, shift, far, soon)
     else:
-        gap, guard = guarded_gap(row_max, rate.temperature, log_sum)
-        write_log_terms(x, start, stop, gap, guard, out, shift, far, soon)
+        log_sum = log_of_sum(row_max, sums_apart(sums, row_max, rate, exact))
+        if is_plain(row_max, rate):
+            write_log_terms(x, start, stop, plain_gap(row_max, rate, log_sum), None, out, shift, far, soon)
+        else:
+            gap, guard = guarded_gap(row_max, rate.temperature, log_sum)
+            write_log_terms(x, start, stop, gap, guard, out, shift, far, soon)
 
 
 @traced
@@ -570,8 +572,7 @@ def log_softmax_of(x, start, stop, rate, out, shift, soon):
     """
     row_max = maximum(x, start, stop)
     sums = sums_of_slice(x, start, stop, row_max, rate, (None,), None, 0, soon)
-    log_sum = log_of_sum(row_max, sums_apart(sums, row_max, rate, (None,)))
-    write_log_softmax(x, start, stop, row_max, rate, log_sum, out, shift, False, soon)
+    write_slice(x, start, stop, row_max, rate, sums, (None,), out, shift, False, soon)
 
 
 @traced

@@ -320,13 +320,15 @@ fma: Any = getattr(_fma, "ufunc")  # noqa: B009
 
 
 def _dtype(like):
-    return like.dtype if isinstance(like, np.ndarray | np.generic) else np.dtype(np.float64)
+    return getattr(like, "dtype", DTYPES["float64"])
 
 
 def spread(value, like):
-    if not isinstance(like, np.ndarray):
-        return _dtype(like).type(value)
-    if np.shape(value) == like.shape:
+    kind = type(like)
+    if kind is not np.ndarray:
+        kind = kind if issubclass(kind, np.generic) else np.float64
+        return value if type(value) is kind else kind(value)
+    if type(value) is np.ndarray and value.shape == like.shape:
         return np.asarray(value, like.dtype)
     result = np.empty_like(like)  # and filled, in half of the time of `np.broadcast_to`
     result.fill(value)
@@ -355,7 +357,7 @@ def power_of_two(exponent):
 
 
 def select(condition, yes, no):
-    return np.where(condition, yes, no) if np.ndim(condition) else yes if condition else no
+    return np.where(condition, yes, no) if type(condition) is np.ndarray else yes if condition else no
 
 
 def _half(start):
