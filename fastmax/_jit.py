@@ -336,7 +336,7 @@ def jit(function=None, raises=False, **options) -> Any:
 
 
 def kernel(function, **options) -> Any:
-    """``numba.njit`` for what Python calls, and C never; its machine code is cached, with all that it calls."""
+    """``numba.njit`` for what Python calls, not C; its machine code is cached, with all that it calls."""
     dispatcher = _njit(function, CPUDispatcher, _KernelCompiler, no_cfunc_wrapper=True, **options)
     if CACHED:
         dispatcher._cache = _KernelCache(dispatcher.py_func)

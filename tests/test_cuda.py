@@ -5,6 +5,7 @@ import numpy as np
 import oracle
 import pytest
 from conformance import TEMPERATURES, cases, slices, wrong_beside_unlike_parts
+from marks import nightly
 from paths import IN_PLACE, PATHS
 
 import fastmax
@@ -130,6 +131,9 @@ def _small(monkeypatch):
     small_classes(monkeypatch)
 
 
+LONG = (2032, 2033, 4080, 4081)
+
+
 def check(name, n, axis, dtype=np.float32, count=3, temperature=0.7):
     """Assert that slices of a length are right, each at a temperature of its own, and one with NaN."""
     rng = np.random.default_rng(n)
@@ -143,24 +147,42 @@ def check(name, n, axis, dtype=np.float32, count=3, temperature=0.7):
 
 
 @pytest.mark.usefixtures("_small")
-@pytest.mark.parametrize("n", [32, 33, 64, 65, 256, 257, 512, 513, 1020, 1021, 2032, 2033, 4080, 4081])
-@pytest.mark.parametrize("name", oracle.FUNCTIONS)
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [
+        *((name, n) for name in oracle.FUNCTIONS for n in (32, 33, 64, 65, 256, 257, 512, 513, 1020, 1021)),
+        *(("softmax", n) for n in LONG),
+        *nightly(*((name, n) for name in oracle.FUNCTIONS[1:] for n in LONG)),
+    ],
+)
 def test_rows_on_both_sides_of_thresholds(name, n):
     check(name, n, 1)
 
 
 @pytest.mark.usefixtures("_small")
 @pytest.mark.parametrize("count", [3, 8, 20])
-@pytest.mark.parametrize("n", [8, 9, 32, 33, 128, 129])
-@pytest.mark.parametrize("name", oracle.FUNCTIONS)
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [
+        *((name, n) for name in oracle.FUNCTIONS for n in (8, 9, 32, 33)),
+        *(("softmax", n) for n in (128, 129)),
+        *nightly(*((name, n) for name in oracle.FUNCTIONS[1:] for n in (128, 129))),
+    ],
+)
 def test_columns_on_both_sides_of_thresholds(name, n, count):
     """Of 3 columns, which are not aligned, of 8, which fill a short line, and of 20: one and a part."""
     check(name, n, 0, count=count)
 
 
 @pytest.mark.usefixtures("_small")
-@pytest.mark.parametrize("dtype", [np.float64, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("n", [200, 519, 1500, 3000, 9001])
+@pytest.mark.parametrize(
+    ("n", "dtype"),
+    [
+        *((n, dtype) for n in (200, 519, 1500) for dtype in (np.float64, np.float16, ml_dtypes.bfloat16)),
+        *[(3000, np.float16), (3000, ml_dtypes.bfloat16), (9001, np.float16)],
+        *nightly((3000, np.float64), (9001, np.float64), (9001, ml_dtypes.bfloat16)),
+    ],
+)
 def test_other_dtypes_in_blocks_teams_and_parts(n, dtype):
     check("softmax", n, 1, dtype)
     check("log_softmax", n, 1, dtype)
@@ -189,7 +211,7 @@ def test_columns_of_other_dtypes_in_tiles(n, dtype):
 @pytest.mark.usefixtures("_small")
 @pytest.mark.parametrize("start", range(4))
 @pytest.mark.parametrize("out_start", [None, 0, 1])
-@pytest.mark.parametrize("n", [5, 21, 67, 515, 700, 1100])
+@pytest.mark.parametrize("n", [5, 21, 67, 515, 700, *nightly(1100)])
 def test_rows_that_begin_anywhere(n, out_start, start):
     """Entries before and behind x are no part of it, and those around the result stay as they are."""
     x = np.random.default_rng(n).normal(scale=3.0, size=(3, n)).astype(np.float32)
@@ -230,7 +252,8 @@ def test_one_temperature_on_the_gpu_serves_all_slices(shape, name):
 
 @pytest.mark.usefixtures("_small")
 @pytest.mark.parametrize(
-    ("n", "dtype"), [*((n, np.float32) for n in (700, 1500, 3000)), (3000, ml_dtypes.bfloat16)]
+    ("n", "dtype"),
+    [(700, np.float32), (3000, ml_dtypes.bfloat16), *nightly((1500, np.float32), (3000, np.float32))],
 )
 def test_parts_of_a_team_may_be_unlike_each_other(n, dtype):
     """In a tile of one block, in a cluster and in blocks of the grid."""

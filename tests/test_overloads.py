@@ -10,6 +10,7 @@ import numba
 import numpy as np
 import oracle
 import pytest
+from marks import nightly
 from numba import prange
 from numba.core.errors import TypingError
 from numba.extending import overload
@@ -43,7 +44,7 @@ def logsumexp_along(x, temperature, axis):
 ALONG = {fastmax.softmax: softmax_along, fastmax.logsumexp: logsumexp_along}
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(np.float32, marks=pytest.mark.nightly), np.float64])
+@pytest.mark.parametrize("dtype", [*nightly(np.float32), np.float64])
 def test_vectors(dtype):
     @numba.njit
     def call(x):
@@ -67,9 +68,7 @@ def test_vectors(dtype):
     assert results[2:] == (-np.inf, 0.0)
 
 
-@pytest.mark.parametrize(
-    "function", [fastmax.softmax, pytest.param(fastmax.logsumexp, marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize("function", [fastmax.softmax, *nightly(fastmax.logsumexp)])
 def test_axes_and_temperatures(function):
     call = ALONG[function]
     for axis in (0, 1, 2, -1, -2, -3):
@@ -82,9 +81,7 @@ def test_axes_and_temperatures(function):
                 same(call(x, temperature, axis), expected)
 
 
-@pytest.mark.parametrize(
-    "axis", [(-1, 0), *(pytest.param(axis, marks=pytest.mark.nightly) for axis in (None, (0, 2), ()))]
-)
+@pytest.mark.parametrize("axis", [(-1, 0), *nightly(None, ((0, 2),), ((),))])
 def test_several_axes(axis):
     call = numba.njit(lambda x: fastmax.entropy(x, 0.7, axis=axis))
     np.testing.assert_allclose(call(X), fastmax.entropy(X, 0.7, axis=axis), rtol=1e-14)
@@ -180,9 +177,8 @@ def test_typing_errors_say_what_is_wrong(function, message):
 @pytest.mark.parametrize(
     "expression",
     [
-        "softmax(x[0], 0.3)",
         "log_softmax(x, t, axis=0)",
-        "entropy(x[:, ::2], 0.3, axis=1)",
+        *nightly("softmax(x[0], 0.3)", "entropy(x[:, ::2], 0.3, axis=1)"),
     ],
 )
 def test_cached_callers(expression, tmp_path):

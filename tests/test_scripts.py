@@ -255,6 +255,7 @@ def test_digits_are_learnt_and_calibrated(tmp_path):
 # --- fit_exp2.py ----------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_fit_derives_the_coefficients_of_the_kernels():
     printed = run("fit_exp2.py", "--samples", 1000, "--checks", 20)
     coefficients = re.findall(r'fromhex\("([^"]+)"\)', printed)
