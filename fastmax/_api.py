@@ -26,6 +26,15 @@ _SMALL = 2**17
 _FEW = 2**13, 320
 
 
+# Where the kernels of an `Operation` are, and their names after its own.
+_KERNELS = {
+    "vector": ("_slice", "{}_vector"),
+    "few_rows": ("_cpu", "{}_few_rows"),
+    "schedule": ("_cpu", "{}"),
+    "broadcast": ("_gufunc", "{}"),
+}
+
+
 class Operation:
     """One of the four functions, and its kernels, which are imported when they are first called.
 
@@ -43,21 +52,18 @@ class Operation:
         self.elementwise = elementwise
         self.absent = absent
 
-    @functools.cached_property
-    def vector(self):
-        return getattr(_imported("_slice"), f"{self.name}_vector")
+    def __getattr__(self, kind):
+        """Kernels that have not been called yet.
 
-    @functools.cached_property
-    def few_rows(self):
-        return getattr(_imported("_cpu"), f"{self.name}_few_rows")
-
-    @functools.cached_property
-    def schedule(self):
-        return getattr(_imported("_cpu"), self.name)
-
-    @functools.cached_property
-    def broadcast(self):
-        return getattr(_imported("_gufunc"), self.name)
+        A `functools.cached_property` has a lock in Python 3.11, which a fork in another thread would leave
+        locked for good.
+        """
+        if kind not in _KERNELS:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {kind!r}")
+        module, name = _KERNELS[kind]
+        kernels = getattr(_imported(module), name.format(self.name))
+        setattr(self, kind, kernels)
+        return kernels
 
 
 @functools.cache

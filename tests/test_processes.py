@@ -289,6 +289,35 @@ while os.waitpid(child, os.WNOHANG) == (0, 0):
 
 
 @forks
+def test_fork_right_after_another_thread_has_imported():
+    """It holds nothing then that a child would find locked for good."""
+    run("""
+import signal, time
+from fastmax import _api
+
+usual, found = _api._imported, threading.Event()
+
+def slowly(name):
+    module = usual(name)
+    found.set()
+    time.sleep(0.5)
+    return module
+
+_api._imported = slowly
+thread = threading.Thread(target=fastmax.softmax, args=([1.0, 2.0, 3.0],))
+thread.start()
+assert found.wait(60.0)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    fastmax.softmax([1.0, 2.0, 3.0])
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+thread.join()
+""")
+
+
+@forks
 @pytest.mark.parametrize(
     ("module", "call"),
     [
