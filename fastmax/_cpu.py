@@ -1069,8 +1069,8 @@ def field(quantity, j, width):
 
 
 @jit
-def tile_width(n, inner, tasks, far, like):
-    """Columns of a tile: whole lanes that fit the tile's bytes, and tiles enough for all tasks.
+def tile_width(n, inner, takers, far, like):
+    """Columns of a tile: whole lanes that fit the tile's bytes, and tiles for all takers of neighbours.
 
     The rows of a tile of few are long, and the next tile is fetched while terms are computed: the second
     cache has room for both and for results. In 2 MB 100 x 10000 float32 takes 0.7 of the time for it,
@@ -1078,7 +1078,7 @@ def tile_width(n, inner, tasks, far, like):
     """
     lanes = lane_count(like)
     fit = TILE_BYTES // (n * lanes * like.itemsize)
-    share = -(-inner // (lanes * tasks))
+    share = -(-inner // (lanes * takers))
     row = AHEAD_BYTES // LANE_BYTES
     if far or n > SECOND_CACHE_BYTES // (4 * AHEAD_BYTES):
         row //= 2
@@ -1128,10 +1128,10 @@ def tiles_of(x, out, parts):
         far, new = are_far_columns(x, out), is_new(pointer(out), out.size)
         lead = to_stream(pointer(out), 0) if far else 0
     shares = shares_of(len(x), parts)
-    abreast = parts // shares
-    width = tile_width(n, inner, abreast, far, workspace(1, x))
+    takers = parts // shares
+    width = tile_width(n, inner, takers, far, workspace(1, x))
     lack = width - lead if lead > 0 else 0
-    return Tiles(width, -(-(inner + lack) // width), lack, far, new, shares, abreast * width)
+    return Tiles(width, -(-(inner + lack) // width), lack, far, new, shares, takers * width)
 
 
 @jit
@@ -1417,11 +1417,11 @@ def write_tile(task, part, tiles, x, mask, temperature, rate, exact, out, work):
         row_max = lane_maxima(w, at, at + n * lanes)
         soon = Soon(entries, tile.following + j, results, tile.base + j, tile.step)
         rates = lane_rates(temperature, number, tile.count - j, rate, w)
+        stored = kept_terms(w, exact)
+        sums = tile_sums(w, at, n, row_max, temperature, number, rates, exact, stored, j, width, soon)
         if exact is None:
-            sums = tile_sums(w, at, n, row_max, temperature, number, rates, exact, w, j, width, soon)
             write_normalizers(sums, w, j, width)
         else:
-            sums = tile_sums(w, at, n, row_max, temperature, number, rates, exact, None, j, width, soon)
             log_sum = log_of_sum(row_max, sums_apart(sums, row_max, rates, exact))
             write_gaps(row_max, rates, spread(log_sum, row_max), temperature, number, w, j, width)
             plain = plain and are_plain(row_max, rates)
@@ -1431,6 +1431,12 @@ def write_tile(task, part, tiles, x, mask, temperature, rate, exact, out, work):
         write_row(entries, results, row, w, at, n, tile.count, width, plain, exact, ahead, tiles.far)
     if tiles.far:
         settle()
+
+
+@traced
+def kept_terms(work, exact):
+    """Where the terms of a tile are kept: in place of its entries, or nowhere for logarithms."""
+    return work if exact is None else None
 
 
 @jit

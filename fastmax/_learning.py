@@ -568,11 +568,11 @@ def sizes_of(shape):
 
 
 @jit
-def tile_size(n, samples, tasks, arrays, like):
-    """Samples of a tile: whole lanes of so many arrays that fit its bytes, and tiles enough for all tasks."""
+def tile_size(n, samples, takers, arrays, like):
+    """Samples of a tile: whole lanes of so many arrays that fit its bytes, and tiles for all takers."""
     lanes = lane_count(like)
     fit = TILE_BYTES // (n * arrays * lanes * like.itemsize)
-    share = -(-samples // (lanes * tasks))
+    share = -(-samples // (lanes * takers))
     return lanes * max(1, min(fit, share, 32))
 
 
@@ -611,11 +611,11 @@ def cross_entropy_tiles(team, parts, x, classes, probs, shape, temperature, samp
     arrays = 1 if probs is None else 2
     lanes = lane_count(x)
     shares = shares_of(shape.outer, parts)
-    abreast = parts // shares
-    width = tile_size(shape.n, shape.inner, abreast, arrays, workspace(1, x))
+    takers = parts // shares
+    width = tile_size(shape.n, shape.inner, takers, arrays, workspace(1, x))
     work = workspaces(parts, (_FIELDS + piece_size(x)) * lanes + arrays * shape.n * width, x)
     new = is_new(pointer_to(out), x.size)
-    tiles, distance = -(-shape.inner // width), abreast * width
+    tiles, distance = -(-shape.inner // width), takers * width
     arguments = x, classes, probs, shape, temperature, samples, losses, out, width, tiles, distance, new, work
     each_task(tile_losses, team, parts, shape.outer * tiles, arguments, shares)
 

@@ -542,26 +542,36 @@ def sums_apart(sums, row_max, rate, exact):
     return apart(sums, spread(1.0, row_max) if has_moments(exact) else unit_of(row_max, rate))
 
 
-@jit
+@traced
 def write_slice(x, start, stop, row_max, rate, sums, exact, out, shift, far, soon):
     """Write the softmax of entries of a slice, or its logarithm if the sums are exact.
 
-    Results go to ``out``, at an index shifted by so much.
+    Results go to ``out``, at an index shifted by so much. Traced, as jitted code would compile both.
     """
-    if exact is None:
-        high, low = normalizer(*sums)
-        if is_plain(row_max, rate):
-            write_terms(x, start, stop, ratio_scale(row_max, rate), None, high, low, out, shift, far, soon)
-        else:
-            scale, guard = guarded_scale(row_max, rate.temperature)
-            write_terms(x, start, stop, scale, guard, high, low, out, shift, far, soon)
+    write = write_softmax if exact is None else write_log_softmax
+    write(x, start, stop, row_max, rate, sums, out, shift, far, soon)
+
+
+@jit
+def write_softmax(x, start, stop, row_max, rate, sums, out, shift, far, soon):
+    """`write_terms` at the temperature of a rate."""
+    high, low = normalizer(*sums)
+    if is_plain(row_max, rate):
+        write_terms(x, start, stop, ratio_scale(row_max, rate), None, high, low, out, shift, far, soon)
     else:
-        log_sum = log_of_sum(row_max, sums_apart(sums, row_max, rate, exact))
-        if is_plain(row_max, rate):
-            write_log_terms(x, start, stop, plain_gap(row_max, rate, log_sum), None, out, shift, far, soon)
-        else:
-            gap, guard = guarded_gap(row_max, rate.temperature, log_sum)
-            write_log_terms(x, start, stop, gap, guard, out, shift, far, soon)
+        scale, guard = guarded_scale(row_max, rate.temperature)
+        write_terms(x, start, stop, scale, guard, high, low, out, shift, far, soon)
+
+
+@jit
+def write_log_softmax(x, start, stop, row_max, rate, sums, out, shift, far, soon):
+    """`write_log_terms` at the temperature of a rate."""
+    log_sum = log_of_sum(row_max, sums_apart(sums, row_max, rate, (None,)))
+    if is_plain(row_max, rate):
+        write_log_terms(x, start, stop, plain_gap(row_max, rate, log_sum), None, out, shift, far, soon)
+    else:
+        gap, guard = guarded_gap(row_max, rate.temperature, log_sum)
+        write_log_terms(x, start, stop, gap, guard, out, shift, far, soon)
 
 
 @traced

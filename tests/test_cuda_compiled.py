@@ -75,10 +75,19 @@ SPECS = {
 }
 
 
-# The scarcest of their kind.
+# Those that fill their registers, and one of each function.
 BY_DAY = (
-    *("short", "warp, shifted", "warp bfloat16, shifted", "block", "block float64", "tile", "team bfloat16"),
-    *("cluster", "lines of a cluster float16", "columns in registers", "second part", "merging", "strided"),
+    *(
+        "warp",
+        "half a warp",
+        "warp float64",
+        "warp float64, shifted",
+        "block",
+        "block float64",
+        "block entropy",
+    ),
+    *("tile", "team entropy", "cluster bfloat16", "lines of a cluster float16", "narrow lines of a cluster"),
+    *("columns", "columns in registers", "first part", "part of a column", "merging", "strided"),
 )
 
 
