@@ -26,17 +26,28 @@ _SMALL = 2**17
 _FEW = 2**13, 320
 
 
-# Where the kernels of an `Operation` are, and their names after its own.
-_KERNELS = {
-    "vector": ("_slice", "{}_vector"),
-    "few_rows": ("_cpu", "{}_few_rows"),
-    "schedule": ("_cpu", "{}"),
-    "broadcast": ("_gufunc", "{}"),
-}
+class _Kernels:
+    """Kernels of an operation, which are imported when they are first called, by the end of their names.
+
+    A `functools.cached_property` has a lock in Python 3.11, which a fork in another thread would leave locked
+    for good.
+    """
+
+    def __init__(self, module, end=""):
+        self._module = module
+        self._end = end
+
+    def __set_name__(self, owner, name):
+        self._kind = name
+
+    def __get__(self, operation, owner) -> Any:
+        kernels = getattr(_imported(self._module), operation.name + self._end)
+        setattr(operation, self._kind, kernels)  # which then come before this
+        return kernels
 
 
 class Operation:
-    """One of the four functions, and its kernels, which are imported when they are first called.
+    """One of the four functions, and its kernels.
 
     ``elementwise`` says whether the result has the shape of x, else it is one value per slice; ``absent`` is
     the value of an entry where ``where`` is False, or of a slice of which nothing is left. The kernels:
@@ -47,23 +58,15 @@ class Operation:
     - ``broadcast``: slices of any stride, against temperatures of any shape.
     """
 
+    vector = _Kernels("_slice", "_vector")
+    few_rows = _Kernels("_cpu", "_few_rows")
+    schedule = _Kernels("_cpu")
+    broadcast = _Kernels("_gufunc")
+
     def __init__(self, name, elementwise, absent):
         self.name = name
         self.elementwise = elementwise
         self.absent = absent
-
-    def __getattr__(self, kind):
-        """Kernels that have not been called yet.
-
-        A `functools.cached_property` has a lock in Python 3.11, which a fork in another thread would leave
-        locked for good.
-        """
-        if kind not in _KERNELS:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {kind!r}")
-        module, name = _KERNELS[kind]
-        kernels = getattr(_imported(module), name.format(self.name))
-        setattr(self, kind, kernels)
-        return kernels
 
 
 @functools.cache
