@@ -275,14 +275,18 @@ def _lie_in_rows(blocks):
     )
 
 
+def _exact(operation):
+    """How terms are summed for an operation, as `lane_sums` has it."""
+    return {"softmax": None, "entropy": (True,)}.get(operation, (None,))
+
+
 def _states(x, temperature, mask, reduced, operation):
     """States of the slices of a chunk, with an axis of one for each reduced axis."""
     temperature = _api._as_temperature(temperature)
     batch = np.broadcast_shapes(x.shape[: x.ndim - reduced], temperature.shape)
     if x.size and 0 not in batch:
         chunk = _Chunk(x, mask, reduced, batch)
-        exact = {"softmax": None, "entropy": (True,)}.get(operation, (None,))
-        states = chunk.states(chunk.temperatures(temperature), exact)
+        states = chunk.states(chunk.temperatures(temperature), _exact(operation))
         if operation == "logsumexp" and (temperature > 1.0).any():
             _keep_faint_terms(states, x, mask, reduced)
     else:
@@ -339,9 +343,8 @@ def _write(x, states, mask, reduced, operation):
         sums = np.zeros((len(ordered), 4), chunk.dtype)
         sums_of_kernels(ordered, maxima, own, sums)
         sums = sums.reshape(-1, _inner(chunk.x), 4).transpose(0, 2, 1).reshape(-1)
-        exact = None if operation == "softmax" else (None,)
         write = write_rows if chunk.x.ndim == 2 else functools.partial(_cpu.tall_write, 1)
-        write(chunk.x, chunk.mask, own, maxima, sums, exact, out)
+        write(chunk.x, chunk.mask, own, maxima, sums, _exact(operation), out)
     out = out.view(chunk.result_dtype).reshape([chunk.shape[i] for i in chunk.order])
     return out.transpose(np.argsort(chunk.order))
 

@@ -582,7 +582,7 @@ def log_softmax_of(x, start, stop, rate, out, shift, soon):
     """
     row_max = maximum(x, start, stop)
     sums = sums_of_slice(x, start, stop, row_max, rate, (None,), None, 0, soon)
-    write_slice(x, start, stop, row_max, rate, sums, (None,), out, shift, False, soon)
+    write_log_softmax(x, start, stop, row_max, rate, sums, out, shift, False, soon)
 
 
 @traced
