@@ -21,13 +21,16 @@ from fastmax._cpu import (
     PARALLEL_ROWS,
     STORED_BYTES,
     TILE_BYTES,
+    Tiles,
     are_plain,
     lane_rates,
+    mixed_scales,
     next_tile,
     no_guard,
     pack_rows,
     padded_size,
     part_of,
+    put_scale,
     rate_at,
     read_guard,
     read_scale,
@@ -37,7 +40,6 @@ from fastmax._cpu import (
     touch_rows,
     unpack_rows,
     workspaces,
-    write_scales,
 )
 from fastmax._jit import jit
 from fastmax._lanes import (
@@ -66,9 +68,7 @@ from fastmax._math import (
     LARGEST,
     LARGEST_MULTIPLIER,
     LOG_2,
-    Guard,
     Rate,
-    Scale,
     add,
     guarded_scale,
     is_plain,
@@ -613,38 +613,36 @@ def cross_entropy_tiles(team, parts, x, classes, probs, shape, temperature, samp
     shares = shares_of(shape.outer, parts)
     takers = parts // shares
     width = tile_size(shape.n, shape.inner, takers, arrays, workspace(1, x))
-    work = workspaces(parts, (_FIELDS + piece_size(x)) * lanes + arrays * shape.n * width, x)
     new = is_new(pointer_to(out), x.size)
-    tiles, distance = -(-shape.inner // width), takers * width
-    arguments = x, classes, probs, shape, temperature, samples, losses, out, width, tiles, distance, new, work
-    each_task(tile_losses, team, parts, shape.outer * tiles, arguments, shares)
+    tiles = Tiles(width, -(-shape.inner // width), 0, False, new, shares, takers * width)
+    work = workspaces(parts, (_FIELDS + piece_size(x)) * lanes + arrays * shape.n * width, x)
+    arguments = tiles, x, classes, probs, shape, temperature, samples, losses, out, work
+    each_task(tile_losses, team, parts, shape.outer * tiles.count, arguments, shares)
 
 
 @jit
-def tile_losses(
-    task, part, x, classes, probs, shape, temperature, samples, losses, out, width, tiles, distance, new, work
-):
-    """Losses and gradients of a tile of those ``tiles`` that lie side by side."""
+def tile_losses(task, part, tiles, x, classes, probs, shape, temperature, samples, losses, out, work):
+    """Losses and gradients of a tile."""
     entries, w, lanes, n = pointer(x), pointer(part_of(work, part)), lane_count(work), shape.n
-    i, first = task // tiles, task % tiles * width
-    count = min(width, shape.inner - first)
+    i, first = task // tiles.count, task % tiles.count * tiles.width
+    count = min(tiles.width, shape.inner - first)
     base = i * n * shape.inner + first * shape.sample_step
     tile = _FIELDS * lanes
     pack(entries, base, shape, count, w, tile)
     if probs is not None:
-        pack(pointer(probs), base, shape, count, w, tile + width * n)
+        pack(pointer(probs), base, shape, count, w, tile + tiles.width * n)
     across = shape.sample_step == 1
-    if new:
+    if tiles.new:
         rows, columns = (n, count) if across else (1, count * n)
         touch_rows(pointer_to(out), base, shape.class_step, rows, columns)
     for j in range(0, count, lanes):
         at = tile + j * n
         place = base + (j if across else j * n)
-        following = place + (next_tile(first, distance, shape.inner) - first) * shape.sample_step
+        following = place + (next_tile(first, tiles.distance, shape.inner) - first) * shape.sample_step
         step = shape.class_step if across else lanes
         number, present = i * shape.inner + first + j, min(lanes, count - j)
         store(w, _MAX * lanes, lane_maxima(w, at, at + n * lanes))
-        labels = labels_at(unless_none(probs, w), at + width * n, lanes)
+        labels = labels_at(unless_none(probs, w), at + tiles.width * n, lanes)
         soon = Soon(entries, following, pointer_to(out), place, step)
         kept = unless_none(out, w)
         vector_losses(
@@ -706,8 +704,7 @@ def vector_losses(
         sums = sum_rests(x, start, stop, step, width, row_max, plain_scales, None, stored, start, soon)
         share = share_of(load(w, _LABEL * lanes), row_max, plain_scales, None)
     else:
-        write_scales(row_max, plain_scales, rates, temperature, number, w, 0, lanes)
-        scale, guard = read_scale(w, 0, lanes), read_guard(w, 0, lanes)
+        scale, guard = mixed_scales(row_max, plain_scales, rates, temperature, number, w, 0, lanes)
         sums = sum_rests(x, start, stop, step, width, row_max, scale, guard, stored, start, soon)
         share = share_of(load(w, _LABEL * lanes), row_max, scale, guard)
     ties, rest, error = sums
@@ -819,43 +816,6 @@ def pair_at(w, number):
     """Numbers in float64 from two fields."""
     lanes = lane_count(w)
     return as_float64(load(w, number * lanes)) + as_float64(load(w, (number + 1) * lanes))
-
-
-@traced
-def put_scale(w, k, lanes, scale, guard, plain):
-    """Write the scale and guard of one lane; ``plain`` is 1 or 0."""
-    put(w, k, scale.row_max)
-    put(w, lanes + k, scale.high)
-    put(w, 2 * lanes + k, scale.low)
-    put(w, 3 * lanes + k, scale.lowest)
-    put(w, 4 * lanes + k, scale.origin)
-    put(w, 5 * lanes + k, scale.rest)
-    put(w, 6 * lanes + k, guard.prescale)
-    put(w, 7 * lanes + k, guard.factor)
-    put(w, 8 * lanes + k, guard.factor2)
-    put(w, 9 * lanes + k, guard.cutoff)
-    put(w, 10 * lanes + k, spread(plain, guard.cutoff))
-
-
-@traced
-def scales_at(w, lanes):
-    """Scales and guards that `put_scale` wrote."""
-    scale = Scale(
-        load(w, 0),
-        load(w, lanes),
-        load(w, 2 * lanes),
-        load(w, 3 * lanes),
-        load(w, 4 * lanes),
-        load(w, 5 * lanes),
-    )
-    guard = Guard(
-        load(w, 6 * lanes),
-        load(w, 7 * lanes),
-        load(w, 8 * lanes),
-        load(w, 9 * lanes),
-        load(w, 10 * lanes),
-    )
-    return scale, guard
 
 
 # -- products with the Jacobian ------------------------------------------------------------------------
@@ -1176,11 +1136,11 @@ def fit_vector(task, part, x, table, rate, moments, work):
     for j in range(lanes):
         top = table[_TOP, number + min(j, width - 1)]
         if is_plain(top, rate):
-            put_scale(w, j, lanes, plain_scale(top, rate), no_guard(top), 1.0)
+            put_scale(plain_scale(top, rate), no_guard(top), 1.0, w, j, lanes)
         else:
             scale, guard = guarded_scale(top, rate.temperature)
-            put_scale(w, j, lanes, scale, guard, 0.0)
-    scale, guard = scales_at(w, lanes)
+            put_scale(scale, guard, 0.0, w, j, lanes)
+    scale, guard = read_scale(w, 0, lanes), read_guard(w, 0, lanes)
     sums = lane_moments(entries, start, stop, inner, width, scale, guard, table)
     store(w, 0, sums[0])
     store(w, lanes, sums[1])
