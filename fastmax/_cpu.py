@@ -1,7 +1,9 @@
 """Schedules for a CPU: which thread takes which slices, and in what order memory is walked.
 
 Arrays come as C-contiguous (outer, n) or (outer, n, inner), reduced over n; the mask is None or an array of
-bytes of that shape; temperatures are one float64, or one for each of the outer * inner slices. Schedules:
+bytes of that shape; temperatures are one float64, or one for each of the outer * inner slices. Without a mask
+x may have steps, not below 0, between its rows and between its outer indices, as what is cut out of another
+array has: only entries of a row, or the neighbours that columns have, are contiguous. Schedules:
 
 - narrow rows: a thread takes as many as there are lanes, and gives each lane one;
 - rows: a thread takes whole slices, several short ones at a time; one row may meet many
@@ -98,6 +100,7 @@ from fastmax._slice import (
     further_on,
     has_moments,
     is_new,
+    kept_terms,
     lane_maxima,
     lane_sums,
     later,
@@ -277,7 +280,7 @@ def group_sums(x, n, step, first, count, further, temperature, exact, work, stor
     zero, terms = register_zeros(work), sums_at(work, _SUMS)
     for r in range(count):
         row = (first + r) * step
-        soon = Soon(x, row + further * step, results, (first + r) * n, lanes)
+        soon = Soon(x, row + further * step, lanes, results, (first + r) * n, lanes)
         if is_plain_at(work, r):
             scale = row_scale_at(work, r)
             sums = lane_sums(x, row, row + n, scale, None, exact, stored, terms, soon, zero)
@@ -332,24 +335,36 @@ def first_rate(temperature, x):
 
 
 @jit
-def row_step(x, n):
+def pitch(x, axis):
+    """Entries of memory from one index along an axis to the next."""
+    return x.strides[axis] // x.itemsize
+
+
+@jit
+def place(x, i, row, column):
+    """Where an entry lies in memory, counted in entries, of which those of a row are neighbours."""
+    return i * pitch(x, 0) + row * pitch(x, 1) + column
+
+
+@jit
+def row_step(x):
     """Distance from one row to the next: 0 if there is one for all temperatures."""
-    return n if len(x) > 1 else 0
+    return pitch(x, 0) if len(x) > 1 else 0
 
 
 @Kernel
 def softmax_rows(team, parts, x, mask, temperature, out):
     """Softmax of rows of at most one chunk."""
-    n = out.shape[1]
-    work = workspaces(parts, row_work_size(n, x), x)
-    arguments = x, mask, temperature, first_rate(temperature, x), out, work
-    each_span(softmax_groups, team, parts, group_count(len(out), n, x), arguments)
+    n, like = out.shape[1], pointer(x)
+    work = workspaces(parts, row_work_size(n, like), like)
+    arguments = x, mask, temperature, first_rate(temperature, like), out, work
+    each_span(softmax_groups, team, parts, group_count(len(out), n, like), arguments)
 
 
 @jit
 def softmax_groups(first, stop, part, x, mask, temperature, rate, out, work):
     """Softmax of some groups of rows."""
-    n, step = out.shape[1], row_step(x, out.shape[1])
+    n, step = out.shape[1], row_step(x)
     entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part))
     size, lanes = group_size(n, w), lane_count(w)
     first, stop = first * size, min(stop * size, len(out))
@@ -378,16 +393,16 @@ def softmax_groups(first, stop, part, x, mask, temperature, rate, out, work):
 @Kernel
 def log_softmax_rows(team, parts, x, mask, temperature, out):
     """Logarithm of the softmax of rows of at most one chunk."""
-    n = out.shape[1]
-    work = workspaces(parts, row_work_size(n, x), x)
-    arguments = x, mask, temperature, first_rate(temperature, x), out, work
-    each_span(log_softmax_groups, team, parts, group_count(len(out), n, x), arguments)
+    n, like = out.shape[1], pointer(x)
+    work = workspaces(parts, row_work_size(n, like), like)
+    arguments = x, mask, temperature, first_rate(temperature, like), out, work
+    each_span(log_softmax_groups, team, parts, group_count(len(out), n, like), arguments)
 
 
 @jit
 def log_softmax_groups(first, stop, part, x, mask, temperature, rate, out, work):
     """Logarithm of the softmax of some groups of rows."""
-    n, step = out.shape[1], row_step(x, out.shape[1])
+    n, step = out.shape[1], row_step(x)
     entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part))
     size, lanes = group_size(n, w), lane_count(w)
     first, stop = first * size, min(stop * size, len(out))
@@ -420,16 +435,16 @@ def log_softmax_groups(first, stop, part, x, mask, temperature, rate, out, work)
 @Kernel
 def value_rows(team, parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of rows of at most one chunk."""
-    n = x.shape[1]
-    work = workspaces(parts, row_work_size(n, x), x)
-    arguments = x, mask, temperature, first_rate(temperature, x), out, weighted, work
-    each_span(value_groups, team, parts, group_count(len(out), n, x), arguments)
+    n, like = x.shape[1], pointer(x)
+    work = workspaces(parts, row_work_size(n, like), like)
+    arguments = x, mask, temperature, first_rate(temperature, like), out, weighted, work
+    each_span(value_groups, team, parts, group_count(len(out), n, like), arguments)
 
 
 @jit
 def value_groups(first, stop, part, x, mask, temperature, rate, out, weighted, work):
     """`value_rows` of some groups of rows."""
-    n, step = x.shape[1], row_step(x, x.shape[1])
+    n, step = x.shape[1], row_step(x)
     entries, w, exact = entries_of(x, mask), pointer(part_of(work, part)), (weighted,)
     size, lanes = group_size(n, w), lane_count(w)
     first, stop = first * size, min(stop * size, len(out))
@@ -562,10 +577,11 @@ def soon_for_group(x, out, first, count, rows, n, step):
     """What to fetch while a group of narrow rows is worked on: the next one, and where its own results go.
 
     With each entry of a row a part of that is fetched: all at once would wait for one another, and
-    250000 x 40 float32 took 1.3 times as long.
+    250000 x 40 float32 took 1.3 times as long. Of rows that lie apart it is what lies next to the first.
     """
     following = min(first + count, rows - count) * step
-    return Soon(x, following, out, first * n, count if step > 0 else 0)
+    by = count if step > 0 else 0
+    return Soon(x, following, by, out, first * n, by)
 
 
 @jit
@@ -619,9 +635,10 @@ def merge_chains(work, totals, errors, n):
 @Kernel
 def softmax_narrow_rows(team, parts, x, mask, temperature, out):
     """Softmax of narrow rows."""
-    work = workspaces(parts, narrow_work_size(out.shape[1], x), x)
-    arguments = x, mask, temperature, first_rate(temperature, x), out, is_new(pointer(out), out.size), work
-    groups = narrow_group_count(len(out), x)
+    like, new = pointer(x), is_new(pointer(out), out.size)
+    work = workspaces(parts, narrow_work_size(out.shape[1], like), like)
+    arguments = x, mask, temperature, first_rate(temperature, like), out, new, work
+    groups = narrow_group_count(len(out), like)
     each_task(softmax_narrow_group, team, parts, groups, arguments)
 
 
@@ -647,7 +664,7 @@ def softmax_narrow_group(group, part, x, mask, temperature, rate, out, new, work
     ``rate`` is the `first_rate`, and ``new`` says whether ``out`` may lie in new memory, as `is_new` does of
     its last entry.
     """
-    n, step = out.shape[1], row_step(x, out.shape[1])
+    n, step = out.shape[1], row_step(x)
     entries, w = entries_of(x, mask), pointer(part_of(work, part))
     lanes = lane_count(w)
     first, tile = group * lanes, _FIELDS * lanes
@@ -688,9 +705,10 @@ def pack_and_sum(x, temperature, rate, first, n, step, count, exact, work, soon)
 @Kernel
 def log_softmax_narrow_rows(team, parts, x, mask, temperature, out):
     """Logarithm of the softmax of narrow rows."""
-    work = workspaces(parts, narrow_work_size(out.shape[1], x), x)
-    arguments = x, mask, temperature, first_rate(temperature, x), out, is_new(pointer(out), out.size), work
-    groups = narrow_group_count(len(out), x)
+    like, new = pointer(x), is_new(pointer(out), out.size)
+    work = workspaces(parts, narrow_work_size(out.shape[1], like), like)
+    arguments = x, mask, temperature, first_rate(temperature, like), out, new, work
+    groups = narrow_group_count(len(out), like)
     each_task(log_softmax_narrow_group, team, parts, groups, arguments)
 
 
@@ -709,7 +727,7 @@ def log_softmax_few_rows(x, temperature, out):
 @jit
 def log_softmax_narrow_group(group, part, x, mask, temperature, rate, out, new, work):
     """Logarithm of the softmax of as many rows as there are lanes, or fewer, as `softmax_narrow_group`."""
-    n, step = out.shape[1], row_step(x, out.shape[1])
+    n, step = out.shape[1], row_step(x)
     entries, w = entries_of(x, mask), pointer(part_of(work, part))
     lanes = lane_count(w)
     first, tile = group * lanes, _FIELDS * lanes
@@ -735,9 +753,10 @@ def log_softmax_narrow_group(group, part, x, mask, temperature, rate, out, new, 
 @Kernel
 def value_narrow_rows(team, parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of narrow rows."""
-    work = workspaces(parts, narrow_work_size(x.shape[1], x), x)
-    arguments = x, mask, temperature, first_rate(temperature, x), out, weighted, work
-    groups = narrow_group_count(len(out), x)
+    like = pointer(x)
+    work = workspaces(parts, narrow_work_size(x.shape[1], like), like)
+    arguments = x, mask, temperature, first_rate(temperature, like), out, weighted, work
+    groups = narrow_group_count(len(out), like)
     each_task(value_narrow_group, team, parts, groups, arguments)
 
 
@@ -765,7 +784,7 @@ def entropy_few_rows(x, temperature, out):
 @jit
 def value_narrow_group(group, part, x, mask, temperature, rate, out, weighted, work):
     """`value_narrow_rows` of as many rows as there are lanes, or fewer."""
-    n, step = x.shape[1], row_step(x, x.shape[1])
+    n, step = x.shape[1], row_step(x)
     entries, w, exact = entries_of(x, mask), pointer(part_of(work, part)), (weighted,)
     lanes = lane_count(w)
     first = group * lanes
@@ -791,7 +810,7 @@ def value_narrow_group(group, part, x, mask, temperature, rate, out, weighted, w
 
 
 @jit
-def soon_for_row(x, row, n, following, last, out, to):
+def soon_for_row(x, row, n, following, out, to):
     """What to fetch while a row is worked on: the next one, or, where the second cache is too small, its own.
 
     That has to hold the row, its results if any, and the next one, and is shared by code. In 2 MB rows of
@@ -800,14 +819,15 @@ def soon_for_row(x, row, n, following, last, out, to):
     """
     lanes, rows = lane_count(x), 2 if out is None else 4
     if n * LANE_BYTES > SECOND_CACHE_BYTES // rows * lanes:
-        return Soon(x, row + AHEAD * lanes, out, to + AHEAD * lanes, lanes)
-    return Soon(x, min(following, last), out, to, lanes)
+        return Soon(x, row + AHEAD * lanes, lanes, out, to + AHEAD * lanes, lanes)
+    return Soon(x, following, lanes, out, to, lanes)
 
 
 @Kernel
 def softmax_wide_rows(team, parts, x, mask, temperature, out):
     """Softmax of rows of more than a chunk, each by one thread."""
-    work = workspaces(parts, 0 if is_as_wide(out) else padded_size(out.shape[1], x), x)
+    like = pointer(x)
+    work = workspaces(parts, 0 if is_as_wide(out) else padded_size(out.shape[1], like), like)
     each_task(softmax_wide_row, team, parts, len(out), (x, mask, temperature, out, work))
 
 
@@ -825,11 +845,11 @@ def place_of_terms(out, start, work):
 def softmax_wide_row(i, part, x, mask, temperature, out, work):
     """Softmax of row i."""
     n = out.shape[1]
-    row, step = i * row_step(x, n), row_step(x, n)
+    row, step = i * row_step(x), row_step(x)
     entries, results = entries_of(x, mask), pointer(out)
     stored, at = place_of_terms(out, i * n, part_of(work, part))
     rate = rate_at(temperature, i, get(entries, 0))
-    soon = soon_for_row(entries, row, n, row + step, x.size - n, results, i * n)
+    soon = soon_for_row(entries, row, n, min(i + 1, len(x) - 1) * step, results, i * n)
     touch_new(results, i * n, i * n + n)
     _slice.softmax_of(entries, row, row + n, rate, stored, at, results, i * n - row, soon)
 
@@ -844,10 +864,10 @@ def log_softmax_wide_rows(team, parts, x, mask, temperature, out):
 def log_softmax_wide_row(i, part, x, mask, temperature, out):
     """Logarithm of the softmax of row i."""
     n = out.shape[1]
-    row, step = i * row_step(x, n), row_step(x, n)
+    row, step = i * row_step(x), row_step(x)
     entries, results = entries_of(x, mask), pointer(out)
     rate = rate_at(temperature, i, get(entries, 0))
-    soon = soon_for_row(entries, row, n, row + step, x.size - n, results, i * n)
+    soon = soon_for_row(entries, row, n, min(i + 1, len(x) - 1) * step, results, i * n)
     touch_new(results, i * n, i * n + n)
     _slice.log_softmax_of(entries, row, row + n, rate, results, i * n - row, soon)
 
@@ -863,10 +883,10 @@ def value_wide_rows(team, parts, x, mask, temperature, out, weighted):
 def value_wide_row(i, part, x, mask, temperature, out, weighted):
     """`value_wide_rows` of row i."""
     n = x.shape[1]
-    row, step = i * row_step(x, n), row_step(x, n)
+    row, step = i * row_step(x), row_step(x)
     entries = entries_of(x, mask)
     rate = rate_at(temperature, i, get(entries, 0))
-    soon = soon_for_row(entries, row, n, row + step, x.size - n, None, 0)
+    soon = soon_for_row(entries, row, n, min(i + 1, len(x) - 1) * step, None, 0)
     value = _slice.value_of(entries, row, row + n, rate, weighted, soon)
     put(pointer(out), i, value)
 
@@ -881,19 +901,21 @@ def chunk_count(n, like):
 
 
 @jit
-def chunk_of(task, n, like):
-    """Row, start and stop of the chunk that a task stands for; entries are counted over all rows."""
+def chunk_of(task, x, like):
+    """Row, start and stop of the chunk that a task stands for, and what to fetch while it is read."""
+    n, size = x.shape[1], CHUNK * lane_count(like)
     row, number = divmod(task, chunk_count(n, like))
-    start = number * CHUNK * lane_count(like)
-    return row, row * n + start, row * n + min(n, start + CHUNK * lane_count(like))
+    first = row * row_step(x)
+    start, stop = first + number * size, first + min(n, (number + 1) * size)
+    return row, start, stop, further_on(like, start, stop, (len(x) - 1) * row_step(x) + n)
 
 
 @Kernel
 def long_maxima(team, parts, x, mask):
     """Maximum of each row."""
-    rows, n = x.shape
-    chunks = chunk_count(n, x)
-    partial, maxima = workspace(rows * chunks, x), workspace(rows, x)
+    like, rows = pointer(x), len(x)
+    chunks = chunk_count(x.shape[1], like)
+    partial, maxima = workspace(rows * chunks, like), workspace(rows, like)
     each_task(chunk_maximum, team, parts, rows * chunks, (x, mask, partial))
     for row in range(rows):
         maxima[row] = _slice.maximum(partial, row * chunks, (row + 1) * chunks)
@@ -903,19 +925,20 @@ def long_maxima(team, parts, x, mask):
 @jit
 def chunk_maximum(task, part, x, mask, partial):
     """Maximum of a chunk."""
-    _, start, stop = chunk_of(task, x.shape[1], x)
-    partial[task] = _slice.maximum(entries_of(x, mask), start, stop)
+    entries = entries_of(x, mask)
+    _, start, stop, _ = chunk_of(task, x, entries)
+    partial[task] = _slice.maximum(entries, start, stop)
 
 
 @Kernel
 def long_sums(team, parts, x, mask, temperature, maxima, exact):
     """Sums of each row."""
-    rows, n = x.shape
-    chunks = chunk_count(n, x)
-    partial = workspace(rows * chunks * 4, x)
+    like, rows = pointer(x), len(x)
+    chunks = chunk_count(x.shape[1], like)
+    partial = workspace(rows * chunks * 4, like)
     arguments = x, mask, temperature, maxima, exact, partial
     each_task(chunk_sums, team, parts, rows * chunks, arguments)
-    sums = workspace(rows * 4, x)
+    sums = workspace(rows * 4, like)
     for row in range(rows):
         merged = first_of(no_sums(maxima[row], exact))
         for task in range(row * chunks, (row + 1) * chunks):
@@ -927,9 +950,9 @@ def long_sums(team, parts, x, mask, temperature, maxima, exact):
 @jit
 def chunk_sums(task, part, x, mask, temperature, maxima, exact, partial):
     """Sums of a chunk."""
-    row, start, stop = chunk_of(task, x.shape[1], x)
-    rate, entries = rate_at(temperature, row, maxima[row]), entries_of(x, mask)
-    soon = further_on(entries, start, stop, x.size)
+    entries = entries_of(x, mask)
+    row, start, stop, soon = chunk_of(task, x, entries)
+    rate = rate_at(temperature, row, maxima[row])
     sums = _slice.sums_of_slice(entries, start, stop, maxima[row], rate, exact, None, 0, soon)
     put_sums(partial, 4 * task, 1, sums)
 
@@ -967,18 +990,18 @@ def get_sums(array, at, inner, exact):
 @Kernel
 def long_write(team, parts, x, mask, temperature, maxima, sums, exact, out):
     """Write the softmax of each row, or its logarithm if the sums are exact."""
-    chunks = len(x) * chunk_count(x.shape[1], x)
+    chunks = len(x) * chunk_count(x.shape[1], pointer(x))
     each_task(write_chunk, team, parts, chunks, (x, mask, temperature, maxima, sums, exact, out))
 
 
 @jit
 def write_chunk(task, part, x, mask, temperature, maxima, sums, exact, out):
     """Write a chunk."""
-    row, start, stop = chunk_of(task, x.shape[1], x)
-    entries, results, rate = entries_of(x, mask), pointer(out), rate_at(temperature, row, maxima[row])
-    far, soon = is_far(x, out), further_on(entries, start, stop, x.size)
-    own = get_sums(sums, 4 * row, 1, None)
-    _slice.write_slice(entries, start, stop, maxima[row], rate, own, exact, results, 0, far, soon)
+    entries, results = entries_of(x, mask), pointer(out)
+    row, start, stop, soon = chunk_of(task, x, entries)
+    rate, far, own = rate_at(temperature, row, maxima[row]), is_far(x, out), get_sums(sums, 4 * row, 1, None)
+    shift = row * (x.shape[1] - row_step(x))
+    _slice.write_slice(entries, start, stop, maxima[row], rate, own, exact, results, shift, far, soon)
 
 
 @jit
@@ -995,7 +1018,7 @@ def long_values(x, mask, temperature, maxima, sums, out, weighted):
         own, entries = temperature_at(temperature, row), entries_of(x, mask)
         beside = get_sums(sums, 4 * row, 1, (weighted,))
         beside = sums_apart(beside, maxima[row], rate_of(own, maxima[row]), (weighted,))
-        value = _slice.value_of_sums(entries, row * n, 1, n, maxima[row], own, beside, weighted)
+        value = _slice.value_of_sums(entries, row * row_step(x), 1, n, maxima[row], own, beside, weighted)
         put(pointer(out), row, value)
 
 
@@ -1040,11 +1063,11 @@ written past the caches, and may lie in new memory; in how many shares the threa
 columns the next one that a thread may take is further on.
 """
 
-Tile = namedtuple("Tile", "count base number following further step")
+Tile = namedtuple("Tile", "count source base number following further by")
 Tile.__doc__ = """A tile of columns.
 
-Its number of columns, its first entry, its first slice; where the next tile that a thread may take begins,
-and `steps_ahead`.
+Its number of columns; where its first entry stands, and its first result; its first slice; where the next
+tile that a thread may take begins; and the two `steps_ahead`.
 """
 
 
@@ -1078,13 +1101,10 @@ def rows_ahead(count, work):
 
 
 @jit
-def steps_ahead(count, inner, work):
-    """Entries from a row of a tile to that which is fetched meanwhile, and between the next tile's rows.
-
-    The first is 0 where the next tile is fetched, else the second is.
-    """
+def steps_ahead(count, work):
+    """How many rows of a tile are fetched ahead, and whether rows of the next tile are instead: 1 or 0."""
     rows = rows_ahead(count, work)
-    return (0, inner) if rows <= 1 else (rows * inner, 0)
+    return (0, 1) if rows <= 1 else (rows, 0)
 
 
 @jit
@@ -1108,6 +1128,7 @@ def tiles_of(x, out, parts):
     first line alone, which are fewer than lanes.
     """
     n, inner = x.shape[1:]
+    like = pointer(x)
     far = new = False
     lead = 0
     if out is not None:
@@ -1115,7 +1136,7 @@ def tiles_of(x, out, parts):
         lead = to_stream(pointer(out), 0) if far else 0
     shares = shares_of(len(x), parts)
     takers = parts // shares
-    width = tile_width(n, inner, takers, far, workspace(1, x))
+    width = tile_width(n, inner, takers, far, workspace(1, like))
     lack = width - lead if lead > 0 else 0
     return Tiles(width, -(-(inner + lack) // width), lack, far, new, shares, takers * width)
 
@@ -1129,9 +1150,8 @@ def shares_of(outer, parts):
 @jit
 def begin_tile(task, tiles, x, mask, out, work):
     """Copy the tile of a task to working memory."""
-    n, inner = x.shape[1:]
-    tile = tile_of(task, tiles, x, out, work)
-    pack(entries_of(x, mask), tile.base, inner, n, tile.count, work, _FIELDS * tiles.width, tile.further)
+    tile, at = tile_of(task, tiles, x, out, work), _FIELDS * tiles.width
+    pack(entries_of(x, mask), tile.source, pitch(x, 1), x.shape[1], tile.count, work, at, tile.further)
     return tile
 
 
@@ -1140,14 +1160,14 @@ def tile_of(task, tiles, x, out, work):
     """Tile of a task, whose results, if any, are touched where they lie in new memory."""
     n, inner = x.shape[1:]
     i, first = task // tiles.count, task % tiles.count * tiles.width - tiles.lack
-    following = i * n * inner + next_tile(first, tiles.distance, inner)
+    following = place(x, i, 0, next_tile(first, tiles.distance, inner))
     first, count = max(first, 0), min(first + tiles.width, inner) - max(first, 0)
     base = i * n * inner + first
-    further, step = steps_ahead(count, inner, work)
+    further, by = steps_ahead(count, work)
     if out is not None:
         if tiles.new:
             touch_rows(pointer(out), base, inner, n, count)
-    return Tile(count, base, i * inner + first, following, further, step)
+    return Tile(count, place(x, i, 0, first), base, i * inner + first, following, further, by)
 
 
 @jit
@@ -1161,13 +1181,13 @@ def write_far_or_ahead(out, i, count, value, ahead, far):
 
 
 @jit
-def pack(x, base, inner, n, count, work, at, further):
+def pack(x, base, step, n, count, work, at, further):
     """Copy n rows of ``count`` columns to working memory, vector by vector of columns."""
     lanes = lane_count(work)
     zero = spread(0.0, work)
     for i in range(n):
-        row, to = base + i * inner, at + i * lanes
-        ahead = row + min(further, (n - 1 - i) * inner)
+        row, to = base + i * step, at + i * lanes
+        ahead = row + min(further, n - 1 - i) * step
         for j in range(0, count, lanes):
             prefetch_to_read(x, ahead + j)
             store(work, to + j * n, read(x, row + j, count - j, zero))
@@ -1369,9 +1389,9 @@ def tile_sums(work, at, n, row_max, temperature, first, rates, exact, stored, j,
 @jit(inline="always")
 def write_columns(team, parts, x, mask, temperature, exact, out):
     """Write the softmax of columns that fit a tile, or its logarithm if the sums are to be exact."""
-    tiles = tiles_of(x, out, parts)
-    work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, x)
-    arguments = tiles, x, mask, temperature, first_rate(temperature, x), exact, out, work
+    tiles, like = tiles_of(x, out, parts), pointer(x)
+    work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, like)
+    arguments = tiles, x, mask, temperature, first_rate(temperature, like), exact, out, work
     each_task(write_tile, team, parts, len(x) * tiles.count, arguments, tiles.shares)
 
 
@@ -1390,14 +1410,14 @@ def log_softmax_columns(team, parts, x, mask, temperature, out):
 @jit
 def write_tile(task, part, tiles, x, mask, temperature, rate, exact, out, work):
     """Write the softmax of a tile, or its logarithm if the sums are to be exact."""
-    n, inner = x.shape[1:]
+    (n, inner), step = x.shape[1:], pitch(x, 1)
     entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part))
     lanes, width = lane_count(w), tiles.width
     tile, at_first, plain = begin_tile(task, tiles, x, mask, out, w), _FIELDS * width, True
     for j in range(0, tile.count, lanes):
         at, number = at_first + j * n, tile.number + j
         row_max = lane_maxima(w, at, at + n * lanes)
-        soon = Soon(entries, tile.following + j, results, tile.base + j, tile.step)
+        soon = Soon(entries, tile.following + j, tile.by * step, results, tile.base + j, tile.by * inner)
         rates = lane_rates(temperature, number, tile.count - j, rate, w)
         stored = kept_terms(w, exact)
         sums = tile_sums(w, at, n, row_max, temperature, number, rates, exact, stored, j, width, soon)
@@ -1409,16 +1429,10 @@ def write_tile(task, part, tiles, x, mask, temperature, rate, exact, out, work):
             plain = plain and are_plain(row_max, rates)
     for k in range(n):
         row, at = tile.base + k * inner, at_first + k * lanes
-        ahead = row + min(tile.further, (n - 1 - k) * inner)
+        ahead = row + min(tile.further, n - 1 - k) * inner
         write_row(entries, results, row, w, at, n, tile.count, width, plain, exact, ahead, tiles.far)
     if tiles.far:
         settle()
-
-
-@traced
-def kept_terms(work, exact):
-    """Where the terms of a tile are kept: in place of its entries, or nowhere for logarithms."""
-    return work if exact is None else None
 
 
 @jit
@@ -1447,9 +1461,9 @@ def log_value(x, work, j, width, plain):
 @Kernel
 def softmax_shallow_columns(team, parts, x, mask, temperature, out):
     """Softmax of shallow columns."""
-    tiles = tiles_of(x, out, parts)
-    work = workspaces(parts, (_FIELDS + x.shape[1]) * lane_count(pointer(x)), x)
-    arguments = tiles, x, mask, temperature, first_rate(temperature, x), out, work
+    tiles, like = tiles_of(x, out, parts), pointer(x)
+    work = workspaces(parts, (_FIELDS + x.shape[1]) * lane_count(like), like)
+    arguments = tiles, x, mask, temperature, first_rate(temperature, like), out, work
     each_task(softmax_shallow_tile, team, parts, len(x) * tiles.count, arguments, tiles.shares)
 
 
@@ -1459,14 +1473,14 @@ def softmax_shallow_tile(task, part, tiles, x, mask, temperature, rate, out, wor
 
     The sums of plain ones are written out here: a function for them makes it take 1.05 times as long.
     """
-    n, inner = x.shape[1:]
+    (n, inner), step = x.shape[1:], pitch(x, 1)
     entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part))
     lanes, zero = lane_count(w), spread(0.0, w)
     tile, at = tile_of(task, tiles, x, out, w), _FIELDS * lanes
     for j in range(0, tile.count, lanes):
         number, count = tile.number + j, tile.count - j
-        row_max = pack_vector(entries, tile, j, n, inner, w, at)
-        soon = Soon(entries, tile.following + j, results, tile.base + j, inner)
+        row_max = pack_vector(entries, tile, j, n, step, w, at)
+        soon = Soon(entries, tile.following + j, step, results, tile.base + j, inner)
         rates = lane_rates(temperature, number, count, rate, w)
         scale, sums = ratio_scale(row_max, rates), start_of_sums(zero, None)
         if are_plain(row_max, rates):
@@ -1485,12 +1499,12 @@ def softmax_shallow_tile(task, part, tiles, x, mask, temperature, rate, out, wor
 
 
 @jit
-def pack_vector(x, tile, j, n, inner, work, at):
+def pack_vector(x, tile, j, n, step, work, at):
     """Copy the columns of a tile from j on to working memory, return their maxima, and fetch the next."""
     lanes, zero = lane_count(work), spread(0.0, work)
     row_max, following = -spread(math.inf, work), min(j + lanes, tile.count - 1)
     for k in range(n):
-        row = tile.base + k * inner
+        row = tile.source + k * step
         prefetch_to_read(x, row + following)
         entries = read(x, row + j, tile.count - j, zero)
         row_max = larger(entries, row_max)
@@ -1525,23 +1539,23 @@ def plain_value(row_max, temperature, sums, weighted):
 @Kernel
 def value_columns(team, parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of columns that fit a tile."""
-    tiles = tiles_of(x, None, parts)
-    work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, x)
-    arguments = tiles, x, mask, temperature, first_rate(temperature, x), out, weighted, work
+    tiles, like = tiles_of(x, None, parts), pointer(x)
+    work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, like)
+    arguments = tiles, x, mask, temperature, first_rate(temperature, like), out, weighted, work
     each_task(value_tile, team, parts, len(x) * tiles.count, arguments, tiles.shares)
 
 
 @jit
 def value_tile(task, part, tiles, x, mask, temperature, rate, out, weighted, work):
     """`value_columns` of a tile of columns."""
-    n, inner = x.shape[1:]
+    n, step = x.shape[1], pitch(x, 1)
     entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part))
     lanes, width, exact = lane_count(w), tiles.width, (weighted,)
     tile, at_first = begin_tile(task, tiles, x, mask, None, w), _FIELDS * width
     for j in range(0, tile.count, lanes):
         at, number = at_first + j * n, tile.number + j
         row_max = lane_maxima(w, at, at + n * lanes)
-        soon = Soon(entries, tile.following + j, None, 0, tile.step)
+        soon = Soon(entries, tile.following + j, tile.by * step, None, 0, 0)
         rates = lane_rates(temperature, number, tile.count - j, rate, w)
         sums = tile_sums(w, at, n, row_max, temperature, number, rates, exact, None, j, width, soon)
         sums = sums_apart(sums, row_max, rates, exact)
@@ -1552,8 +1566,8 @@ def value_tile(task, part, tiles, x, mask, temperature, rate, out, weighted, wor
         write_beside(row_max, sums, w, j, width)
         for k in range(min(lanes, tile.count - j)):
             top, sums = get(w, field(0, j + k, width)), get_sums(w, field(1, j + k, width), width, exact)
-            own, first = temperature_at(temperature, number + k), tile.base + j + k
-            value = _slice.value_of_sums(entries, first, inner, n, top, own, sums, weighted)
+            own, first = temperature_at(temperature, number + k), tile.source + j + k
+            value = _slice.value_of_sums(entries, first, step, n, top, own, sums, weighted)
             put(results, number + k, value)
 
 
@@ -1563,18 +1577,6 @@ def value_tile(task, part, tiles, x, mask, temperature, rate, out, weighted, wor
 #
 # Numbers for each column are arrays (outer, chunks, inner), or (outer, inner) when the chunks are merged. The
 # rows of x may lie apart, as those of an array that was cut out of another do, if there is no mask.
-
-
-@jit
-def pitch(x, axis):
-    """Entries of memory from one index along an axis to the next."""
-    return x.strides[axis] // x.itemsize
-
-
-@jit
-def place(x, i, row, column):
-    """Where an entry lies in memory, counted in entries, of which those of a row are neighbours."""
-    return i * pitch(x, 0) + row * pitch(x, 1) + column
 
 
 @jit
@@ -1696,7 +1698,7 @@ def strip_sums(task, part, x, mask, temperature, rate, maxima, partial, exact, w
     w, lanes = pointer(part_of(work, part)), lane_count(work)
     tile = _FIELDS * width
     start, step = place(x, i, chunk * CHUNK, first), pitch(x, 1)
-    further, _ = steps_ahead(count, step, work)
+    further, _ = steps_ahead(count, work)
     pack(entries_of(x, mask), start, step, rows, count, w, tile, further)
     for j in range(0, count, lanes):
         at, column = tile + j * rows, i * inner + first + j
@@ -1784,7 +1786,7 @@ def tall_values(x, mask, temperature, maxima, sums, out, weighted):
         own, top = temperature_at(temperature, column), maxima[column]
         beside = get_sums(sums, i * 4 * inner + k, inner, (weighted,))
         beside = sums_apart(beside, top, rate_of(own, top), (weighted,))
-        value = _slice.value_of_sums(entries, i * n * inner + k, inner, n, top, own, beside, weighted)
+        value = _slice.value_of_sums(entries, place(x, i, 0, k), pitch(x, 1), n, top, own, beside, weighted)
         put(pointer(out), column, value)
 
 
@@ -1921,7 +1923,7 @@ def entropy(x, mask, temperature, out):
 
 def _is_filled(x, mask, temperature, out, logarithm):
     """Whether results are those of T = inf, and have been written."""
-    if temperature[0] != math.inf or len(temperature) > 1 or mask is not None:
+    if temperature[0] != math.inf or len(temperature) > 1 or mask is not None or not x.flags.c_contiguous:
         return False
     parts = parts_for(x.size, PARALLEL_SLICE)
     return fill_uniform(parts, x.reshape(-1), x.shape[1], out.reshape(-1), logarithm)

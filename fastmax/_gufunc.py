@@ -1,8 +1,8 @@
 """Generalised ufuncs: slices of any stride, temperatures that broadcast against them.
 
 NumPy walks the batch, one slice at a time on one thread. A contiguous slice takes the same passes as in the
-schedules of `_cpu`; any other is read entry by entry and summed in the order of a column, so that a slice
-has the same bits alone and beside others.
+schedules of `_cpu`; any other is summed in the order of a column, so that a slice has the same bits alone and
+beside others.
 """
 
 import functools
@@ -11,8 +11,9 @@ import numba
 import numpy as np
 
 from fastmax import _slice
-from fastmax._jit import gufunc
+from fastmax._jit import gufunc, jit
 from fastmax._lanes import as_contiguous
+from fastmax._slice import CHUNK
 
 
 @functools.cache
@@ -42,12 +43,21 @@ def _reduce(contiguous, strided, x, temperature, out):
     return _call(kernel, "(n),()->()", x, temperature, out)
 
 
+@jit
+def _are_few(x):
+    """Whether entries that lie apart are summed one by one: two chunks take as long as side by side."""
+    return len(x) <= 2 * CHUNK
+
+
 def _contiguous_softmax(x, temperature, out):
     _slice.softmax(as_contiguous(x), temperature, as_contiguous(out))
 
 
 def _strided_softmax(x, temperature, out):
-    _slice.softmax(x, temperature, out)
+    if _are_few(x):
+        _slice.softmax(x, temperature, out)
+    else:
+        _slice.softmax_apart(x, temperature, out)
 
 
 def _contiguous_log_softmax(x, temperature, out):
@@ -55,7 +65,10 @@ def _contiguous_log_softmax(x, temperature, out):
 
 
 def _strided_log_softmax(x, temperature, out):
-    _slice.log_softmax(x, temperature, out)
+    if _are_few(x):
+        _slice.log_softmax(x, temperature, out)
+    else:
+        _slice.log_softmax_apart(x, temperature, out)
 
 
 def _contiguous_logsumexp(x, temperature, out):
@@ -63,7 +76,10 @@ def _contiguous_logsumexp(x, temperature, out):
 
 
 def _strided_logsumexp(x, temperature, out):
-    out[0] = _slice.logsumexp(x, temperature)
+    if _are_few(x):
+        out[0] = _slice.logsumexp(x, temperature)
+    else:
+        out[0] = _slice.value_apart(x, temperature, None)
 
 
 def _contiguous_entropy(x, temperature, out):
@@ -71,7 +87,10 @@ def _contiguous_entropy(x, temperature, out):
 
 
 def _strided_entropy(x, temperature, out):
-    out[0] = _slice.entropy(x, temperature)
+    if _are_few(x):
+        out[0] = _slice.entropy(x, temperature)
+    else:
+        out[0] = _slice.value_apart(x, temperature, True)
 
 
 def softmax(x, temperature, out=None):

@@ -500,7 +500,7 @@ def row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, temperat
     n = x.shape[1]
     entries, start, stop, lanes = pointer(x), i * n, i * n + n, lane_count(x)
     results, labels = pointer_to(out), labels_at(pointer_to(probs), start, lanes)
-    soon = soon_for_row(entries, start, n, stop, x.size - n, results, start)
+    soon = soon_for_row(entries, start, n, min(stop, x.size - n), results, start)
     touch_new(results, start, stop)
     sums = sum_rests(entries, start, stop, lanes, lanes, row_max, scale, guard, stored, 0, soon)
     ties, _ = sum_lanes(sums[0], spread(0.0, x))
@@ -643,7 +643,7 @@ def tile_losses(task, part, tiles, x, classes, probs, shape, temperature, sample
         number, present = i * shape.inner + first + j, min(lanes, count - j)
         store(w, _MAX * lanes, lane_maxima(w, at, at + n * lanes))
         labels = labels_at(unless_none(probs, w), at + tiles.width * n, lanes)
-        soon = Soon(entries, following, pointer_to(out), place, step)
+        soon = Soon(entries, following, step, pointer_to(out), place, step)
         kept = unless_none(out, w)
         vector_losses(
             w, at, lanes, lanes, n, classes, labels, temperature, samples, losses, number, present,

@@ -21,8 +21,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from contenders import (
+    APART,
     CONTENDERS,
     COPIES,
+    ENTRIES_APART,
     FUNCTIONS,
     LIMITS,
     MASKED,
@@ -62,8 +64,12 @@ SHAPES = [
     ((64, 128256), 1),
     ((10**7,), 0),
 ]
-# What else softmax is timed with: temperatures or a mask, and the narrow types.
-VARIANTS = {(8192, 1000): [*LIMITS, PER_ROW, MASKED], (64, 128256): [PER_ROW]}
+# What else softmax is timed with: temperatures, a mask, arrays cut out of others, and the narrow types.
+VARIANTS = {
+    (32, 10): [ENTRIES_APART],
+    (8192, 1000): [*LIMITS, PER_ROW, MASKED, *APART],
+    (64, 128256): [PER_ROW],
+}
 NARROW_SHAPE = (8192, 1000)
 # What ratios are formed with, so these always take part.
 ALWAYS = ("fastmax", "copy")
@@ -75,7 +81,7 @@ VARIABLES = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLA
 # In the order of the contenders.
 MARKERS = "os^DvP|"
 SIZES = [9, 6, 7, 6, 7, 8, 9]
-VARIANT_LABELS = {"T = 0": "$T = 0$", "T = inf": r"$T = \infty$", PER_ROW: "$T$ per row", MASKED: "where"}
+VARIANT_LABELS = {"T = 0": "$T = 0$", "T = inf": r"$T = \infty$", PER_ROW: "$T$ per row"}
 
 Row = dict[str, Any]
 
@@ -192,7 +198,7 @@ def label(row: Row) -> str:
     if row["function"] != "softmax":
         parts.insert(0, row["function"])
     if row["variant"] != PLAIN:
-        parts.append(VARIANT_LABELS[row["variant"]])
+        parts.append(VARIANT_LABELS.get(row["variant"], str(row["variant"])))
     return ", ".join(parts)
 
 

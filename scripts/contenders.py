@@ -30,7 +30,9 @@ PLAIN = "T = 1"
 PER_ROW = "T per row"
 MASKED = "where"
 LIMITS = {"T = 0": 0.0, "T = inf": math.inf}
-VARIANTS = (PLAIN, PER_ROW, MASKED, *LIMITS)
+# Columns of a wider array: all but its last 64, and every other one.
+ROWS_APART, ENTRIES_APART = APART = ("rows apart", "entries apart")
+VARIANTS = (PLAIN, PER_ROW, MASKED, *LIMITS, *APART)
 # Relative for probabilities, absolute for logarithms: PyTorch is off by 1e-3 on 10**7 float32 entries.
 TOLERANCE = {"float32": 5e-3, "float64": 1e-10, "float16": 5e-3, "bfloat16": 2e-2}
 WIDE = ("float32", "float64")
@@ -44,7 +46,7 @@ Call = Callable[[], Any]
 
 
 class Case(NamedTuple):
-    """One function of one array; `variant` says with which temperature or mask."""
+    """One function of one array; `variant` says with which temperature or mask, or how the array lies."""
 
     function: str
     shape: tuple[int, ...]
@@ -109,9 +111,20 @@ def make_task(case: Case, threads: int) -> Task:
         options["where"] = rng.random(case.shape) < 0.5
     elif case.variant in LIMITS:
         options["temperature"] = LIMITS[case.variant]
+    elif case.variant == ROWS_APART:
+        x = cut_out(x, slice(case.shape[-1]), case.shape[-1] + 64)
+    elif case.variant == ENTRIES_APART:
+        x = cut_out(x, slice(None, None, 2), 2 * case.shape[-1])
     reduced = case.function in ("logsumexp", "entropy")
     shape = tuple(np.delete(case.shape, case.axis)) if reduced else case.shape
     return Task(case, x, np.full(shape, np.nan, x.dtype), options, threads)
+
+
+def cut_out(x: np.ndarray, columns: slice, width: int) -> np.ndarray:
+    """Return x as some columns of an array that is so wide."""
+    array = np.zeros((*x.shape[:-1], width), x.dtype)
+    array[..., columns] = x
+    return array[..., columns]
 
 
 # --- Checks ---------------------------------------------------------------------------------------
@@ -271,18 +284,21 @@ def call_parallel_copy(task: Task) -> Call:
     return partial(copy_parts, target, source, task.threads)
 
 
-# What fastmax and the copies are timed for, and the functions that the others have.
+# What fastmax and the copies are timed for, and the functions and variants that the others have; some would
+# be given a copy of what is cut out.
 ALL = FUNCTIONS, tuple(TOLERANCE), VARIANTS
+PACKED = tuple(variant for variant in VARIANTS if variant not in APART)
 SHARED = FUNCTIONS[:3]
+ANY_LAYOUT = (PLAIN, PER_ROW, *APART)
 # In the order of the tables and figures.
 CONTENDERS = {
     "fastmax": Contender("fastmax", ("numba",), call_fastmax, *ALL),
-    "numpy": Contender("NumPy", ("numpy",), call_numpy, FUNCTIONS[:1], has_out=False),
-    "scipy": Contender("SciPy", ("scipy",), call_scipy, SHARED, has_out=False),
-    "torch": Contender("PyTorch", ("torch",), call_torch, SHARED, tuple(TOLERANCE)),
+    "numpy": Contender("NumPy", ("numpy",), call_numpy, FUNCTIONS[:1], WIDE, ANY_LAYOUT, has_out=False),
+    "scipy": Contender("SciPy", ("scipy",), call_scipy, SHARED, WIDE, ANY_LAYOUT, has_out=False),
+    "torch": Contender("PyTorch", ("torch",), call_torch, SHARED, tuple(TOLERANCE), ANY_LAYOUT),
     "onnxruntime": Contender("ONNX Runtime", ("onnxruntime", "onnx"), call_onnxruntime, FUNCTIONS[:1]),
     "jax": Contender("JAX", ("jax",), call_jax, SHARED, has_out=False),
-    "parallel-copy": Contender("copy, all threads", ("numba",), call_parallel_copy, *ALL),
+    "parallel-copy": Contender("copy, all threads", ("numba",), call_parallel_copy, *ALL[:2], PACKED),
     "copy": Contender("copy, one thread", ("numpy",), call_copy, *ALL),
 }
 

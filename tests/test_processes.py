@@ -322,7 +322,7 @@ thread.join()
     ("module", "call"),
     [
         ("numpy.ma", "fastmax.softmax([1.0, 2.0, 3.0])"),
-        ("fastmax._gufunc", "fastmax.softmax(x[::2, ::2])"),
+        ("fastmax._gufunc", "fastmax.softmax(x, np.ones((2, 1)))"),
         ("fastmax._learning", "fastmax.cross_entropy(x, np.zeros(400, int))"),
     ],
 )

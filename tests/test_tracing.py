@@ -169,7 +169,7 @@ def names_of(code):
 
 def test_traced_code_calls_nothing_that_would_run_in_python_alone():
     """What is called is traced, an intrinsic or jitted, or works on values in a trace."""
-    works = {_tracing.kind_of, tuple, map, abs, isinstance, len, range, enumerate}
+    works = {_tracing.kind_of, tuple, map, abs, isinstance, len, range, enumerate, zip}
     checked = 0
     for module in (_math, _lanes, _slice, _cpu, _learning):
         for function in vars(module).values():
