@@ -750,14 +750,14 @@ def _step_of(x, axes):
 def _slices_in_a_block(x, axes):
     """How many slices are copied at a time where they do not lie as kernels take them; 0 if one is too large.
 
-    Slices that are taken side by side as columns are worth more memory, and too few of them are not taken so.
+    Of slices that are taken side by side as columns it is a quarter, as each is in other pages of memory:
+    every other column of 8192 x 2000 takes 0.7 of the time for it. A vector of them is worth more memory,
+    and too few are not taken so.
     """
-    n = math.prod(x.shape[i] for i in axes)
+    n, as_rows = math.prod(x.shape[i] for i in axes), _have_contiguous_slices(x, axes)
     size = n * x.itemsize
-    count = max(_BLOCK // size, min(64, x.nbytes // 16 // size))
-    if min(count, x.size // n) < _few(n) and not _have_contiguous_slices(x, axes):
-        return 0
-    return count
+    count = max((_BLOCK if as_rows else _BLOCK // 4) // size, min(64, x.nbytes // 16 // size))
+    return count if as_rows or min(count, x.size // n) >= _few(n) else 0
 
 
 def _run_in_blocks(operation, x, mask, temperature, axes, count, result):
