@@ -506,16 +506,7 @@ def _around(shape, axis):
 
 def _fit(x, temperature, axis, where, out):
     """Whether a mask and ``out`` are None or lie as x does, and temperatures are one or as its slices."""
-    if not (
-        out is None
-        or (
-            type(out) is _ARRAY
-            and out.dtype is x.dtype
-            and out.shape == x.shape
-            and out.flags.carray
-            and not _overlaps_in_part(out, x)
-        )
-    ):
+    if not (out is None or (_can_take(out, x) and out.flags.carray)):
         return False
     if where is not None and not (
         type(where) is _ARRAY

@@ -98,6 +98,7 @@ from fastmax._slice import (
     end_of_sums,
     fetch,
     further_on,
+    get_sums,
     has_moments,
     is_new,
     kept_terms,
@@ -112,6 +113,7 @@ from fastmax._slice import (
     register_maxima,
     scale_of,
     start_of_sums,
+    store_all,
     sum_lanes,
     sums_apart,
     sums_of,
@@ -293,13 +295,6 @@ def group_sums(x, n, step, first, count, further, temperature, exact, work, stor
     sums_of(work, sums_at(work, 0), sums_at(work, 1), count)
     if has_moments(exact):
         sums_of(work, sums_at(work, 2), sums_at(work, 3), count)
-
-
-@traced
-def store_all(work, at, step, sums):
-    """Write sums to working memory, from one to the next so many entries apart."""
-    for quantity, value in enumerate(sums):
-        store(work, at + quantity * step, value)
 
 
 @traced
@@ -979,12 +974,6 @@ def put_sums(array, at, inner, sums):
     """Write the sums of the slice whose first stands at an index."""
     for quantity, value in enumerate(sums):
         put(array, at + quantity * inner, value)
-
-
-@traced
-def get_sums(array, at, inner, exact):
-    """Sums of the slice whose first stands at an index."""
-    return tuple(get(array, at + quantity * inner) for quantity in quantities(exact))
 
 
 @Kernel

@@ -201,6 +201,19 @@ def quantities(exact):
 
 
 @traced
+def store_all(work, at, step, sums):
+    """Write sums to working memory, from one to the next so many entries apart."""
+    for quantity, value in enumerate(sums):
+        store(work, at + quantity * step, value)
+
+
+@traced
+def get_sums(array, at, inner, exact):
+    """Sums of the slice whose first stands at an index."""
+    return tuple(get(array, at + quantity * inner) for quantity in quantities(exact))
+
+
+@traced
 def start_of_sums(zero, exact):
     """Sums of nothing."""
     most = start_of_sum(zero)
@@ -739,7 +752,8 @@ def maximum_apart(x, work):
 def sum_terms_apart(x, work, scale, guard, exact):
     """Sums of the terms of all chunks, merged in order."""
     w = pointer(work)
-    beside = len(work) - 4 * lane_count(w)
+    lanes = lane_count(w)
+    beside = len(work) - 4 * lanes
     sums = first_of(no_sums(scale.row_max, exact))
     for tile in range(chunk_tile_count(len(x), w)):
         _, _, count = chunk_tile(tile, len(x), w)
@@ -748,23 +762,10 @@ def sum_terms_apart(x, work, scale, guard, exact):
         own = lane_sums(
             w, start, stop, scale, guard, exact, kept_terms(w, exact), start, None, spread(0.0, w)
         )
-        store_side_by_side(w, beside, own)
+        store_all(w, beside, lanes, own)
         for k in range(count):
-            sums = add_sums(sums, sums_beside(w, beside + k, exact))
+            sums = add_sums(sums, get_sums(w, beside + k, lanes, exact))
     return closed(sums)
-
-
-@traced
-def store_side_by_side(work, at, sums):
-    """Write sums to working memory."""
-    for quantity, value in enumerate(sums):
-        store(work, at + quantity * lane_count(work), value)
-
-
-@traced
-def sums_beside(work, at, exact):
-    """Sums of the lane whose first of them stands at an index."""
-    return tuple(get(work, at + quantity * lane_count(work)) for quantity in quantities(exact))
 
 
 @jit
