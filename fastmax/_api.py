@@ -62,13 +62,15 @@ class Operation:
 
     - ``vector``: one vector, on one thread, by dtype;
     - ``few_rows``: a few narrow rows, on one thread, by dtype;
-    - ``schedule``: contiguous slices, on all threads;
+    - ``schedule``: packed slices, on all threads;
+    - ``apart``: slices whose entries lie apart, on all threads;
     - ``broadcast``: slices of any stride, against temperatures of any shape.
     """
 
     vector = _Kernels("_slice", "_vector")
     few_rows = _Kernels("_cpu", "_few_rows")
     schedule = _Kernels("_cpu")
+    apart = _Kernels("_apart")
     broadcast = _Kernels("_gufunc")
 
     def __init__(self, name, elementwise, absent):
@@ -366,32 +368,15 @@ def _transformed(operation, x, temperature, axis, where, out) -> Any:
 
 
 def _is_short_apart(x, temperature, axis):
-    """Whether an array that is not C-contiguous, or read-only, is small or has few slices."""
+    """Whether an array that is not C-contiguous, or read-only, is small or has no neighbours in memory."""
     return (
         not x.flags.carray
         and (x.dtype is _FLOAT64 or x.dtype is _FLOAT32)
         and -x.ndim <= axis < x.ndim
         and temperature >= 0.0
         and x.size > 0
-        and (x.size <= _FEW_APART or _are_few_apart(x, axis))
+        and (x.size <= _FEW_APART or x.itemsize not in x.strides)
     )
-
-
-def _are_few_apart(x, axis):
-    """Whether slices whose entries lie apart are so few that they are taken one by one, not as columns.
-
-    Packed arrays have columns of their own.
-    """
-    n = x.shape[axis]
-    return x.strides[axis] != x.itemsize and x.size < n * _few(n) and not x.flags.forc
-
-
-def _few(n):
-    """Number of columns from which these take less time than slices of n entries one by one.
-
-    As columns 8 x 4000 float32 take 1.6 times as long, 15 x 4000 0.7, 3 x 512 1.25 and 6 x 512 0.8.
-    """
-    return 12 if n > 2048 else 4
 
 
 def _can_take(out, x):
@@ -408,12 +393,10 @@ def _can_take(out, x):
 def _transform_apart(operation, x, temperature, axis, out):
     """Result of the shape of x: every other column of 64 x 32 float64 takes 10 us, by the long way 60."""
     result = np.empty_like(x) if out is None else out
-    if _are_few_apart(x, axis):
-        operation.broadcast(x.swapaxes(axis, -1), temperature, result.swapaxes(axis, -1))
-    else:
+    one = _as_array_of_one(temperature)
+    if x.flags.forc or not _run_apart(operation, x, one, (axis % x.ndim,), result):
         entries, shape, order = _copied(x, axis)
         values = np.empty_like(entries)
-        one = _as_array_of_one(temperature)
         operation.schedule(entries.reshape(shape), None, one, values.reshape(shape))
         result.transpose(order)[...] = values
     return result
@@ -422,14 +405,29 @@ def _transform_apart(operation, x, temperature, axis, out):
 def _reduce_apart(operation, x, temperature, axis, shape):
     """One value per slice, in an array of a shape."""
     values = np.empty(shape, x.dtype)
-    if _are_few_apart(x, axis):
-        slices = np.moveaxis(x, axis, -1)
-        operation.broadcast(slices, temperature, values.reshape(slices.shape[:-1]))
-    else:
+    one = _as_array_of_one(temperature)
+    slices = values.reshape(x.shape[:axis] + x.shape[axis:][1:])
+    if x.flags.forc or not _run_apart(operation, x, one, (axis % x.ndim,), slices):
         entries, blocks, _ = _copied(x, axis)
-        one = _as_array_of_one(temperature)
         operation.schedule(entries.reshape(blocks), None, one, values.reshape(blocks[::2]))
     return values[()]
+
+
+def _run_apart(operation, x, temperature, axes, result):
+    """Whether the slices of x are at equal distances, and not rows, and the result has been written."""
+    if not (x.flags.aligned and result.flags.aligned):
+        return False
+    layout, kept = _layout(x.shape, x.strides, axes, result.strides, x.itemsize)
+    if layout is None:
+        return False
+    temperatures = _one_per_slice(temperature, x.shape, axes, kept)
+    operation.apart(_first(x), layout, temperatures, _first(result))
+    return True
+
+
+def _first(array):
+    """The first entry, in an array of the one kind for which kernels are compiled."""
+    return _as_stored(array[(..., *(slice(1),) * array.ndim)].reshape(1))
 
 
 def _copied(x, axis):
@@ -647,8 +645,7 @@ def _transform(operation, x, mask, temperature, axes, places, shape, batch, out)
                 _as_stored(result).transpose(order).reshape(entries.shape),
             )
             return result
-        if count := _slices_in_a_block(x, axes):
-            _run_in_blocks(operation, x, mask, temperature, axes, count, result)
+        if _run_strided(operation, x, mask, temperature, axes, result):
             return result
     x = _with_absent(_as_entries(x, _kernel_dtype(x.dtype), axes), mask)
     if _is_one_slice(x, axes):
@@ -675,6 +672,7 @@ def _reduce(operation, x, mask, temperature, axes, places, shape, batch, out):
     """One value per slice, in the shape of the result."""
     del places, out  # only `_transform` has use for them
     as_given = batch == tuple(x.shape[i] for i in _kept(axes, range(x.ndim)))
+    values = np.empty(batch, x.dtype)
     entries, order = _as_kernels_take_it(x, mask, axes) if as_given else (None, ())
     if entries is not None:
         values = np.empty(entries.shape[::2], x.dtype)
@@ -686,10 +684,7 @@ def _reduce(operation, x, mask, temperature, axes, places, shape, batch, out):
         )
         kept = _kept(axes, order)
         values = values.reshape([x.shape[i] for i in kept]).transpose(np.argsort(kept))
-    elif as_given and (count := _slices_in_a_block(x, axes)):
-        values = np.empty(batch, x.dtype)
-        _run_in_blocks(operation, x, mask, temperature, axes, count, values)
-    else:
+    elif not (as_given and _run_strided(operation, x, mask, temperature, axes, values)):
         x = _with_absent(_as_entries(x, _kernel_dtype(x.dtype), axes), mask)
         if _is_one_slice(x, axes):
             values = _at_each(operation, x, temperature).reshape(batch)
@@ -698,6 +693,16 @@ def _reduce(operation, x, mask, temperature, axes, places, shape, batch, out):
     if mask is not None:
         np.copyto(values, operation.absent, where=~mask.any(axis=axes))
     return values.reshape(shape)
+
+
+def _run_strided(operation, x, mask, temperature, axes, result):
+    """Whether the result has been written: of slices where they lie, or copied a block at a time."""
+    if mask is None and _run_apart(operation, x, temperature, axes, result):
+        return True
+    count = _slices_in_a_block(x, axes)
+    if count:
+        _run_in_blocks(operation, x, mask, temperature, axes, count, result)
+    return count > 0
 
 
 def _as_kernels_take_it(x, mask, axes):
@@ -716,7 +721,9 @@ def _as_kernels_take_it(x, mask, axes):
             return None, ()
         first = min(order.index(i) for i in axes)
         stop = first + len(axes)
-        *apart, step = (_step_of(x, group) for group in (order[:first], order[first:stop], order[stop:]))
+        *apart, step = (
+            _step_of(x.shape, x.strides, group) for group in (order[:first], order[first:stop], order[stop:])
+        )
         if len(blocks) == 2:
             step = apart.pop()
         if step != x.itemsize or any(step is None or step < 0 or step % x.itemsize for step in apart):
@@ -726,16 +733,39 @@ def _as_kernels_take_it(x, mask, axes):
     return x.transpose(order).reshape(blocks), order
 
 
-def _step_of(x, axes):
+def _step_of(shape, strides, axes):
     """Bytes from one neighbour to the next along some axes, taken as one; None if they are not as many."""
     step, size = 0, 1
     for i in reversed(axes):
-        if x.shape[i] > 1:
-            if size > 1 and x.strides[i] != step * size:
+        if shape[i] > 1:
+            if size > 1 and strides[i] != step * size:
                 return None
-            step = step if size > 1 else x.strides[i]
-            size *= x.shape[i]
+            step = step if size > 1 else strides[i]
+            size *= shape[i]
     return step
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(shape, strides, axes, out_strides, itemsize):
+    """How slices and their results lie in memory, as an array of integers, and the order of their axes.
+
+    A row for each of these axes, and one for those of a slice: its size, and the steps of x and of the result
+    along it, in entries. None if entries of a slice are neighbours, as in a row, or not at equal distances.
+    To find it anew takes 10 us.
+    """
+    values = len(out_strides) < len(shape)  # one for each slice
+    n = math.prod(shape[i] for i in axes)
+    step, out_step = _step_of(shape, strides, axes), 0 if values else _step_of(shape, out_strides, axes)
+    kept = sorted(_kept(axes, range(len(shape))), key=lambda i: -abs(strides[i]))
+    if step is None or out_step is None or (step == itemsize and n > 1):
+        return None, kept
+    of_out = dict(zip(sorted(kept), out_strides, strict=True)) if values else out_strides
+    rows = [(shape[i], strides[i], of_out[i]) for i in kept if shape[i] > 1]
+    rows = np.array([(1, 0, 0), *rows, (n, step, out_step)], np.intp)
+    if (rows[:, 1:] % itemsize).any():
+        return None, kept
+    rows[:, 1:] //= itemsize
+    return rows, kept
 
 
 def _slices_in_a_block(x, axes):
@@ -748,7 +778,7 @@ def _slices_in_a_block(x, axes):
     n, as_rows = math.prod(x.shape[i] for i in axes), _have_contiguous_slices(x, axes)
     size = n * x.itemsize
     count = max((_BLOCK if as_rows else _BLOCK // 4) // size, min(64, x.nbytes // 16 // size))
-    return count if as_rows or min(count, x.size // n) >= _few(n) else 0
+    return count if as_rows or min(count, x.size // n) >= 12 else 0
 
 
 def _run_in_blocks(operation, x, mask, temperature, axes, count, result):
@@ -886,6 +916,8 @@ def _one_per_slice(temperature, shape, axes, order):
 
 def _flat(temperature):
     """Temperatures in a row, in an array of the one kind for which kernels are compiled."""
+    if temperature.ndim == 1 and temperature.flags.carray:
+        return temperature
     return np.require(temperature.reshape(-1), requirements=["C", "A", "W"])
 
 

@@ -106,7 +106,6 @@ from fastmax._slice import (
     lane_sums,
     later,
     maxima_of,
-    merge_sums,
     next_block,
     no_sums,
     quantities,
@@ -475,7 +474,7 @@ def value_groups(first, stop, part, x, mask, temperature, rate, out, weighted, w
 def narrow_work_size(n, like):
     """Entries of working memory for as many rows as there are lanes."""
     lanes = lane_count(like)
-    return (_FIELDS + _SUMS * chain_count(n, like) + n + piece_size(like)) * lanes
+    return (FIELDS + _SUMS * chain_count(n, like) + n + piece_size(like)) * lanes
 
 
 @traced
@@ -487,7 +486,7 @@ def narrow_group_count(rows, like):
 @traced
 def chain_sums_at(n, work):
     """Where the sums of the chains stand in working memory; the tile comes before them."""
-    return (_FIELDS + n + piece_size(work)) * lane_count(work)
+    return (FIELDS + n + piece_size(work)) * lane_count(work)
 
 
 @jit
@@ -662,7 +661,7 @@ def softmax_narrow_group(group, part, x, mask, temperature, rate, out, new, work
     n, step = out.shape[1], row_step(x)
     entries, w = entries_of(x, mask), pointer(part_of(work, part))
     lanes = lane_count(w)
-    first, tile = group * lanes, _FIELDS * lanes
+    first, tile = group * lanes, FIELDS * lanes
     count = min(lanes, len(out) - first)
     if new:
         touch(pointer(out), first * n, (first + count) * n)
@@ -684,7 +683,7 @@ def pack_and_sum(x, temperature, rate, first, n, step, count, exact, work, soon)
     Inlined: softmax of 10000 x 10 float32 takes 1.08 times as long with a call, the logarithm 1.05.
     """
     lanes, stored = lane_count(work), kept_terms(work, exact)
-    tile = _FIELDS * lanes
+    tile = FIELDS * lanes
     pack_rows(x, first * step, step, n, count, work, tile)
     row_max = lane_maxima(work, tile, tile + n * lanes)
     rates = lane_rates(temperature, first, count, rate, work)
@@ -725,7 +724,7 @@ def log_softmax_narrow_group(group, part, x, mask, temperature, rate, out, new, 
     n, step = out.shape[1], row_step(x)
     entries, w = entries_of(x, mask), pointer(part_of(work, part))
     lanes = lane_count(w)
-    first, tile = group * lanes, _FIELDS * lanes
+    first, tile = group * lanes, FIELDS * lanes
     count = min(lanes, len(out) - first)
     if new:
         touch(pointer(out), first * n, (first + count) * n)
@@ -1041,7 +1040,7 @@ def value_long_rows(parts, x, mask, temperature, out, weighted):
 # Fields of a column: those of Scale and Guard, or of Gap and Guard, and a normalizer.
 _GUARD = 6
 _NORMALIZER = 11
-_FIELDS = 13
+FIELDS = 13
 
 
 Tiles = namedtuple("Tiles", "width count lack far new shares distance")
@@ -1139,7 +1138,7 @@ def shares_of(outer, parts):
 @jit
 def begin_tile(task, tiles, x, mask, out, work):
     """Copy the tile of a task to working memory."""
-    tile, at = tile_of(task, tiles, x, out, work), _FIELDS * tiles.width
+    tile, at = tile_of(task, tiles, x, out, work), FIELDS * tiles.width
     pack(entries_of(x, mask), tile.source, pitch(x, 1), x.shape[1], tile.count, work, at, tile.further)
     return tile
 
@@ -1356,13 +1355,13 @@ def column_sums(work, at, n, scale, guard, exact, stored, soon):
     """
     lanes = lane_count(work)
     zero = spread(0.0, work)
-    sums = no_sums(zero, exact)
+    sums = first_of(no_sums(zero, exact))
     for start in range(0, n, CHUNK):
         first, last = at + start * lanes, at + min(n, start + CHUNK) * lanes
         ahead = later(soon, start)
         part = lane_sums(work, first, last, scale, guard, exact, stored, first, ahead, zero)
-        sums = merge_sums(sums, part, exact) if start > 0 else part
-    return sums
+        sums = add_sums(sums, part)
+    return closed(sums)
 
 
 @jit(forceinline=True)
@@ -1379,7 +1378,7 @@ def tile_sums(work, at, n, row_max, temperature, first, rates, exact, stored, j,
 def write_columns(team, parts, x, mask, temperature, exact, out):
     """Write the softmax of columns that fit a tile, or its logarithm if the sums are to be exact."""
     tiles, like = tiles_of(x, out, parts), pointer(x)
-    work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, like)
+    work = workspaces(parts, (FIELDS + x.shape[1]) * tiles.width, like)
     arguments = tiles, x, mask, temperature, first_rate(temperature, like), exact, out, work
     each_task(write_tile, team, parts, len(x) * tiles.count, arguments, tiles.shares)
 
@@ -1402,7 +1401,7 @@ def write_tile(task, part, tiles, x, mask, temperature, rate, exact, out, work):
     (n, inner), step = x.shape[1:], pitch(x, 1)
     entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part))
     lanes, width = lane_count(w), tiles.width
-    tile, at_first, plain = begin_tile(task, tiles, x, mask, out, w), _FIELDS * width, True
+    tile, at_first, plain = begin_tile(task, tiles, x, mask, out, w), FIELDS * width, True
     for j in range(0, tile.count, lanes):
         at, number = at_first + j * n, tile.number + j
         row_max = lane_maxima(w, at, at + n * lanes)
@@ -1451,7 +1450,7 @@ def log_value(x, work, j, width, plain):
 def softmax_shallow_columns(team, parts, x, mask, temperature, out):
     """Softmax of shallow columns."""
     tiles, like = tiles_of(x, out, parts), pointer(x)
-    work = workspaces(parts, (_FIELDS + x.shape[1]) * lane_count(like), like)
+    work = workspaces(parts, (FIELDS + x.shape[1]) * lane_count(like), like)
     arguments = tiles, x, mask, temperature, first_rate(temperature, like), out, work
     each_task(softmax_shallow_tile, team, parts, len(x) * tiles.count, arguments, tiles.shares)
 
@@ -1465,7 +1464,7 @@ def softmax_shallow_tile(task, part, tiles, x, mask, temperature, rate, out, wor
     (n, inner), step = x.shape[1:], pitch(x, 1)
     entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part))
     lanes, zero = lane_count(w), spread(0.0, w)
-    tile, at = tile_of(task, tiles, x, out, w), _FIELDS * lanes
+    tile, at = tile_of(task, tiles, x, out, w), FIELDS * lanes
     for j in range(0, tile.count, lanes):
         number, count = tile.number + j, tile.count - j
         row_max = pack_vector(entries, tile, j, n, step, w, at)
@@ -1529,7 +1528,7 @@ def plain_value(row_max, temperature, sums, weighted):
 def value_columns(team, parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of columns that fit a tile."""
     tiles, like = tiles_of(x, None, parts), pointer(x)
-    work = workspaces(parts, (_FIELDS + x.shape[1]) * tiles.width, like)
+    work = workspaces(parts, (FIELDS + x.shape[1]) * tiles.width, like)
     arguments = tiles, x, mask, temperature, first_rate(temperature, like), out, weighted, work
     each_task(value_tile, team, parts, len(x) * tiles.count, arguments, tiles.shares)
 
@@ -1540,7 +1539,7 @@ def value_tile(task, part, tiles, x, mask, temperature, rate, out, weighted, wor
     n, step = x.shape[1], pitch(x, 1)
     entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part))
     lanes, width, exact = lane_count(w), tiles.width, (weighted,)
-    tile, at_first = begin_tile(task, tiles, x, mask, None, w), _FIELDS * width
+    tile, at_first = begin_tile(task, tiles, x, mask, None, w), FIELDS * width
     for j in range(0, tile.count, lanes):
         at, number = at_first + j * n, tile.number + j
         row_max = lane_maxima(w, at, at + n * lanes)
@@ -1634,7 +1633,7 @@ def tall_passes(team, parts, x, mask, temperature, exact, out):
     width = strip_width(inner, like)
     partial = workspace(outer * chunks * 4 * inner, like)
     maxima, sums = workspace(outer * inner, like), workspace(outer * 4 * inner, like)
-    work = workspaces(parts, (_FIELDS + CHUNK) * width, like)
+    work = workspaces(parts, (FIELDS + CHUNK) * width, like)
     rate, count = first_rate(temperature, like), strip_count(x.shape, width)
     numbers = maxima, sums, partial, width, work
     for step in range(2 if out is None else 3):
@@ -1685,7 +1684,7 @@ def strip_sums(task, part, x, mask, temperature, rate, maxima, partial, exact, w
     i, chunk, rows, first, count = strip_of(task, x.shape, width)
     n, inner = x.shape[1:]
     w, lanes = pointer(part_of(work, part)), lane_count(work)
-    tile = _FIELDS * width
+    tile = FIELDS * width
     start, step = place(x, i, chunk * CHUNK, first), pitch(x, 1)
     further, _ = steps_ahead(count, work)
     pack(entries_of(x, mask), start, step, rows, count, w, tile, further)
@@ -1713,7 +1712,7 @@ def merge_strips(partial, i, chunks, inner, exact, sums):
 def tall_write(team, parts, x, mask, temperature, maxima, sums, exact, out):
     """Write the softmax of columns, or its logarithm if sums are exact: the last pass alone."""
     width = strip_width(x.shape[2], maxima)
-    work = workspaces(parts, _FIELDS * width, maxima)
+    work = workspaces(parts, FIELDS * width, maxima)
     rate = first_rate(temperature, maxima)
     arguments = x, mask, temperature, rate, maxima, sums, exact, out, width, work
     each_task(write_strip, team, parts, strip_count(x.shape, width), arguments)

@@ -11,9 +11,8 @@ import numba
 import numpy as np
 
 from fastmax import _slice
-from fastmax._jit import gufunc, jit
+from fastmax._jit import gufunc
 from fastmax._lanes import as_contiguous
-from fastmax._slice import CHUNK
 
 
 @functools.cache
@@ -43,21 +42,12 @@ def _reduce(contiguous, strided, x, temperature, out):
     return _call(kernel, "(n),()->()", x, temperature, out)
 
 
-@jit
-def _are_few(x):
-    """Whether entries that lie apart are summed one by one: two chunks take as long as side by side."""
-    return len(x) <= 2 * CHUNK
-
-
 def _contiguous_softmax(x, temperature, out):
     _slice.softmax(as_contiguous(x), temperature, as_contiguous(out))
 
 
 def _strided_softmax(x, temperature, out):
-    if _are_few(x):
-        _slice.softmax(x, temperature, out)
-    else:
-        _slice.softmax_apart(x, temperature, out)
+    _slice.strided_softmax(x, temperature, out)
 
 
 def _contiguous_log_softmax(x, temperature, out):
@@ -65,10 +55,7 @@ def _contiguous_log_softmax(x, temperature, out):
 
 
 def _strided_log_softmax(x, temperature, out):
-    if _are_few(x):
-        _slice.log_softmax(x, temperature, out)
-    else:
-        _slice.log_softmax_apart(x, temperature, out)
+    _slice.strided_log_softmax(x, temperature, out)
 
 
 def _contiguous_logsumexp(x, temperature, out):
@@ -76,10 +63,7 @@ def _contiguous_logsumexp(x, temperature, out):
 
 
 def _strided_logsumexp(x, temperature, out):
-    if _are_few(x):
-        out[0] = _slice.logsumexp(x, temperature)
-    else:
-        out[0] = _slice.value_apart(x, temperature, None)
+    out[0] = _slice.strided_logsumexp(x, temperature)
 
 
 def _contiguous_entropy(x, temperature, out):
@@ -87,10 +71,7 @@ def _contiguous_entropy(x, temperature, out):
 
 
 def _strided_entropy(x, temperature, out):
-    if _are_few(x):
-        out[0] = _slice.entropy(x, temperature)
-    else:
-        out[0] = _slice.value_apart(x, temperature, True)
+    out[0] = _slice.strided_entropy(x, temperature)
 
 
 def softmax(x, temperature, out=None):

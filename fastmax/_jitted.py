@@ -9,47 +9,17 @@ import functools
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba.core import types
 from numba.extending import overload
-from numba.np.arrayobj import make_array, populate_array
 from numba.np.unsafe import ndarray
 from numpy.exceptions import AxisError
 
 from fastmax import _slice
 from fastmax._jit import jit
-from fastmax._lanes import as_contiguous
-from fastmax._tracing import intrinsic
+from fastmax._lanes import as_contiguous, slice_at
 
 # What it makes is called with other arguments than its source says.
 to_fixed_tuple: Any = ndarray.to_fixed_tuple
-
-
-@intrinsic
-def slice_at(typingctx, array, offset, n, stride):
-    """View of n entries of an array from a byte on, with a stride in bytes; its type is that of any stride.
-
-    It does not count as a reference: the caller keeps the array alive.
-    """
-    result = types.Array(array.dtype, 1, "A")
-
-    def codegen(context, builder, sig, args):
-        array, offset, n, stride = args
-        source = make_array(sig.args[0])(context, builder, array)
-        byte = ir.IntType(8).as_pointer()
-        data = builder.bitcast(builder.gep(builder.bitcast(source.data, byte), [offset]), source.data.type)
-        view = make_array(result)(context, builder)
-        populate_array(
-            view,
-            data=data,
-            shape=[n],
-            strides=[stride],
-            itemsize=source.itemsize,
-            meminfo=None,
-        )
-        return view._getvalue()
-
-    return result(array, types.intp, types.intp, types.intp), codegen
 
 
 # -- arguments ------------------------------------------------------------------------------------
@@ -242,7 +212,7 @@ def filler(name, contiguous):
 
     Slices are ``contiguous`` or not, or the function takes both (None). Its ``work`` has room for n entries.
     """
-    run = getattr(_slice, name)
+    run, run_strided = getattr(_slice, name), getattr(_slice, f"strided_{name}")
 
     def fill_contiguous(x, n, stride, packed, temperature, out, to, out_stride, work):
         results = slice_at(out, to, n, out_stride)
@@ -254,7 +224,7 @@ def filler(name, contiguous):
                 results[i] = work[i]
 
     def fill_strided(x, n, stride, packed, temperature, out, to, out_stride, work):
-        run(slice_at(x, 0, n, stride), temperature, slice_at(out, to, n, out_stride))
+        run_strided(slice_at(x, 0, n, stride), temperature, slice_at(out, to, n, out_stride))
 
     if contiguous is not None:
         return jit(fill_contiguous if contiguous else fill_strided)
@@ -273,13 +243,13 @@ def filler(name, contiguous):
 @functools.cache
 def valuer(name, contiguous):
     """Function that returns the value of a slice; else as `filler`."""
-    run = getattr(_slice, name)
+    run, run_strided = getattr(_slice, name), getattr(_slice, f"strided_{name}")
 
     def value_contiguous(x, n, stride, packed, temperature):
         return run(as_contiguous(slice_at(x, 0, n, stride)), temperature)
 
     def value_strided(x, n, stride, packed, temperature):
-        return run(slice_at(x, 0, n, stride), temperature)
+        return run_strided(slice_at(x, 0, n, stride), temperature)
 
     if contiguous is not None:
         return jit(value_contiguous if contiguous else value_strided)

@@ -26,6 +26,7 @@ from numba.core import config, types
 from numba.core.cgutils import for_range_slice, get_or_insert_function
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, overload, register_model
+from numba.np.arrayobj import make_array, populate_array
 
 from fastmax._jit import jit
 from fastmax._tracing import intrinsic, kind_of, traced
@@ -113,12 +114,11 @@ def _lanes_of(like: Any) -> Any:
     """The lane type of an array or pointer(s); a lane type or a float stands for itself."""
     if _is_pair(like):
         return _lanes_of(like[0])
-    if isinstance(like, types.Array) and like.layout != "C":
-        return like.dtype
-    if isinstance(like, types.CPointer | types.Array):
-        dtype = types.float32 if like.dtype in (types.int16, types.uint16) else like.dtype
-        return _lanes(dtype, _COUNT[dtype])
-    return like
+    if not isinstance(like, types.CPointer | types.Array):
+        return like
+    dtype = types.float32 if like.dtype in (types.int16, types.uint16) else like.dtype
+    one_by_one = isinstance(like, types.Array) and like.layout != "C"
+    return _lanes(dtype, 1 if one_by_one else _COUNT[dtype])
 
 
 def _register_count(dtype):
@@ -671,6 +671,33 @@ def pointer(typingctx, array):
 def as_contiguous(typingctx, array):
     """The same 1-d array under the type of a C-contiguous one, for a caller who knows that it is."""
     return array.copy(layout="C")(array), lambda context, builder, sig, args: args[0]
+
+
+@intrinsic
+def slice_at(typingctx, array, offset, n, stride):
+    """View of n entries of an array from a byte on, with a stride in bytes; its type is that of any stride.
+
+    It does not count as a reference: the caller keeps the array alive.
+    """
+    result = types.Array(array.dtype, 1, "A")
+
+    def codegen(context, builder, sig, args):
+        array, offset, n, stride = args
+        source = make_array(sig.args[0])(context, builder, array)
+        byte = ir.IntType(8).as_pointer()
+        data = builder.bitcast(builder.gep(builder.bitcast(source.data, byte), [offset]), source.data.type)
+        view = make_array(result)(context, builder)
+        populate_array(
+            view,
+            data=data,
+            shape=[n],
+            strides=[stride],
+            itemsize=source.itemsize,
+            meminfo=None,
+        )
+        return view._getvalue()
+
+    return result(array, types.intp, types.intp, types.intp), codegen
 
 
 def workspace(size, like) -> Any:

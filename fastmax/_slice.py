@@ -455,14 +455,6 @@ def sum_all_lanes(sums):
 
 
 @traced
-def merge_sums(sums, part, exact):
-    """Merge `lane_sums` of a few chunks."""
-    if exact is None:
-        return merge(*sums, *part)
-    return closed(add_sums(first_of(sums), part))
-
-
-@traced
 def larger_half(x):
     """The larger of each lane of the lower half and that of the upper one."""
     return larger(lower_half(x), upper_half(x))
@@ -692,6 +684,19 @@ def chunk_tile(tile, n, like):
 
 
 @jit
+def chunk_work_size(n, like):
+    """Entries of working memory for the tiles of a slice that are kept, and for the sums of one tile."""
+    tiles = chunk_tile_count(n, like) if n <= KEPT else 1
+    return (tiles * min(n, CHUNK) + 4) * lane_count(like)
+
+
+@jit
+def chunk_work(x):
+    """Working memory for the chunks of a slice."""
+    return workspace(chunk_work_size(len(x), as_contiguous(x)), x)
+
+
+@jit
 def pack_chunks(x, tile, work):
     """Copy the chunks of a tile, one to each lane, and return where it begins and ends.
 
@@ -703,9 +708,10 @@ def pack_chunks(x, tile, work):
     for i in range(rows):
         store(work, at + i * lanes, spread(get(x, first + i), work))
     for start in range(0, rows, PIECE):
+        stop = min(start + PIECE, rows)
         for k in range(1, count):
             chunk = first + k * CHUNK
-            for i in range(start, min(start + PIECE, rows)):
+            for i in range(start, stop):
                 put(work, at + i * lanes + k, get(x, chunk + i))
     return at, at + rows * lanes
 
@@ -739,7 +745,7 @@ def unpack_chunks(work, at, tile, out):
 
 
 @jit
-def maximum_apart(x, work):
+def maximum_by_chunks(x, work):
     """Largest entry, NaN left out; -inf if there is none."""
     w = pointer(work)
     top = -spread(math.inf, get(x, 0))
@@ -749,101 +755,54 @@ def maximum_apart(x, work):
 
 
 @jit
-def sum_terms_apart(x, work, scale, guard, exact):
+def sums_of_tile(work, start, stop, row_max, rate, exact):
+    """`lane_sums` of the chunks of a tile; softmax keeps its terms there."""
+    stored, zero = kept_terms(work, exact), spread(0.0, work)
+    if is_plain(row_max, rate):
+        scale = scale_of(row_max, rate, exact)
+        return lane_sums(work, start, stop, scale, None, exact, stored, start, None, zero)
+    scale, guard = guarded_scale(row_max, rate.temperature)
+    return lane_sums(work, start, stop, scale, guard, exact, stored, start, None, zero)
+
+
+@jit
+def sums_by_chunks(x, work, row_max, rate, exact):
     """Sums of the terms of all chunks, merged in order."""
     w = pointer(work)
     lanes = lane_count(w)
     beside = len(work) - 4 * lanes
-    sums = first_of(no_sums(scale.row_max, exact))
+    sums = first_of(no_sums(row_max, exact))
     for tile in range(chunk_tile_count(len(x), w)):
-        _, _, count = chunk_tile(tile, len(x), w)
         start, stop = packed_chunks(x, tile, w)
-        # Softmax keeps its terms, which takes no more room.
-        own = lane_sums(
-            w, start, stop, scale, guard, exact, kept_terms(w, exact), start, None, spread(0.0, w)
-        )
-        store_all(w, beside, lanes, own)
+        store_all(w, beside, lanes, sums_of_tile(w, start, stop, row_max, rate, exact))
+        _, _, count = chunk_tile(tile, len(x), w)
         for k in range(count):
             sums = add_sums(sums, get_sums(w, beside + k, lanes, exact))
     return closed(sums)
 
 
 @jit
-def sums_apart_of(x, work, row_max, rate, exact):
-    """`sum_terms_apart` at the temperature of a rate."""
-    if is_plain(row_max, rate):
-        return sum_terms_apart(x, work, scale_of(row_max, rate, exact), None, exact)
-    scale, guard = guarded_scale(row_max, rate.temperature)
-    return sum_terms_apart(x, work, scale, guard, exact)
-
-
-@jit
-def write_terms_apart(x, work, scale, guard, high, low, out):
-    """Write the terms times a normalizer."""
-    w = pointer(work)
-    high, low = spread(high, w), spread(low, w)
+def write_by_chunks(x, temperature, exact, out, work):
+    """Softmax of a 1-d array of any stride, or its logarithm if sums are to be exact."""
+    w, rate = pointer(work), rate_of(temperature, get(x, 0))
+    row_max = maximum_by_chunks(x, work)
+    sums = sums_by_chunks(x, work, row_max, rate, exact)
     for tile in range(chunk_tile_count(len(x), w)):
         start, stop = packed_chunks(x, tile, w)
-        for i in range(start, stop, lane_count(w)):
-            if len(x) > KEPT:
-                store(w, i, scaled_terms(load(w, i), scale, guard, high, low))
-            else:
-                store(w, i, probability(load(w, i), high, low))
+        if exact is None and len(x) <= KEPT:
+            high, low = normalizer(sums[0], sums[1])
+            scale_stored(w, start, w, start, stop, high, low, w, 0)
+        else:
+            write_slice(w, start, stop, row_max, rate, sums, exact, w, 0, False, None)
         unpack_chunks(w, start, tile, out)
 
 
 @jit
-def write_log_terms_apart(x, work, gap, guard, out):
-    """Write (x - max) / T - log_sum."""
-    w = pointer(work)
-    for tile in range(chunk_tile_count(len(x), w)):
-        start, stop = packed_chunks(x, tile, w)
-        for i in range(start, stop, lane_count(w)):
-            store(w, i, log_terms(load(w, i), gap, guard))
-        unpack_chunks(w, start, tile, out)
-
-
-@jit
-def tile_for_chunks(x):
-    """Working memory for the chunks of a slice, and for the sums of one tile."""
-    like = as_contiguous(x)
-    tiles = chunk_tile_count(len(x), like) if len(x) <= KEPT else 1
-    return workspace((tiles * min(len(x), CHUNK) + 4) * lane_count(like), x)
-
-
-@jit
-def softmax_apart(x, temperature, out):
-    """Softmax of a 1-d array of any stride."""
-    work, rate = tile_for_chunks(x), rate_of(temperature, get(x, 0))
-    row_max = maximum_apart(x, work)
-    high, low = normalizer(*sums_apart_of(x, work, row_max, rate, None))
-    if is_plain(row_max, rate):
-        write_terms_apart(x, work, ratio_scale(row_max, rate), None, high, low, out)
-    else:
-        scale, guard = guarded_scale(row_max, rate.temperature)
-        write_terms_apart(x, work, scale, guard, high, low, out)
-
-
-@jit
-def log_softmax_apart(x, temperature, out):
-    """Logarithm of the softmax of a 1-d array of any stride."""
-    work, rate = tile_for_chunks(x), rate_of(temperature, get(x, 0))
-    row_max = maximum_apart(x, work)
-    sums = sums_apart_of(x, work, row_max, rate, (None,))
-    log_sum = log_of_sum(row_max, sums_apart(sums, row_max, rate, (None,)))
-    if is_plain(row_max, rate):
-        write_log_terms_apart(x, work, plain_gap(row_max, rate, log_sum), None, out)
-    else:
-        gap, guard = guarded_gap(row_max, rate.temperature, log_sum)
-        write_log_terms_apart(x, work, gap, guard, out)
-
-
-@jit
-def value_apart(x, temperature, weighted):
+def value_by_chunks(x, temperature, weighted, work):
     """Logsumexp of a 1-d array of any stride or, unless ``weighted`` is None, the entropy of its softmax."""
-    work, rate, exact = tile_for_chunks(x), rate_of(temperature, get(x, 0)), (weighted,)
-    row_max = maximum_apart(x, work)
-    sums = sums_apart(sums_apart_of(x, work, row_max, rate, exact), row_max, rate, exact)
+    rate, exact = rate_of(temperature, get(x, 0)), (weighted,)
+    row_max = maximum_by_chunks(x, work)
+    sums = sums_apart(sums_by_chunks(x, work, row_max, rate, exact), row_max, rate, exact)
     return value_of_sums(x, 0, 1, len(x), row_max, temperature, sums, weighted)
 
 
@@ -879,6 +838,49 @@ def logsumexp(x, temperature):
 def entropy(x, temperature):
     """Entropy of the softmax of a 1-d array."""
     return value_of(x, 0, len(x), rate_of(temperature, get(x, 0)), True, None)
+
+
+# The same of an array of any stride: of two chunks one entry after the other, which takes as long.
+
+
+@jit
+def are_few(x):
+    """Whether entries that lie apart are summed one by one."""
+    return len(x) <= 2 * CHUNK
+
+
+@jit
+def strided_softmax(x, temperature, out):
+    """Softmax of a 1-d array of any stride."""
+    if are_few(x):
+        softmax(x, temperature, out)
+    else:
+        write_by_chunks(x, temperature, None, out, chunk_work(x))
+
+
+@jit
+def strided_log_softmax(x, temperature, out):
+    """Logarithm of the softmax of a 1-d array of any stride."""
+    if are_few(x):
+        log_softmax(x, temperature, out)
+    else:
+        write_by_chunks(x, temperature, (None,), out, chunk_work(x))
+
+
+@jit
+def strided_logsumexp(x, temperature):
+    """T log(sum(exp(x / T))) of a 1-d array of any stride."""
+    if are_few(x):
+        return logsumexp(x, temperature)
+    return value_by_chunks(x, temperature, None, chunk_work(x))
+
+
+@jit
+def strided_entropy(x, temperature):
+    """Entropy of the softmax of a 1-d array of any stride."""
+    if are_few(x):
+        return entropy(x, temperature)
+    return value_by_chunks(x, temperature, True, chunk_work(x))
 
 
 @plain_kernel(1, 1)

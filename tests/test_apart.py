@@ -1,8 +1,7 @@
 """Arrays that do not lie as kernels take them: rows that lie apart, entries that do, and any other strides.
 
 Contiguous slices have the bits of rows of a packed array, all others those of its columns, whichever way a
-call goes: small arrays are copied, large ones read where they lie or copied block by block, and few slices
-whose entries lie apart are taken one by one.
+call goes: read where they lie, side by side or one by one, or copied block by block.
 """
 
 import tracemalloc
@@ -100,19 +99,24 @@ def test_bits_are_those_of_packed_slices(function, layout):
 
 @pytest.mark.parametrize("layout", BY_DAY)
 def test_contiguous_slices_are_rows_and_others_columns(layout, monkeypatch):
-    """Or go one by one; compensated sums would hardly show another order."""
+    """Or are taken where they lie; compensated sums would hardly show another order."""
     x, axis = cut(layout)
-    seen, schedule = [], _api._SOFTMAX.schedule
+    seen = []
 
-    def spy(entries, *arguments):
-        seen.append(entries.ndim)
-        schedule(entries, *arguments)
+    def spy(kernels):
+        def call(entries, *arguments):
+            seen.append((kernels.__module__, entries.ndim))
+            kernels(entries, *arguments)
 
-    monkeypatch.setattr(_api._SOFTMAX, "schedule", spy)
+        return call
+
+    for kind in "schedule", "apart":
+        monkeypatch.setattr(_api._SOFTMAX, kind, spy(getattr(_api._SOFTMAX, kind)))
     fastmax.softmax(x, axis=axis)
     fastmax.softmax(x, axis=axis, where=np.ones(x.shape, bool))
-    assert set(seen) <= {2 if are_rows(x, axis) else 3}
-    assert seen or not are_rows(x, axis)
+    as_rows, as_columns = {("fastmax._cpu", 2)}, {("fastmax._cpu", 3), ("fastmax._apart", 1)}
+    assert seen
+    assert set(seen) <= (as_rows if are_rows(x, axis) else as_columns)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +201,6 @@ def test_read_only_and_in_fortran_order(shape):
         expected = fastmax.softmax(x, axis=axis)
         lent = x.copy()
         lent.flags.writeable = False
-        assert not _api._are_few_apart(lent, axis)
         np.testing.assert_array_equal(fastmax.softmax(lent, axis=axis), expected)
         fortran = fastmax.softmax(x.T.copy().T, axis=axis)  # of which rows are columns
         np.testing.assert_allclose(fortran, expected, rtol=1e-6)
