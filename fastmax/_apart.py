@@ -4,9 +4,8 @@ As many slices as there are lanes are copied into a tile, one to each, summed as
 few long ones are taken one by one, with as many chunks in lanes (`_slice`). So a slice has the bits of a
 column of a packed array, and beside x and its results there is a tile for each thread.
 
-How arrays lie is told by a layout, an array of integers (see `_api._layout`): for each axis of the slices its
-size, and the steps of x and of the results from one index to the next; at the end the same for the entries of
-a slice. Of x and of the results the kernels get the first entry, in an array of one.
+How arrays lie is told by a layout (`_layout`). Of x and of the results a kernel gets the first entry, in an
+array of one: so there is one kernel for any number of axes.
 """
 
 import math
@@ -15,27 +14,6 @@ from collections import namedtuple
 import numpy as np
 
 from fastmax import _slice
-from fastmax._cpu import (
-    FIELDS,
-    PARALLEL_COLUMNS,
-    are_plain,
-    field,
-    first_rate,
-    lane_rates,
-    log_value,
-    normalized,
-    part_of,
-    plain_value,
-    put_sums,
-    rate_at,
-    shows_all,
-    temperature_at,
-    tile_sums,
-    workspaces,
-    write_beside,
-    write_gaps,
-    write_normalizers,
-)
 from fastmax._jit import jit, kernel
 from fastmax._lanes import (
     get,
@@ -52,6 +30,7 @@ from fastmax._lanes import (
     workspace,
     write,
 )
+from fastmax._layout import OF_OUT, OF_X, SIZE, first_entry
 from fastmax._math import add_sums, closed, first_of, log_of_sum, rate_of
 from fastmax._slice import (
     CHUNK,
@@ -70,10 +49,27 @@ from fastmax._slice import (
     sums_of_tile,
     unpack_chunks,
 )
-from fastmax._threads import Kernel, each_task, parts_for
-
-# Columns of a layout.
-_SIZE, _OF_X, _OF_OUT = range(3)
+from fastmax._threads import PARALLEL_COLUMNS, Kernel, each_task, parts_for
+from fastmax._tiles import (
+    FIELDS,
+    are_plain,
+    field,
+    first_rate,
+    lane_rates,
+    log_value,
+    normalized,
+    part_of,
+    plain_value,
+    put_sums,
+    rate_at,
+    shows_all,
+    temperature_at,
+    tile_sums,
+    workspaces,
+    write_beside,
+    write_gaps,
+    write_normalizers,
+)
 
 # Entries, where slices are nearer to one another than these, or slices by which memory is fetched ahead: each
 # is in another page, and a processor does not foresee them. Every other column of 1000 x 16384 float32 takes
@@ -86,7 +82,7 @@ def slice_count(layout):
     """Number of slices."""
     count = 1
     for axis in range(len(layout) - 1):
-        count *= layout[axis, _SIZE]
+        count *= layout[axis, SIZE]
     return count
 
 
@@ -95,15 +91,15 @@ def place_of(layout, number, column):
     """Where a slice of x begins, or its result."""
     place = 0
     for axis in range(len(layout) - 2, -1, -1):
-        place += number % layout[axis, _SIZE] * layout[axis, column]
-        number //= layout[axis, _SIZE]
+        place += number % layout[axis, SIZE] * layout[axis, column]
+        number //= layout[axis, SIZE]
     return place
 
 
 @jit
 def places_of(layout, first, count, column, places):
     """Write where so many slices begin; return the distance between them, or 0 if that is not the same."""
-    size, step = layout[-2, _SIZE], layout[-2, column]
+    size, step = layout[-2, SIZE], layout[-2, column]
     if first % size + count <= size:
         places[0] = place_of(layout, first, column)
         for k in range(1, count):
@@ -122,8 +118,8 @@ def places_of(layout, first, count, column, places):
 @jit
 def pack_slices(x, layout, first, count, work, at, places):
     """Copy slices to a tile, one to each lane; lanes without one get the first, or zeros."""
-    n, step, lanes = layout[-1, _SIZE], layout[-1, _OF_X], lane_count(work)
-    distance = places_of(layout, first, count, _OF_X, places)
+    n, step, lanes = layout[-1, SIZE], layout[-1, OF_X], lane_count(work)
+    distance = places_of(layout, first, count, OF_X, places)
     if distance == 1:
         for i in range(n):
             store(work, at + i * lanes, read(x, places[0] + i * step, count, spread(0.0, work)))
@@ -152,8 +148,8 @@ def pack_slices(x, layout, first, count, work, at, places):
 @jit
 def unpack_slices(work, at, layout, first, count, out, places):
     """Copy slices back to where their results are."""
-    n, step, lanes = layout[-1, _SIZE], layout[-1, _OF_OUT], lane_count(work)
-    distance = places_of(layout, first, count, _OF_OUT, places)
+    n, step, lanes = layout[-1, SIZE], layout[-1, OF_OUT], lane_count(work)
+    distance = places_of(layout, first, count, OF_OUT, places)
     if distance == 1:
         for i in range(n):
             write(out, places[0] + i * step, count, load(work, at + i * lanes))
@@ -197,7 +193,7 @@ def group_count(layout, like):
 def write_groups(team, parts, x, layout, temperature, exact, out):
     """Write the softmax of slices side by side, or its logarithm if the sums are to be exact."""
     like = pointer(x)
-    work = workspaces(parts, (FIELDS + layout[-1, _SIZE]) * lane_count(like), like)
+    work = workspaces(parts, (FIELDS + layout[-1, SIZE]) * lane_count(like), like)
     places, rate = np.empty((parts, lane_count(like)), np.intp), first_rate(temperature, like)
     arguments = x, layout, temperature, rate, exact, out, work, places
     each_task(write_group, team, parts, group_count(layout, like), arguments)
@@ -218,7 +214,7 @@ def log_softmax_side_by_side(team, parts, x, layout, temperature, out):
 @jit
 def write_group(group, part, x, layout, temperature, rate, exact, out, work, places):
     """Write the softmax of as many slices as there are lanes, or fewer, or its logarithm."""
-    n, w = layout[-1, _SIZE], pointer(part_of(work, part))
+    n, w = layout[-1, SIZE], pointer(part_of(work, part))
     lanes = lane_count(w)
     first, tile = group * lanes, FIELDS * lanes
     count = min(lanes, slice_count(layout) - first)
@@ -245,7 +241,7 @@ def write_group(group, part, x, layout, temperature, rate, exact, out, work, pla
 def value_side_by_side(team, parts, x, layout, temperature, out, weighted):
     """Logsumexp of slices, or entropy of their softmax unless ``weighted`` is None."""
     like = pointer(x)
-    work = workspaces(parts, (FIELDS + layout[-1, _SIZE]) * lane_count(like), like)
+    work = workspaces(parts, (FIELDS + layout[-1, SIZE]) * lane_count(like), like)
     places, rate = np.empty((parts, lane_count(like)), np.intp), first_rate(temperature, like)
     arguments = x, layout, temperature, rate, weighted, out, work, places
     each_task(value_group, team, parts, group_count(layout, like), arguments)
@@ -254,7 +250,7 @@ def value_side_by_side(team, parts, x, layout, temperature, out, weighted):
 @jit
 def value_group(group, part, x, layout, temperature, rate, weighted, out, work, places):
     """Logsumexp, or entropy unless ``weighted`` is None, of as many slices as there are lanes, or fewer."""
-    n, step, w, exact = layout[-1, _SIZE], layout[-1, _OF_X], pointer(part_of(work, part)), (weighted,)
+    n, step, w, exact = layout[-1, SIZE], layout[-1, OF_X], pointer(part_of(work, part)), (weighted,)
     lanes, own_places = lane_count(w), places[part]
     first, tile = group * lanes, FIELDS * lanes
     count = min(lanes, slice_count(layout) - first)
@@ -272,7 +268,7 @@ def value_group(group, part, x, layout, temperature, rate, weighted, out, work, 
             sums = get_sums(w, field(1, k, lanes), lanes, exact)
             put(w, k, _slice.value_of_sums(pointer(x), own_places[k], step, n, top, own, sums, weighted))
     for k in range(count):
-        put(pointer(out), place_of(layout, first + k, _OF_OUT), get(w, k))
+        put(pointer(out), place_of(layout, first + k, OF_OUT), get(w, k))
 
 
 # -- one slice after the other --------------------------------------------------------------------
@@ -282,13 +278,13 @@ def value_group(group, part, x, layout, temperature, rate, weighted, out, work, 
 def view_of(x, layout, number, column):
     """View of a slice of x, or of its result."""
     place, step = place_of(layout, number, column), layout[-1, column]
-    return slice_at(x, place * x.itemsize, layout[-1, _SIZE], step * x.itemsize)
+    return slice_at(x, place * x.itemsize, layout[-1, SIZE], step * x.itemsize)
 
 
 @jit(inline="always")
 def write_each(team, parts, x, layout, temperature, exact, out):
     """Write the softmax of one slice after the other, or its logarithm if the sums are to be exact."""
-    work = workspaces(parts, chunk_work_size(layout[-1, _SIZE], pointer(x)), pointer(x))
+    work = workspaces(parts, chunk_work_size(layout[-1, SIZE], pointer(x)), pointer(x))
     each_task(write_one, team, parts, slice_count(layout), (x, layout, temperature, exact, out, work))
 
 
@@ -307,7 +303,7 @@ def log_softmax_one_by_one(team, parts, x, layout, temperature, out):
 @jit
 def write_one(number, part, x, layout, temperature, exact, out, work):
     """Write the softmax of a slice, or its logarithm."""
-    entries, results = view_of(x, layout, number, _OF_X), view_of(out, layout, number, _OF_OUT)
+    entries, results = view_of(x, layout, number, OF_X), view_of(out, layout, number, OF_OUT)
     own, w = temperature_at(temperature, number), part_of(work, part)
     _slice.write_by_chunks(entries, own, exact, results, w)
 
@@ -315,7 +311,7 @@ def write_one(number, part, x, layout, temperature, exact, out, work):
 @Kernel
 def value_one_by_one(team, parts, x, layout, temperature, out, weighted):
     """Logsumexp of slices, or entropy of their softmax unless ``weighted`` is None."""
-    work = workspaces(parts, chunk_work_size(layout[-1, _SIZE], pointer(x)), pointer(x))
+    work = workspaces(parts, chunk_work_size(layout[-1, SIZE], pointer(x)), pointer(x))
     arguments = x, layout, temperature, weighted, out, work
     each_task(value_of_one, team, parts, slice_count(layout), arguments)
 
@@ -324,8 +320,8 @@ def value_one_by_one(team, parts, x, layout, temperature, out, weighted):
 def value_of_one(number, part, x, layout, temperature, weighted, out, work):
     """Logsumexp of a slice or, unless ``weighted`` is None, the entropy of its softmax."""
     own, w = temperature_at(temperature, number), part_of(work, part)
-    value = _slice.value_by_chunks(view_of(x, layout, number, _OF_X), own, weighted, w)
-    put(pointer(out), place_of(layout, number, _OF_OUT), value)
+    value = _slice.value_by_chunks(view_of(x, layout, number, OF_X), own, weighted, w)
+    put(pointer(out), place_of(layout, number, OF_OUT), value)
 
 
 # -- long slices: threads share the tiles of chunks of each ----------------------------------------
@@ -334,13 +330,13 @@ def value_of_one(number, part, x, layout, temperature, weighted, out, work):
 @jit
 def tile_of_slice(task, x, layout):
     """Number of a slice, and of its tile, that a task stands for."""
-    return divmod(task, chunk_tile_count(layout[-1, _SIZE], pointer(x)))
+    return divmod(task, chunk_tile_count(layout[-1, SIZE], pointer(x)))
 
 
 @Kernel
 def long_maxima(team, parts, x, layout):
     """Maximum of each slice."""
-    n, count, like = layout[-1, _SIZE], slice_count(layout), pointer(x)
+    n, count, like = layout[-1, SIZE], slice_count(layout), pointer(x)
     tiles = chunk_tile_count(n, like)
     work = workspaces(parts, chunk_work_size(n, like), like)
     partial, maxima = workspace(count * tiles, like), workspace(count, like)
@@ -355,13 +351,13 @@ def tile_maximum(task, part, x, layout, partial, work):
     """Maximum of a tile."""
     number, tile = tile_of_slice(task, x, layout)
     w = pointer(part_of(work, part))
-    partial[task] = _slice.maximum(w, *pack_chunks(view_of(x, layout, number, _OF_X), tile, w))
+    partial[task] = _slice.maximum(w, *pack_chunks(view_of(x, layout, number, OF_X), tile, w))
 
 
 @Kernel
 def long_sums(team, parts, x, layout, temperature, maxima, exact):
     """Sums of each slice."""
-    n, count, like = layout[-1, _SIZE], slice_count(layout), pointer(x)
+    n, count, like = layout[-1, SIZE], slice_count(layout), pointer(x)
     chunks, tiles = -(-n // CHUNK), chunk_tile_count(n, like)
     work = workspaces(parts, chunk_work_size(n, like), like)
     partial, sums = workspace(count * chunks * 4, like), workspace(count * 4, like)
@@ -379,9 +375,9 @@ def long_sums(team, parts, x, layout, temperature, maxima, exact):
 def tile_of_sums(task, part, x, layout, temperature, maxima, exact, partial, work):
     """Sums of the chunks of a tile."""
     number, tile = tile_of_slice(task, x, layout)
-    n, w, beside = layout[-1, _SIZE], pointer(part_of(work, part)), CHUNK * lane_count(work)
+    n, w, beside = layout[-1, SIZE], pointer(part_of(work, part)), CHUNK * lane_count(work)
     first, _, count = chunk_tile(tile, n, w)
-    start, stop = pack_chunks(view_of(x, layout, number, _OF_X), tile, w)
+    start, stop = pack_chunks(view_of(x, layout, number, OF_X), tile, w)
     rate = rate_at(temperature, number, maxima[number])
     sums = sums_of_tile(w, start, stop, maxima[number], rate, exact)
     store_all(w, beside, lane_count(w), sums)
@@ -393,7 +389,7 @@ def tile_of_sums(task, part, x, layout, temperature, maxima, exact, partial, wor
 @Kernel
 def long_write(team, parts, x, layout, temperature, maxima, sums, exact, out):
     """Write the softmax of each slice, or its logarithm if the sums are exact."""
-    n, like = layout[-1, _SIZE], pointer(x)
+    n, like = layout[-1, SIZE], pointer(x)
     work = workspaces(parts, chunk_work_size(n, like), like)
     arguments = x, layout, temperature, maxima, sums, exact, out, work
     each_task(write_tile, team, parts, slice_count(layout) * chunk_tile_count(n, like), arguments)
@@ -404,23 +400,23 @@ def write_tile(task, part, x, layout, temperature, maxima, sums, exact, out, wor
     """Write a tile."""
     number, tile = tile_of_slice(task, x, layout)
     w, row_max = pointer(part_of(work, part)), maxima[number]
-    start, stop = pack_chunks(view_of(x, layout, number, _OF_X), tile, w)
+    start, stop = pack_chunks(view_of(x, layout, number, OF_X), tile, w)
     rate, own = rate_at(temperature, number, row_max), get_sums(sums, 4 * number, 1, None)
     _slice.write_slice(w, start, stop, row_max, rate, own, exact, w, 0, False, None)
-    unpack_chunks(w, start, tile, view_of(out, layout, number, _OF_OUT))
+    unpack_chunks(w, start, tile, view_of(out, layout, number, OF_OUT))
 
 
 @kernel
 def long_values(x, layout, temperature, maxima, sums, out, weighted):
     """Logsumexp of each slice from its sums, or entropy unless ``weighted`` is None."""
-    n, step, entries = layout[-1, _SIZE], layout[-1, _OF_X], pointer(x)
+    n, step, entries = layout[-1, SIZE], layout[-1, OF_X], pointer(x)
     for number in range(slice_count(layout)):
         own, top = temperature_at(temperature, number), maxima[number]
         beside = get_sums(sums, 4 * number, 1, (weighted,))
         beside = sums_apart(beside, top, rate_of(own, top), (weighted,))
-        place = place_of(layout, number, _OF_X)
+        place = place_of(layout, number, OF_X)
         value = _slice.value_of_sums(entries, place, step, n, top, own, beside, weighted)
-        put(pointer(out), place_of(layout, number, _OF_OUT), value)
+        put(pointer(out), place_of(layout, number, OF_OUT), value)
 
 
 def softmax_long(parts, x, layout, temperature, out):
@@ -468,21 +464,26 @@ def log_softmax(x, layout, temperature, out):
 
 def logsumexp(x, layout, temperature, out):
     """Write the logsumexp of slices."""
-    _run(_VALUES, x, layout, temperature, out, None)
+    values(x, layout, temperature, out, None)
 
 
 def entropy(x, layout, temperature, out):
     """Write the entropy of the softmax of slices."""
-    _run(_VALUES, x, layout, temperature, out, True)
+    values(x, layout, temperature, out, True)
+
+
+def values(x, layout, temperature, out, weighted):
+    """Write the logsumexp of slices, or their entropy unless ``weighted`` is None."""
+    _run(_VALUES, x, layout, temperature, out, weighted)
 
 
 def _run(schedules, x, layout, temperature, out, *options):
     """Run the schedule that suits the slices.
 
-    One by one 6 x 4000 take as long as side by side, 2 x 1100 too, 3 x 2000 1.1 to 1.2 times as long, 64 x 8000
-    1.1 to 1.3, and 64 x 16000 0.95, float32 and float64 alike.
+    One by one 6 x 4000 take as long as side by side, 2 x 1100 too, 3 x 2000 1.1 to 1.2 times as long,
+    64 x 8000 1.1 to 1.3, and 64 x 16000 0.95, float32 and float64 alike.
     """
-    *sizes, n = layout[:, _SIZE].tolist()
+    *sizes, n = layout[:, SIZE].tolist()
     count = math.prod(sizes)
     if n > KEPT:
         schedule = schedules.long
@@ -490,4 +491,5 @@ def _run(schedules, x, layout, temperature, out, *options):
         schedule = schedules.one_by_one
     else:
         schedule = schedules.side_by_side
-    schedule(parts_for(count * n, PARALLEL_COLUMNS), x, layout, temperature, out, *options)
+    parts = parts_for(count * n, PARALLEL_COLUMNS)
+    schedule(parts, first_entry(x), layout, temperature, first_entry(out), *options)

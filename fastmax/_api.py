@@ -12,6 +12,7 @@ import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 from numpy.typing import ArrayLike
 
+from fastmax._layout import layout_of, step_of
 from fastmax._process import imported, uninterrupted
 
 _FLOAT32 = np.dtype(np.float32)
@@ -68,7 +69,7 @@ class Operation:
     """
 
     vector = _Kernels("_slice", "_vector")
-    few_rows = _Kernels("_cpu", "_few_rows")
+    few_rows = _Kernels("_rows", "_few_rows")
     schedule = _Kernels("_cpu")
     apart = _Kernels("_apart")
     broadcast = _Kernels("_gufunc")
@@ -417,17 +418,12 @@ def _run_apart(operation, x, temperature, axes, result):
     """Whether the slices of x are at equal distances, and not rows, and the result has been written."""
     if not (x.flags.aligned and result.flags.aligned):
         return False
-    layout, kept = _layout(x.shape, x.strides, axes, result.strides, x.itemsize)
+    layout, kept = layout_of(x, axes, result)
     if layout is None:
         return False
     temperatures = _one_per_slice(temperature, x.shape, axes, kept)
-    operation.apart(_first(x), layout, temperatures, _first(result))
+    operation.apart(_as_stored(x), layout, temperatures, _as_stored(result))
     return True
-
-
-def _first(array):
-    """The first entry, in an array of the one kind for which kernels are compiled."""
-    return _as_stored(array[(..., *(slice(1),) * array.ndim)].reshape(1))
 
 
 def _copied(x, axis):
@@ -721,9 +717,8 @@ def _as_kernels_take_it(x, mask, axes):
             return None, ()
         first = min(order.index(i) for i in axes)
         stop = first + len(axes)
-        *apart, step = (
-            _step_of(x.shape, x.strides, group) for group in (order[:first], order[first:stop], order[stop:])
-        )
+        groups = order[:first], order[first:stop], order[stop:]
+        *apart, step = (step_of(x.shape, x.strides, group) for group in groups)
         if len(blocks) == 2:
             step = apart.pop()
         if step != x.itemsize or any(step is None or step < 0 or step % x.itemsize for step in apart):
@@ -731,41 +726,6 @@ def _as_kernels_take_it(x, mask, axes):
         if len(blocks) == 3 and _have_contiguous_slices(x, axes):  # which overlap
             return None, ()
     return x.transpose(order).reshape(blocks), order
-
-
-def _step_of(shape, strides, axes):
-    """Bytes from one neighbour to the next along some axes, taken as one; None if they are not as many."""
-    step, size = 0, 1
-    for i in reversed(axes):
-        if shape[i] > 1:
-            if size > 1 and strides[i] != step * size:
-                return None
-            step = step if size > 1 else strides[i]
-            size *= shape[i]
-    return step
-
-
-@functools.lru_cache(maxsize=256)
-def _layout(shape, strides, axes, out_strides, itemsize):
-    """How slices and their results lie in memory, as an array of integers, and the order of their axes.
-
-    A row for each of these axes, and one for those of a slice: its size, and the steps of x and of the result
-    along it, in entries. None if entries of a slice are neighbours, as in a row, or not at equal distances.
-    To find it anew takes 10 us.
-    """
-    values = len(out_strides) < len(shape)  # one for each slice
-    n = math.prod(shape[i] for i in axes)
-    step, out_step = _step_of(shape, strides, axes), 0 if values else _step_of(shape, out_strides, axes)
-    kept = sorted(_kept(axes, range(len(shape))), key=lambda i: -abs(strides[i]))
-    if step is None or out_step is None or (step == itemsize and n > 1):
-        return None, kept
-    of_out = dict(zip(sorted(kept), out_strides, strict=True)) if values else out_strides
-    rows = [(shape[i], strides[i], of_out[i]) for i in kept if shape[i] > 1]
-    rows = np.array([(1, 0, 0), *rows, (n, step, out_step)], np.intp)
-    if (rows[:, 1:] % itemsize).any():
-        return None, kept
-    rows[:, 1:] //= itemsize
-    return rows, kept
 
 
 def _slices_in_a_block(x, axes):

@@ -18,7 +18,7 @@ import dask.array as da
 import numpy as np
 from dask.graph_manipulation import bind
 
-from fastmax import _api, _cpu, _slice
+from fastmax import _api, _columns, _rows, _slice, _tiles
 from fastmax._jit import jit, kernel
 from fastmax._lanes import as_float64, entries_of, fma, get, pointer, spread, workspace
 from fastmax._math import (
@@ -251,7 +251,7 @@ class _Chunk:
 
     def states(self, temperature, exact):
         """States of the slices, in the order of the batch."""
-        sums_of = sums_of_rows if self.x.ndim == 2 else functools.partial(_cpu.tall_sums, 1)
+        sums_of = sums_of_rows if self.x.ndim == 2 else functools.partial(_columns.tall_sums, 1)
         maxima, sums = sums_of(self.x, self.mask, temperature, exact)
         states = np.empty((len(maxima), _FIELDS))
         write_states(maxima, sums, _inner(self.x), temperature, exact, states)
@@ -343,7 +343,7 @@ def _write(x, states, mask, reduced, operation):
         sums = np.zeros((len(ordered), 4), chunk.dtype)
         sums_of_kernels(ordered, maxima, own, sums)
         sums = sums.reshape(-1, _inner(chunk.x), 4).transpose(0, 2, 1).reshape(-1)
-        write = write_rows if chunk.x.ndim == 2 else functools.partial(_cpu.tall_write, 1)
+        write = write_rows if chunk.x.ndim == 2 else functools.partial(_columns.tall_write, 1)
         write(chunk.x, chunk.mask, own, maxima, sums, _exact(operation), out)
     out = out.view(chunk.result_dtype).reshape([chunk.shape[i] for i in chunk.order])
     return out.transpose(np.argsort(chunk.order))
@@ -370,24 +370,24 @@ def _serial(function):
 @jit
 def soon_in_chunk(x, row, rows, n, pitch):
     """What to fetch while a row of a chunk is read: to write softmax takes 0.7 of the time for it."""
-    return _cpu.soon_for_row(x, row * pitch, n, min(row + 1, rows - 1) * pitch, None, 0)
+    return _rows.soon_for_row(x, row * pitch, n, min(row + 1, rows - 1) * pitch, None, 0)
 
 
 @_serial
 def sums_of_rows(x, mask, temperature, exact):
     """Maxima of rows, and their sums, four for each."""
     rows, n = x.shape
-    entries, pitch = entries_of(x, mask), _cpu.pitch(x, 0)
+    entries, pitch = entries_of(x, mask), _tiles.pitch(x, 0)
     maxima, sums = workspace(rows, pointer(x)), workspace(rows * 4, pointer(x))
-    rate = _cpu.first_rate(temperature, pointer(x))
+    rate = _tiles.first_rate(temperature, pointer(x))
     for row in range(rows):
         start, stop = row * pitch, row * pitch + n
         maxima[row] = _slice.maximum(entries, start, stop)
         if len(temperature) > 1:
-            rate = _cpu.rate_at(temperature, row, maxima[row])
+            rate = _tiles.rate_at(temperature, row, maxima[row])
         soon = soon_in_chunk(entries, row, rows, n, pitch)
         own = _slice.sums_of_slice(entries, start, stop, maxima[row], rate, exact, None, 0, soon)
-        _cpu.put_sums(sums, 4 * row, 1, own)
+        _tiles.put_sums(sums, 4 * row, 1, own)
     return maxima, sums
 
 
@@ -395,11 +395,11 @@ def sums_of_rows(x, mask, temperature, exact):
 def write_rows(x, mask, temperature, maxima, sums, exact, out):
     """Write the softmax of rows, or its logarithm if the sums are exact."""
     rows, n = x.shape
-    entries, pitch, results = entries_of(x, mask), _cpu.pitch(x, 0), pointer(out)
+    entries, pitch, results = entries_of(x, mask), _tiles.pitch(x, 0), pointer(out)
     for row in range(rows):
         start, stop, shift = row * pitch, row * pitch + n, row * (n - pitch)
-        top, own = maxima[row], _cpu.get_sums(sums, 4 * row, 1, None)
-        rate, soon = _cpu.rate_at(temperature, row, top), soon_in_chunk(entries, row, rows, n, pitch)
+        top, own = maxima[row], _slice.get_sums(sums, 4 * row, 1, None)
+        rate, soon = _tiles.rate_at(temperature, row, top), soon_in_chunk(entries, row, rows, n, pitch)
         _slice.write_slice(entries, start, stop, top, rate, own, exact, results, shift, False, soon)
 
 
@@ -411,11 +411,11 @@ def write_states(maxima, sums, inner, temperature, exact, states):
     """Write the state of each slice."""
     # Terms of float32 kernels are in smaller units.
     units = top_term(0.0) / as_float64(top_term(get(maxima, 0)))
-    rate = _cpu.first_rate(temperature, maxima)
+    rate = _tiles.first_rate(temperature, maxima)
     for i in range(len(maxima)):
         if len(temperature) > 1:
-            rate = _cpu.rate_at(temperature, i, maxima[i])
-        own = _cpu.get_sums(sums, i // inner * 4 * inner + i % inner, inner, exact)
+            rate = _tiles.rate_at(temperature, i, maxima[i])
+        own = _slice.get_sums(sums, i // inner * 4 * inner + i % inner, inner, exact)
         own = sums_apart(own, maxima[i], rate, exact)
         rest, error, moment, moment_error = in_units(own, units)
         states[i, 0] = states[i, 1] = maxima[i]
@@ -524,7 +524,7 @@ def sums_of_kernels(states, maxima, temperature, sums):
             sums[i, 0] = math.nan
         else:
             rest = beside_maximum(states, i)
-            top, rate = top_term(rest[0]), _cpu.rate_at(temperature, i, maxima[i])
+            top, rate = top_term(rest[0]), _tiles.rate_at(temperature, i, maxima[i])
             total, error = merge(top, 0.0, rest[0], rest[1])
             unit = as_float64(top_term(maxima[i]) * unit_of(maxima[i], rate)) / top
             product = total * unit

@@ -17,30 +17,7 @@ from collections import namedtuple
 import numpy as np
 
 from fastmax import _slice
-from fastmax._cpu import (
-    PARALLEL_ROWS,
-    STORED_BYTES,
-    TILE_BYTES,
-    Tiles,
-    are_plain,
-    lane_rates,
-    mixed_scales,
-    next_tile,
-    no_guard,
-    pack_rows,
-    padded_size,
-    part_of,
-    put_scale,
-    rate_at,
-    read_guard,
-    read_scale,
-    shares_of,
-    soon_for_row,
-    temperature_at,
-    touch_rows,
-    unpack_rows,
-    workspaces,
-)
+from fastmax._columns import TILE_BYTES, Tiles, next_tile, shares_of, touch_rows
 from fastmax._jit import jit
 from fastmax._lanes import (
     LANE_BYTES,
@@ -83,8 +60,23 @@ from fastmax._math import (
     times_pair,
     top_term,
 )
+from fastmax._rows import STORED_BYTES, pack_rows, soon_for_row, unpack_rows
 from fastmax._slice import CHUNK, Soon, fetch, is_new, lane_maxima, later, sum_lanes, touch_new
-from fastmax._threads import Kernel, each_span, each_task, parts_for
+from fastmax._threads import PARALLEL_ROWS, Kernel, each_span, each_task, parts_for
+from fastmax._tiles import (
+    are_plain,
+    lane_rates,
+    mixed_scales,
+    no_guard,
+    padded_size,
+    part_of,
+    put_scale,
+    rate_at,
+    read_guard,
+    read_scale,
+    temperature_at,
+    workspaces,
+)
 from fastmax._tracing import traced
 
 # Rows up to so many entries are taken many at a time, transposed, one in each lane.

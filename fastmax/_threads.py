@@ -22,6 +22,12 @@ _SIZE = ir.IntType(8 * np.intp().itemsize)
 _PART = types.voidptr, types.intp  # what the function of a part takes: data, and the number of the part
 _PARTS = types.intp, types.intp, types.intp  # what `_all_parts` takes
 
+# Entries from which all threads take no longer than one, on two cores: rows, columns, one slice (see
+# figures/scaling_cpu.csv).
+PARALLEL_ROWS = 2**14
+PARALLEL_COLUMNS = 2**16
+PARALLEL_SLICE = 2**17
+
 
 class Kernel:
     """A jitted function of a team, a number of parts for `each_task`, and more arguments.

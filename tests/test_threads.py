@@ -16,7 +16,7 @@ from bits import LENGTHS
 from paths import IN_PLACE, PATHS
 
 import fastmax
-from fastmax import _cpu, _process
+from fastmax import _columns, _process, _tiles
 from fastmax._jit import jit
 from fastmax._slice import CHUNK
 from fastmax._threads import Kernel, each_span, each_task
@@ -232,11 +232,11 @@ def test_masked_rows_of_each_length_have_the_bits_of_the_vector(name, dtype):
 @pytest.mark.parametrize("name", oracle.ELEMENTWISE)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("is_masked", [False, True])
-@pytest.mark.parametrize("n", [0, 40, _cpu.FEW_FAR_ROWS])
+@pytest.mark.parametrize("n", [0, 40, _columns.FEW_FAR_ROWS])
 def test_results_written_past_the_caches_have_the_bits_of_those_in_place(name, dtype, is_masked, n):
     """Results in place are never written past the caches; the others begin at each kind of address."""
     function = getattr(fastmax, name)
-    k = _cpu.FAR_BYTES // np.dtype(dtype).itemsize
+    k = _tiles.FAR_BYTES // np.dtype(dtype).itemsize
     shape = (2, n, -(-k // n // 128) * 64) if n else (k + 3,)
     x = draw(math.prod(shape), dtype).reshape(shape)
     where = {"where": (np.arange(x.size) % 7 > 0).reshape(shape)} if is_masked else {}
