@@ -12,7 +12,7 @@ import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 from numpy.typing import ArrayLike
 
-from fastmax._layout import layout_of, step_of
+from fastmax._layout import has_rows, layout_of, step_of
 from fastmax._process import imported, uninterrupted
 
 _FLOAT32 = np.dtype(np.float32)
@@ -395,7 +395,7 @@ def _transform_apart(operation, x, temperature, axis, out):
     """Result of the shape of x: every other column of 64 x 32 float64 takes 10 us, by the long way 60."""
     result = np.empty_like(x) if out is None else out
     one = _as_array_of_one(temperature)
-    if x.flags.forc or not _run_apart(operation, x, one, (axis % x.ndim,), result):
+    if x.flags.forc or not _run_apart(operation, x, None, one, (axis % x.ndim,), result):
         entries, shape, order = _copied(x, axis)
         values = np.empty_like(entries)
         operation.schedule(entries.reshape(shape), None, one, values.reshape(shape))
@@ -408,21 +408,22 @@ def _reduce_apart(operation, x, temperature, axis, shape):
     values = np.empty(shape, x.dtype)
     one = _as_array_of_one(temperature)
     slices = values.reshape(x.shape[:axis] + x.shape[axis:][1:])
-    if x.flags.forc or not _run_apart(operation, x, one, (axis % x.ndim,), slices):
+    if x.flags.forc or not _run_apart(operation, x, None, one, (axis % x.ndim,), slices):
         entries, blocks, _ = _copied(x, axis)
         operation.schedule(entries.reshape(blocks), None, one, values.reshape(blocks[::2]))
     return values[()]
 
 
-def _run_apart(operation, x, temperature, axes, result):
-    """Whether the slices of x are at equal distances, and not rows, and the result has been written."""
+def _run_apart(operation, x, mask, temperature, axes, result):
+    """Whether entries of slices lie apart at equal distances, and the result has been written."""
     if not (x.flags.aligned and result.flags.aligned):
         return False
-    layout, kept = layout_of(x, axes, result)
-    if layout is None:
+    layout, kept = layout_of(x, mask, axes, result)
+    if layout is None or has_rows(layout):
         return False
     temperatures = _one_per_slice(temperature, x.shape, axes, kept)
-    operation.apart(_as_stored(x), layout, temperatures, _as_stored(result))
+    bytes_of_mask = None if mask is None else _writeable(mask.view(np.uint8))
+    operation.apart(_as_stored(x), bytes_of_mask, layout, temperatures, _as_stored(result))
     return True
 
 
@@ -693,7 +694,7 @@ def _reduce(operation, x, mask, temperature, axes, places, shape, batch, out):
 
 def _run_strided(operation, x, mask, temperature, axes, result):
     """Whether the result has been written: of slices where they lie, or copied a block at a time."""
-    if mask is None and _run_apart(operation, x, temperature, axes, result):
+    if _run_apart(operation, x, mask, temperature, axes, result):
         return True
     count = _slices_in_a_block(x, axes)
     if count:

@@ -151,8 +151,8 @@ def _few_columns(write):
     """Schedule for columns that are taken as slices which lie apart, by a function for these."""
 
     def run(parts, x, mask, temperature, out, *options):
-        layout, _ = layout_of(x, (1,), out)
-        write(x, layout, temperature, out, *options)
+        layout, _ = layout_of(x, mask, (1,), out)
+        write(x, mask, layout, temperature, out, *options)
 
     return run
 
@@ -221,7 +221,7 @@ def _is_filled(x, mask, temperature, out, logarithm):
 
 def _run(schedules, x, mask, temperature, out, *options):
     """Run the schedule that suits the shape: (outer, n), or (outer, n, inner)."""
-    key = schedules, x.shape, x.itemsize, len(temperature), mask is None
+    key = schedules, x.shape, x.itemsize, len(temperature)
     schedule, is_large, parts = _choice(*key, 1)
     if is_large and (usable := _process.usable_threads()) > 1:
         schedule, _, parts = _choice(*key, usable)
@@ -229,7 +229,7 @@ def _run(schedules, x, mask, temperature, out, *options):
 
 
 @functools.lru_cache(maxsize=256)
-def _choice(schedules, shape, itemsize, temperatures, is_whole, threads):
+def _choice(schedules, shape, itemsize, temperatures, threads):
     """Schedule for a shape, whether it is worth so many threads, and a part for each that has work.
 
     To choose anew takes 2 us.
@@ -238,7 +238,7 @@ def _choice(schedules, shape, itemsize, temperatures, is_whole, threads):
     slices, lanes = max(outer, temperatures), LANE_BYTES // max(itemsize, 4)
     if len(shape) == 3:
         is_large = max(math.prod(shape), slices * n) >= PARALLEL_COLUMNS
-        if is_whole and _are_few(shape, lanes):
+        if _are_few(shape, lanes):
             return schedules.few_columns, False, 1
         if n > TALL:
             return schedules.tall_columns, is_large, threads

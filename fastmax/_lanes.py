@@ -677,8 +677,10 @@ def as_contiguous(typingctx, array):
 def slice_at(typingctx, array, offset, n, stride):
     """View of n entries of an array from a byte on, with a stride in bytes; its type is that of any stride.
 
-    It does not count as a reference: the caller keeps the array alive.
+    It does not count as a reference: the caller keeps the array alive. Of None it is None.
     """
+    if isinstance(array, types.NoneType):
+        return array(array, types.intp, types.intp, types.intp), lambda context, builder, sig, args: args[0]
     result = types.Array(array.dtype, 1, "A")
 
     def codegen(context, builder, sig, args):
@@ -715,6 +717,18 @@ def _workspace(size, like):
 def entries_of(x, mask):
     """Pointer to x, or the pair of pointers to x and its mask."""
     return pointer(x) if mask is None else (pointer(x), pointer(mask))
+
+
+@intrinsic
+def with_mask(typingctx, array, mask):
+    """Array as it is, or its pair with a mask; the caller keeps both alive."""
+    if isinstance(mask, types.NoneType):
+        return array(array, mask), lambda context, builder, sig, args: args[0]
+
+    def codegen(context, builder, sig, args):
+        return context.make_tuple(builder, sig.return_type, args)
+
+    return types.Tuple((array, mask))(array, mask), codegen
 
 
 @intrinsic
@@ -966,6 +980,21 @@ def present(typingctx, array, index, count, value, absent):
         )
 
     return value(array, types.intp, types.intp, value, value), codegen
+
+
+@intrinsic
+def unless_masked(typingctx, mask, index, value, absent):
+    """``value`` of one entry, or ``absent`` if there is a mask whose byte at an index is 0."""
+
+    def codegen(context, builder, sig, args):
+        mask, index, value, absent = args
+        if isinstance(sig.args[0], types.NoneType):
+            return value
+        byte = ir.IntType(8)
+        own = _load(context, builder, sig.args[0], mask, index, byte, None)
+        return builder.select(builder.icmp_unsigned("!=", own, byte(0)), value, absent)
+
+    return value(mask, types.intp, value, value), codegen
 
 
 # Rows are transposed in pieces of 128 bits, of as many rows as a register has lanes: the parts of a register

@@ -10,33 +10,40 @@ import math
 import numpy as np
 
 # Columns of a layout.
-SIZE, OF_X, OF_OUT = range(3)
+SIZE, OF_X, OF_OUT, OF_MASK = range(4)
 
 
-def layout_of(x, axes, out):
+def layout_of(x, mask, axes, out):
     """Layout of the slices of x along some axes, and the order of the other axes in it: that of memory.
 
-    None if entries of a slice are neighbours, as those of a row, or not at equal distances.
+    None if entries of a slice are not at equal distances.
     """
-    return _layout(x.shape, x.strides, axes, out.strides, x.itemsize)
+    return _layout(x.shape, x.strides, None if mask is None else mask.strides, axes, out.strides, x.itemsize)
+
+
+def has_rows(layout):
+    """Whether entries of a slice are neighbours."""
+    return layout[-1, OF_X] == 1 and layout[-1, SIZE] > 1
 
 
 @functools.lru_cache(maxsize=256)
-def _layout(shape, strides, axes, out_strides, itemsize):
+def _layout(shape, strides, mask_strides, axes, out_strides, itemsize):
     """`layout_of` arrays of such shapes and strides: to find it anew takes 10 us."""
-    values = len(out_strides) < len(shape)  # one for each slice
-    n = math.prod(shape[i] for i in axes)
-    step, out_step = step_of(shape, strides, axes), 0 if values else step_of(shape, out_strides, axes)
-    kept = [i for i in range(len(shape)) if i not in axes]
-    of_out = dict(zip(kept, out_strides, strict=True)) if values else out_strides
+    kept, no_steps = [i for i in range(len(shape)) if i not in axes], (0,) * len(shape)
+    if len(out_strides) < len(shape):  # one value for each slice
+        of_slices = dict(zip(kept, out_strides, strict=True))
+        out_strides = tuple(of_slices.get(i, 0) for i in range(len(shape)))
+    all_strides = strides, out_strides, mask_strides or no_steps
+    n, steps = math.prod(shape[i] for i in axes), [step_of(shape, own, axes) for own in all_strides]
     kept.sort(key=lambda i: -abs(strides[i]))
-    if step is None or out_step is None or (step == itemsize and n > 1):
+    if None in steps:
         return None, kept
-    rows = [(shape[i], strides[i], of_out[i]) for i in kept if shape[i] > 1]
-    layout = np.array([(1, 0, 0), *rows, (n, step, out_step)], np.intp)
-    if (layout[:, OF_X:] % itemsize).any():
+    rows = [(shape[i], *(own[i] for own in all_strides)) for i in kept if shape[i] > 1]
+    layout = np.array([(1, 0, 0, 0), *rows, (n, *steps)], np.intp)
+    of_entries = layout[:, [OF_X, OF_OUT]]
+    if (of_entries % itemsize).any():
         return None, kept
-    layout[:, OF_X:] //= itemsize
+    layout[:, [OF_X, OF_OUT]] = of_entries // itemsize
     return layout, kept
 
 

@@ -48,7 +48,9 @@ from fastmax._lanes import (
     stream,
     to_stream,
     touch,
+    unless_masked,
     upper_half,
+    with_mask,
     workspace,
     write,
 )
@@ -697,22 +699,24 @@ def chunk_work(x):
 
 
 @jit
-def pack_chunks(x, tile, work):
+def pack_chunks(x, mask, tile, work):
     """Copy the chunks of a tile, one to each lane, and return where it begins and ends.
 
-    Lanes without a chunk get entries of the first.
+    Lanes without a chunk get entries of the first. The mask is None or a 1-d array of bytes.
     """
     first, rows, count = chunk_tile(tile, len(x), work)
-    lanes = lane_count(work)
+    lanes, absent = lane_count(work), -spread(math.inf, get(x, 0))
     at = place_of_tile(tile, x, work)
     for i in range(rows):
-        store(work, at + i * lanes, spread(get(x, first + i), work))
+        entry = unless_masked(mask, first + i, get(x, first + i), absent)
+        store(work, at + i * lanes, spread(entry, work))
     for start in range(0, rows, PIECE):
         stop = min(start + PIECE, rows)
         for k in range(1, count):
             chunk = first + k * CHUNK
             for i in range(start, stop):
-                put(work, at + i * lanes + k, get(x, chunk + i))
+                entry = unless_masked(mask, chunk + i, get(x, chunk + i), absent)
+                put(work, at + i * lanes + k, entry)
     return at, at + rows * lanes
 
 
@@ -723,34 +727,35 @@ def place_of_tile(tile, x, work):
 
 
 @jit
-def packed_chunks(x, tile, work):
+def packed_chunks(x, mask, tile, work):
     """Where a tile begins and ends that has been packed before, or is now."""
     if len(x) > KEPT:
-        return pack_chunks(x, tile, work)
+        return pack_chunks(x, mask, tile, work)
     _, rows, _ = chunk_tile(tile, len(x), work)
     at = place_of_tile(tile, x, work)
     return at, at + rows * lane_count(work)
 
 
 @jit
-def unpack_chunks(work, at, tile, out):
-    """Copy the chunks of a tile back."""
+def unpack_chunks(work, at, tile, mask, absent, out):
+    """Copy the chunks of a tile back; entries that the mask leaves out become ``absent``."""
     first, rows, count = chunk_tile(tile, len(out), work)
     lanes = lane_count(work)
     for start in range(0, rows, PIECE):
         for k in range(count):
             chunk = first + k * CHUNK
             for i in range(start, min(start + PIECE, rows)):
-                put(out, chunk + i, get(work, at + i * lanes + k))
+                value = unless_masked(mask, chunk + i, get(work, at + i * lanes + k), absent)
+                put(out, chunk + i, value)
 
 
 @jit
-def maximum_by_chunks(x, work):
+def maximum_by_chunks(x, mask, work):
     """Largest entry, NaN left out; -inf if there is none."""
     w = pointer(work)
     top = -spread(math.inf, get(x, 0))
     for tile in range(chunk_tile_count(len(x), w)):
-        top = max(top, maximum(w, *pack_chunks(x, tile, w)))
+        top = max(top, maximum(w, *pack_chunks(x, mask, tile, w)))
     return top
 
 
@@ -766,14 +771,14 @@ def sums_of_tile(work, start, stop, row_max, rate, exact):
 
 
 @jit
-def sums_by_chunks(x, work, row_max, rate, exact):
+def sums_by_chunks(x, mask, work, row_max, rate, exact):
     """Sums of the terms of all chunks, merged in order."""
     w = pointer(work)
     lanes = lane_count(w)
     beside = len(work) - 4 * lanes
     sums = first_of(no_sums(row_max, exact))
     for tile in range(chunk_tile_count(len(x), w)):
-        start, stop = packed_chunks(x, tile, w)
+        start, stop = packed_chunks(x, mask, tile, w)
         store_all(w, beside, lanes, sums_of_tile(w, start, stop, row_max, rate, exact))
         _, _, count = chunk_tile(tile, len(x), w)
         for k in range(count):
@@ -782,28 +787,34 @@ def sums_by_chunks(x, work, row_max, rate, exact):
 
 
 @jit
-def write_by_chunks(x, temperature, exact, out, work):
+def write_by_chunks(x, mask, temperature, exact, out, work):
     """Softmax of a 1-d array of any stride, or its logarithm if sums are to be exact."""
     w, rate = pointer(work), rate_of(temperature, get(x, 0))
-    row_max = maximum_by_chunks(x, work)
-    sums = sums_by_chunks(x, work, row_max, rate, exact)
+    row_max = maximum_by_chunks(x, mask, work)
+    sums, absent = sums_by_chunks(x, mask, work, row_max, rate, exact), absent_value(row_max, exact)
     for tile in range(chunk_tile_count(len(x), w)):
-        start, stop = packed_chunks(x, tile, w)
+        start, stop = packed_chunks(x, mask, tile, w)
         if exact is None and len(x) <= KEPT:
             high, low = normalizer(sums[0], sums[1])
             scale_stored(w, start, w, start, stop, high, low, w, 0)
         else:
             write_slice(w, start, stop, row_max, rate, sums, exact, w, 0, False, None)
-        unpack_chunks(w, start, tile, out)
+        unpack_chunks(w, start, tile, mask, absent, out)
 
 
 @jit
-def value_by_chunks(x, temperature, weighted, work):
+def value_by_chunks(x, mask, temperature, weighted, work):
     """Logsumexp of a 1-d array of any stride or, unless ``weighted`` is None, the entropy of its softmax."""
     rate, exact = rate_of(temperature, get(x, 0)), (weighted,)
-    row_max = maximum_by_chunks(x, work)
-    sums = sums_apart(sums_by_chunks(x, work, row_max, rate, exact), row_max, rate, exact)
-    return value_of_sums(x, 0, 1, len(x), row_max, temperature, sums, weighted)
+    row_max = maximum_by_chunks(x, mask, work)
+    sums = sums_apart(sums_by_chunks(x, mask, work, row_max, rate, exact), row_max, rate, exact)
+    return value_of_sums(with_mask(x, mask), 0, 1, len(x), row_max, temperature, sums, weighted)
+
+
+@traced
+def absent_value(like, exact):
+    """What the softmax, or its logarithm if the sums are exact, is where a mask leaves entries out."""
+    return spread(0.0, like) if exact is None else -spread(math.inf, like)
 
 
 # -- for the public functions, and for gufuncs ---------------------------------------------------------
@@ -855,7 +866,7 @@ def strided_softmax(x, temperature, out):
     if are_few(x):
         softmax(x, temperature, out)
     else:
-        write_by_chunks(x, temperature, None, out, chunk_work(x))
+        write_by_chunks(x, None, temperature, None, out, chunk_work(x))
 
 
 @jit
@@ -864,7 +875,7 @@ def strided_log_softmax(x, temperature, out):
     if are_few(x):
         log_softmax(x, temperature, out)
     else:
-        write_by_chunks(x, temperature, (None,), out, chunk_work(x))
+        write_by_chunks(x, None, temperature, (None,), out, chunk_work(x))
 
 
 @jit
@@ -872,7 +883,7 @@ def strided_logsumexp(x, temperature):
     """T log(sum(exp(x / T))) of a 1-d array of any stride."""
     if are_few(x):
         return logsumexp(x, temperature)
-    return value_by_chunks(x, temperature, None, chunk_work(x))
+    return value_by_chunks(x, None, temperature, None, chunk_work(x))
 
 
 @jit
@@ -880,7 +891,7 @@ def strided_entropy(x, temperature):
     """Entropy of the softmax of a 1-d array of any stride."""
     if are_few(x):
         return entropy(x, temperature)
-    return value_by_chunks(x, temperature, True, chunk_work(x))
+    return value_by_chunks(x, None, temperature, True, chunk_work(x))
 
 
 @plain_kernel(1, 1)

@@ -283,10 +283,11 @@ def test_two_processes_compile_into_one_empty_cache(package):
 
 def test_gufunc_beside_a_kernel_that_another_process_compiled(package, tmp_path):
     """Each numbers its kernels, and the wrapper in a gufunc finds its kernel by the number."""
-    strided = SMALL.replace("np.array([1.0, 2.0, 3.0])", "np.arange(6.0)[::2]")
+    strided = SMALL.replace("np.array([1.0, 2.0, 3.0])", "np.arange(6.0)[::2], [0.5, 1.0], axis=-1")
     other = copy(package, tmp_path / "other")
     printed = run(strided, package)
-    run("import numpy as np, fastmax\nfastmax.softmax(np.ones(6, np.float32)[::2])\n" + strided, other)
+    first = "import numpy as np, fastmax\nfastmax.softmax(np.ones(6, np.float32)[::2], [0.5, 1.0], axis=-1)\n"
+    run(first + strided, other)
     exchanged = [path for path in kernels(package) if path.name.startswith("_gufunc.")]
     assert exchanged
     for path in exchanged:
