@@ -25,6 +25,9 @@ _SMALL = 2**17
 # Entries up to which arrays that do not lie as kernels take them are copied without more ado.
 _FEW_APART = 2**14
 
+# Entries up to which a slice at several temperatures is summed one after the other if they lie apart.
+_FEW_STRIDED = 2**10
+
 # Bytes of the slices that are copied at a time where they do not lie as kernels take them: half of a second
 # cache, as results may be copied, too.
 _BLOCK = 2**20
@@ -427,6 +430,19 @@ def _run_apart(operation, x, mask, temperature, axes, result):
     return True
 
 
+def _run_broadcast(operation, slices, temperature, result):
+    """Write the result of slices, which lie along the last axis, at temperatures that broadcast with them.
+
+    One after the other, unless their entries lie apart, and are so many that they had better be in lanes.
+    """
+    n = slices.shape[-1]
+    repeated = np.broadcast_to(slices, (*result.shape[: result.ndim - operation.elementwise], n))
+    if n <= _FEW_STRIDED or not _run_apart(
+        operation, repeated, None, temperature, (repeated.ndim - 1,), result
+    ):
+        operation.broadcast(slices, temperature, result)
+
+
 def _copied(x, axis):
     """Entries of x, packed; the shape in which kernels take them; and the order of axes that they have.
 
@@ -655,7 +671,7 @@ def _transform(operation, x, mask, temperature, axes, places, shape, batch, out)
         entries = np.moveaxis(result, places, range(-len(axes), 0))
         slices = _slices_last(x, axes)
         if len(axes) == 1:
-            operation.broadcast(slices, temperature, entries)
+            _run_broadcast(operation, slices, temperature, entries)
         else:
             entries[...] = operation.broadcast(slices, temperature).reshape(entries.shape)
     if mask is not None:
@@ -686,7 +702,8 @@ def _reduce(operation, x, mask, temperature, axes, places, shape, batch, out):
         if _is_one_slice(x, axes):
             values = _at_each(operation, x, temperature).reshape(batch)
         else:
-            values = np.asarray(operation.broadcast(_slices_last(x, axes), temperature))
+            values = np.empty(batch, x.dtype)
+            _run_broadcast(operation, _slices_last(x, axes), temperature, values)
     if mask is not None:
         np.copyto(values, operation.absent, where=~mask.any(axis=axes))
     return values.reshape(shape)

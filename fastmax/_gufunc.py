@@ -1,8 +1,8 @@
 """Generalised ufuncs: slices of any stride, temperatures that broadcast against them.
 
 NumPy walks the batch, one slice at a time on one thread. A contiguous slice takes the same passes as in the
-schedules of `_cpu`; any other is summed in the order of a column, so that a slice has the same bits alone and
-beside others.
+schedules of `_rows`; any other is summed entry by entry in the order of a column, so that a slice has the same
+bits alone and beside others.
 """
 
 import functools
@@ -47,7 +47,7 @@ def _contiguous_softmax(x, temperature, out):
 
 
 def _strided_softmax(x, temperature, out):
-    _slice.strided_softmax(x, temperature, out)
+    _slice.softmax(x, temperature, out)
 
 
 def _contiguous_log_softmax(x, temperature, out):
@@ -55,7 +55,7 @@ def _contiguous_log_softmax(x, temperature, out):
 
 
 def _strided_log_softmax(x, temperature, out):
-    _slice.strided_log_softmax(x, temperature, out)
+    _slice.log_softmax(x, temperature, out)
 
 
 def _contiguous_logsumexp(x, temperature, out):
@@ -63,7 +63,7 @@ def _contiguous_logsumexp(x, temperature, out):
 
 
 def _strided_logsumexp(x, temperature, out):
-    out[0] = _slice.strided_logsumexp(x, temperature)
+    out[0] = _slice.logsumexp(x, temperature)
 
 
 def _contiguous_entropy(x, temperature, out):
@@ -71,7 +71,7 @@ def _contiguous_entropy(x, temperature, out):
 
 
 def _strided_entropy(x, temperature, out):
-    out[0] = _slice.strided_entropy(x, temperature)
+    out[0] = _slice.entropy(x, temperature)
 
 
 def softmax(x, temperature, out=None):
