@@ -1,8 +1,8 @@
 """Generalised ufuncs: slices of any stride, temperatures that broadcast against them.
 
 NumPy walks the batch, one slice at a time on one thread. A contiguous slice takes the same passes as in the
-schedules of `_rows`; any other is summed entry by entry in the order of a column, so that a slice has the same
-bits alone and beside others.
+schedules of `_rows`; any other is summed entry by entry in the order of a column, so that a slice has the
+same bits alone and beside others.
 """
 
 import functools

@@ -851,8 +851,8 @@ def entropy(x, temperature):
     return value_of(x, 0, len(x), rate_of(temperature, get(x, 0)), True, None)
 
 
-# For jitted callers, the same of an array of any stride. With chunks in lanes 20 float64 take 2.5 times as long
-# as one after the other, 100 to 1000 4 times, and 3000 1.2.
+# For jitted callers, the same of an array of any stride. With chunks in lanes 20 float64 take 2.5 times as
+# long as one after the other, 100 to 1000 take 4 times, and 3000 take 1.2.
 
 
 @jit
