@@ -16,6 +16,7 @@ import numpy as np
 from fastmax import _slice
 from fastmax._jit import jit
 from fastmax._lanes import (
+    LANE_BYTES,
     get,
     lane_count,
     load,
@@ -158,10 +159,11 @@ def pack_slices(x, mask, layout, first, count, work, at, places):
             entry = unless_masked(mask, own_mask[0] + i * mask_step, entry, absent)
             store(work, at + i * lanes, spread(entry, work))
     if are_nearer(distance, step):
+        lines = in_lines(distance, work)
         for i in range(n):
             ahead = min(i + AHEAD_ENTRIES, n - 1) * step
-            for k in range(0, count, in_lines(distance, work)):
-                prefetch_to_read(x, own[k] + ahead)
+            for k in range(0, count, lines):
+                prefetch_to_read(x, min(own[k], own[min(k + lines, count) - 1]) + ahead)
             for k in range(count):
                 entry = get(x, own[k] + i * step)
                 entry = unless_masked(mask, own_mask[k] + i * mask_step, entry, absent)
@@ -192,10 +194,11 @@ def unpack_slices(work, at, mask, absent, layout, first, count, out, places):
         for i in range(n):
             write(out, own[0] + i * step, count, load(work, at + i * lanes))
     elif are_nearer(distance, step):
+        lines = in_lines(distance, work)
         for i in range(n):
             ahead = min(i + AHEAD_ENTRIES, n - 1) * step
-            for k in range(0, count, in_lines(distance, work)):
-                prefetch_to_write(out, own[k] + ahead)
+            for k in range(0, count, lines):
+                prefetch_to_write(out, min(own[k], own[min(k + lines, count) - 1]) + ahead)
             for k in range(count):
                 value = get(work, at + i * lanes + k)
                 put(out, own[k] + i * step, unless_masked(mask, own_mask[k] + i * mask_step, value, absent))
@@ -515,10 +518,12 @@ def _run(schedules, x, mask, layout, temperature, out, *options):
         schedule = schedules.long
     elif n > MANY_CHUNKS * CHUNK or (n > 2 * CHUNK and count < n // CHUNK):
         schedule = schedules.one_by_one
-    elif n <= 2 * CHUNK and count < MANY_SLICES and mask is None:
-        schedule = schedules.entry_by_entry
+    elif n <= 2 * CHUNK and count < MANY_SLICES and mask is None and x.itemsize > 2:
+        schedule = schedules.entry_by_entry  # which keeps terms in the result
     else:
         schedule = schedules.side_by_side
-    parts = parts_for(count * n, PARALLEL_COLUMNS)
+    at_once = LANE_BYTES // max(x.itemsize, 4) if schedule is schedules.side_by_side else 1
+    is_shared = schedule is schedules.long or count > at_once
+    parts = parts_for(count * n, PARALLEL_COLUMNS) if is_shared else 1
     mask = None if mask is None else first_entry(mask)
     schedule(parts, first_entry(x), mask, layout, temperature, first_entry(out), *options)

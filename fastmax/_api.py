@@ -19,7 +19,7 @@ _FLOAT32 = np.dtype(np.float32)
 _FLOAT64 = np.dtype(np.float64)
 _ARRAY = np.ndarray
 
-# Entries up to which a vector goes straight to its kernel, on one thread (see PARALLEL_SLICE in `_cpu`).
+# Entries up to which a vector goes straight to its kernel, on one thread (see PARALLEL_SLICE in `_threads`).
 _SMALL = 2**17
 
 # Entries up to which arrays that do not lie as kernels take them are copied without more ado.
@@ -379,7 +379,7 @@ def _is_short_apart(x, temperature, axis):
         and -x.ndim <= axis < x.ndim
         and temperature >= 0.0
         and x.size > 0
-        and (x.size <= _FEW_APART or x.itemsize not in x.strides)
+        and (x.size <= _FEW_APART or (x.itemsize not in x.strides and x.flags.aligned))
     )
 
 
@@ -419,7 +419,7 @@ def _reduce_apart(operation, x, temperature, axis, shape):
 
 def _run_apart(operation, x, mask, temperature, axes, result):
     """Whether entries of slices lie apart at equal distances, and the result has been written."""
-    if not (x.flags.aligned and result.flags.aligned):
+    if not (x.flags.aligned and result.flags.aligned) or (mask is not None and _has_neighbours(x, axes)):
         return False
     layout, kept = layout_of(x, mask, axes, result)
     if layout is None or has_rows(layout):
@@ -428,6 +428,11 @@ def _run_apart(operation, x, mask, temperature, axes, result):
     bytes_of_mask = None if mask is None else _writeable(mask.view(np.uint8))
     operation.apart(_as_stored(x), bytes_of_mask, layout, temperatures, _as_stored(result))
     return True
+
+
+def _has_neighbours(x, axes):
+    """Whether many slices are neighbours in memory: masked, they are copied as lanes, not entry by entry."""
+    return any(x.strides[i] == x.itemsize and x.shape[i] >= 16 for i in _kept(axes, range(x.ndim)))
 
 
 def _run_broadcast(operation, slices, temperature, result):
@@ -602,8 +607,8 @@ def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
         shape = batch
     if out is not None:
         _check_out(out, shape, result_dtype, x)
-        temperature = _apart(temperature, out)
-    mask = None if where is None else _apart(_as_mask(where, x.shape), out)
+        temperature = _unless_shared(temperature, out)
+    mask = None if where is None else _unless_shared(_as_mask(where, x.shape), out)
     if x.size == 0 or 0 in shape:
         result = np.full(shape, operation.absent, result_dtype)
     else:
@@ -685,7 +690,6 @@ def _reduce(operation, x, mask, temperature, axes, places, shape, batch, out):
     """One value per slice, in the shape of the result."""
     del places, out  # only `_transform` has use for them
     as_given = batch == tuple(x.shape[i] for i in _kept(axes, range(x.ndim)))
-    values = np.empty(batch, x.dtype)
     entries, order = _as_kernels_take_it(x, mask, axes) if as_given else (None, ())
     if entries is not None:
         values = np.empty(entries.shape[::2], x.dtype)
@@ -697,7 +701,9 @@ def _reduce(operation, x, mask, temperature, axes, places, shape, batch, out):
         )
         kept = _kept(axes, order)
         values = values.reshape([x.shape[i] for i in kept]).transpose(np.argsort(kept))
-    elif not (as_given and _run_strided(operation, x, mask, temperature, axes, values)):
+    elif not (
+        as_given and _run_strided(operation, x, mask, temperature, axes, values := np.empty(batch, x.dtype))
+    ):
         x = _with_absent(_as_entries(x, _kernel_dtype(x.dtype), axes), mask)
         if _is_one_slice(x, axes):
             values = _at_each(operation, x, temperature).reshape(batch)
@@ -749,9 +755,8 @@ def _as_kernels_take_it(x, mask, axes):
 def _slices_in_a_block(x, axes):
     """How many slices are copied at a time where they do not lie as kernels take them; 0 if one is too large.
 
-    Of slices that are taken side by side as columns it is a quarter, as each is in other pages of memory:
-    every other column of 8192 x 2000 takes 0.7 of the time for it. A vector of them is worth more memory,
-    and too few are not taken so.
+    Of slices that are taken side by side as columns it is a quarter, as each is in other pages of memory. A
+    vector of them is worth more memory, and too few are not taken so.
     """
     n, as_rows = math.prod(x.shape[i] for i in axes), _have_contiguous_slices(x, axes)
     size = n * x.itemsize
@@ -796,10 +801,7 @@ def _run_in_blocks(operation, x, mask, temperature, axes, count, result):
 
 
 def _copy(target, source):
-    """Copy an array to one that may lie another way, of which a part at a time stays in the first cache.
-
-    Softmax of every other column of 512 x 50304 float32 takes 0.45 of the time for it.
-    """
+    """Copy an array to one that may lie another way, of which a part at a time stays in the first cache."""
     target, source = np.atleast_1d(target), np.atleast_1d(source)
     step = max(1, len(source) * 2**15 // source.nbytes)
     for start in range(0, len(source), step):
@@ -1086,7 +1088,7 @@ def _check_out(out, shape, dtype, x):
         raise ValueError("out must be x itself or not overlap it, got an array that overlaps x in part")
 
 
-def _apart(array, out):
+def _unless_shared(array, out):
     """An array, or a copy where ``out`` may share its memory, which may be read when that is written."""
     return array.copy() if out is not None and np.may_share_memory(out, array) else array
 

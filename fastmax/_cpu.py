@@ -148,7 +148,7 @@ Schedules = namedtuple(
 
 
 def _few_columns(write):
-    """Schedule for columns that are taken as slices which lie apart, by a function for these."""
+    """Schedule for columns that are taken as slices which lie apart, by a function that chooses the parts."""
 
     def run(parts, x, mask, temperature, out, *options):
         layout, _ = layout_of(x, mask, (1,), out)

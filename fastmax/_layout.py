@@ -1,7 +1,7 @@
 """How slices lie in memory.
 
 A layout is an array of integers: a row for each axis of the slices, and at the end one for the entries of a
-slice, of its size, and of the steps of x and of the results along it. Steps count entries.
+slice, of its size, and of the steps of x, of the results and of the mask along it. Steps count entries.
 """
 
 import functools
@@ -35,7 +35,7 @@ def _layout(shape, strides, mask_strides, axes, out_strides, itemsize):
         out_strides = tuple(of_slices.get(i, 0) for i in range(len(shape)))
     all_strides = strides, out_strides, mask_strides or no_steps
     n, steps = math.prod(shape[i] for i in axes), [step_of(shape, own, axes) for own in all_strides]
-    kept.sort(key=lambda i: -abs(strides[i]))
+    kept = tuple(sorted(kept, key=lambda i: -abs(strides[i])))
     if None in steps:
         return None, kept
     rows = [(shape[i], *(own[i] for own in all_strides)) for i in kept if shape[i] > 1]

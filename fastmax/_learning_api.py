@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastmax._api import (
-    _apart,
     _as_array,
     _as_axes,
     _as_stored,
@@ -22,6 +21,7 @@ from fastmax._api import (
     _kernel_dtype,
     _memory_order,
     _one_per_slice,
+    _unless_shared,
 )
 
 _REDUCTIONS = ("none", "sum", "mean")
@@ -548,7 +548,7 @@ def _vjp(probs, cotangent, temperature, axis, out, log):
     if out is not None:
         _check_out(out, probs.shape, dtype, probs)
         _check_out(out, probs.shape, dtype, cotangent)
-        temperature = _apart(temperature, out)
+        temperature = _unless_shared(temperature, out)
     probs, order = _as_packed(probs, dtype, axes)
     blocks = _blocks(probs.shape, axes, order)
     cotangent = cotangent.astype(dtype, copy=False)
