@@ -292,9 +292,9 @@ def test_memory_beside_an_array_in_place(layout, axis):
 
 
 def test_memory_beside_the_result_of_an_array_that_is_not_aligned():
-    x = np.zeros((1000, 2000), [("tag", np.int8), ("value", np.float32)])["value"]
+    x = np.zeros((2000, 4000), [("tag", np.int8), ("value", np.float32)])["value"]
     out = np.empty(x.shape, x.dtype)
-    assert peak_of(lambda: fastmax.softmax(x, axis=0, out=out)) < 0.15 * x.nbytes
+    assert peak_of(lambda: fastmax.softmax(x, axis=0, out=out)) < 0.1 * x.nbytes
 
 
 def peak_of(call):
