@@ -650,7 +650,8 @@ def brief_scale(row_max, rate):
     high, low = spread(rate.high, row_max), spread(rate.low, row_max)
     origin, _ = origin_of(row_max, rate)
     lowest = row_max - spread(rate.depth, row_max)
-    return Scale(row_max, high, low, lowest, origin, spread(BRIEF_ZERO, row_max) - origin)
+    rest, slope = spread(BRIEF_ZERO, row_max) - origin, spread(BRIEF[1], row_max)
+    return Scale(row_max, high, low, lowest, origin, rest, slope)
 
 
 @traced

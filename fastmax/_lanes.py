@@ -60,10 +60,12 @@ LANE_BYTES = REGISTERS * REGISTER_BYTES
 PAGE_BYTES = 4096
 LINE_BYTES = 64
 
-# Entries of the tables from which `make_table` picks: as many as registers of AVX-512 hold and an instruction
-# finds, or two, which a mask tells apart. AVX2 finds four float32s by vpermilps, of which a register takes 4
-# cycles on Zen 1, as much as eight additions.
-TABLE_ENTRIES = 16 if REGISTER_BYTES == 64 else 2
+# Entries of the tables from which `make_table` picks, of float32 and of float64: as many as registers of
+# AVX-512 hold and an instruction finds, as many as AVX2 finds in half a register, or two, which a mask tells
+# apart.
+TABLE_ENTRIES = {64: (16, 16), 32: (4, 2), 16: (2, 2)}[REGISTER_BYTES]
+# Whether there is `fma_down`.
+ROUNDS_DOWN = REGISTER_BYTES == 64
 
 _COUNT = {types.float32: LANE_BYTES // 4, types.float64: LANE_BYTES // 8}
 _SCALAR = {
@@ -320,9 +322,9 @@ def make_table(heads, lows, steps):
     def table_power(typingctx, exponent, shift):
         dtype = _dtype(exponent)
         precision = {types.float32: 0, types.float64: 1}[dtype]
-        to_exponent = _EXPONENT_SHIFT[dtype] - (steps[precision].bit_length() - 1)
-        entries = len(heads[precision])
-        step = 1 << (_EXPONENT_SHIFT[dtype] - (entries.bit_length() - 1))
+        entries, position = len(heads[precision]), _log2(steps[precision] // len(heads[precision]))
+        to_exponent = _EXPONENT_SHIFT[dtype] - _log2(steps[precision])
+        step = 1 << (_EXPONENT_SHIFT[dtype] - _log2(entries))
 
         def codegen(context, builder, sig, args):
             exponent, shift = args[0], None if isinstance(sig.args[1], types.NoneType) else args[1]
@@ -331,21 +333,26 @@ def make_table(heads, lows, steps):
             # with it the exponent of 1.
             one, *fields = _bits((1.0, *heads[precision]), dtype)
             fields = [field - one - j * step for j, field in enumerate(fields)]
-            index = builder.and_(bits, _constant(bits.type, steps[precision] // 2)) if entries == 2 else bits
+            index = _index(builder, bits, position, entries, dtype)
             power = builder.shl(bits, _constant(bits.type, to_exponent))
             power = builder.add(power, _looked_up(builder, index, _table(fields, dtype), dtype))
             table = _table(_bits(lows[precision], dtype), dtype)
             shared = isinstance(exponent.type, ir.VectorType) and not isinstance(sig.args[1], Lanes)
-            if shift is not None and shared:  # added once, where the table is outside of a loop
-                table = [_added(builder, register, shift) for register in table]
+            if shift is not None and shared and _is_register(table[0]):
+                table = [_added(builder, register, shift) for register in table]  # once, outside of a loop
+                shift = None
             low = builder.bitcast(_looked_up(builder, index, table, dtype), exponent.type)
-            if shift is not None and not shared:
-                low = builder.fadd(low, shift)
+            if shift is not None:
+                low = builder.fadd(low, _splat(builder, shift, low.type) if shared else shift)
             return context.make_tuple(builder, sig.return_type, [builder.bitcast(power, exponent.type), low])
 
         return types.UniTuple(exponent, 2)(exponent, shift), codegen
 
     return whole_steps, table_power
+
+
+def _log2(power):
+    return power.bit_length() - 1
 
 
 def _as_integers(builder, x):
@@ -364,12 +371,17 @@ def _bits(numbers, dtype):
 
 
 def _table(entries, dtype):
-    """Registers that hold a table of integers; of two entries the first is 0, and the other stands alone."""
+    """Registers that hold a table of integers, or the second of two of which a mask leaves it or 0."""
     integer, count = ir.IntType(dtype.bitwidth), _register_count(dtype)
-    if len(entries) == 2:
+    if (len(entries), dtype) not in _LOOKUPS:
         return [ir.Constant(integer, entries[1])]
+    entries = entries * max(1, count // len(entries))
     starts = range(0, len(entries), count)
     return [ir.Constant(ir.VectorType(integer, count), entries[start : start + count]) for start in starts]
+
+
+def _is_register(value):
+    return isinstance(value.type, ir.VectorType)
 
 
 def _added(builder, register, shift):
@@ -379,20 +391,47 @@ def _added(builder, register, shift):
     return builder.bitcast(shifted, register.type)
 
 
+# Instructions that look entries up in registers, by their number; those of AVX2 do it in each half.
+_LOOKUPS = {
+    64: {
+        (16, types.float32): "avx512.permvar.si.512",
+        (16, types.float64): "avx512.vpermi2var.q.512",
+    },
+    32: {
+        (4, types.float32): "avx.vpermilvar.ps.256",
+        (2, types.float64): "avx.vpermilvar.pd.256",
+    },
+    16: {},
+}[REGISTER_BYTES]
+
+
+def _index(builder, bits, position, entries, dtype):
+    """Where a lookup finds j, which stands in the bits from a position on."""
+    if (entries, dtype) not in _LOOKUPS:
+        return builder.and_(bits, _constant(bits.type, 1 << position))
+    if (entries, dtype) == (2, types.float64):
+        position -= 1  # the second bit counts
+    shifted = builder.shl if position < 0 else builder.lshr
+    return shifted(bits, _constant(bits.type, abs(position))) if position else bits
+
+
 def _looked_up(builder, index, table, dtype):
-    """Entries of a `_table` at the low bits of lanes; of two, the first where the index is 0."""
-    if len(table) == 1 and not isinstance(table[0].type, ir.VectorType):
+    """Entries of a `_table` at the low bits of lanes; of two, the first, which is 0, where the index is 0."""
+    if not _is_register(table[0]):
         second = builder.sext(builder.icmp_unsigned("!=", index, _constant(index.type, 0)), index.type)
         return builder.and_(second, _splat(builder, table[0], index.type))
-    name = "permvar.si.512" if dtype == types.float32 else "vpermi2var.q.512"
-    register = table[0].type
-    function_type = ir.FunctionType(register, [register for _ in (index, *table)])
-    function = get_or_insert_function(builder.module, function_type, f"llvm.x86.avx512.{name}")
+    integers = table[0].type
+    entries = len(table) * integers.count if REGISTER_BYTES == 64 else integers.count // 2
+    name = _LOOKUPS[entries, dtype]
+    held = integers if REGISTER_BYTES == 64 else ir.VectorType(_SCALAR[dtype], integers.count)
+    function_type = ir.FunctionType(held, [held, integers, *(held for _ in table[1:])])
+    function = get_or_insert_function(builder.module, function_type, f"llvm.x86.{name}")
+    table = [builder.bitcast(register, held) for register in table]
 
     def permuted(index):
-        return builder.call(function, [table[0], index, *table[1:]])
+        return builder.bitcast(builder.call(function, [table[0], index, *table[1:]]), integers)
 
-    return _by_registers(builder, permuted, [index], register.count)
+    return _by_registers(builder, permuted, [index], integers.count)
 
 
 def _by_registers(builder, function, values, count):

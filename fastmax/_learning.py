@@ -545,7 +545,7 @@ def row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, temperat
 # one write of memory. Columns too tall for that are read three times where they lie. Numbers for each sample,
 # their fields, stand before the tile: those of Scale and Guard, then these.
 
-_LABEL, _MAX, _TARGETS, _UNITS, _FLOOR, _FACTORS, _FIELDS = 11, 12, 13, 18, 20, 21, 25
+_LABEL, _MAX, _TARGETS, _UNITS, _FLOOR, _FACTORS, _FIELDS = 12, 13, 14, 19, 21, 22, 26
 
 Samples = namedtuple("Samples", "outer n inner class_step sample_step")
 Samples.__doc__ = (

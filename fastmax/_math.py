@@ -11,16 +11,18 @@ any n is exact:
 
 Registers hold a table of 2**(j / m), and n is a multiple of 1/m. With AVX-512 m is 16, and the origin is such
 a multiple, too: to round x high - origin takes one fma, as its sum with a number whose ulp is 1/m and from
-which the origin has been subtracted. |f| is then up to 1/16. Elsewhere m is 2; the origin is a multiple of
-1/64 or 1/1024, as that sum is, in which what lies below 1/2 is cleared, and |f| is hardly above 1/4. A term
-takes 16 and 19 instructions (float32, float64) and is within 0.62 ulp, or 20 and 25, within 0.75.
+which the origin has been subtracted. |f| is then up to 1/16. Elsewhere m is 2, or 4 for float32 with AVX2;
+the origin is a multiple of 1/64 or 1/1024, as that sum is, in which what lies below 1/m is cleared, and |f|
+is hardly above 1/(2m). A term takes 16 and 19 instructions (float32, float64) and is within 0.62 ulp, or with
+AVX2 18 and 24, within 0.75.
 
-All but the entropy need no more of terms than their ratios, and with AVX-512 take them times a factor: n is
-x high rounded down, and f = (x high - n) + x low is from 0 to 1/16, or hardly beyond: nothing of the maximum
-is subtracted from it. A term takes 13 and 17 instructions, and with fewer constants for f as well as fewer
-steps softmax of 8192 x 1000 float32 takes 0.6 to 0.9 of the time. The term of the maximum is 2**BIAS times
-that factor. Its excess is rounded to whole ulps of 2, and a single entry still has the probability 1; what
-this adds, half such an ulp or rarely one, is added to all.
+All but the entropy need no more of terms than their ratios, and take them times a factor: n is x high rounded
+to a multiple of 1/m, and f = (x high - n) + x low: nothing of the maximum is subtracted from it. With AVX-512
+n is rounded down, and f is from 0 to 1/16, or hardly beyond; elsewhere it is rounded to the nearest. A term
+takes 13 and 17 instructions, with AVX2 15 and 22. With fewer constants for f as well as fewer steps softmax
+of 8192 x 1000 float32 takes 0.6 to 0.9 of the time with AVX-512, and on one core of a Zen 3 with AVX2 0.8.
+The term of the maximum is 2**BIAS times that factor. Its excess is rounded to whole ulps of 2, and a single
+entry still has the probability 1; what this adds, half such an ulp or rarely one, is added to all.
 
 A GPU has no table: n is an integer and 3/4 <= 2**f <= 3/2, up to rounding. What rounds the difference is
 added to the rest of f, in 22 and 27 instructions, and a term is within 0.9 ulp.
@@ -50,6 +52,7 @@ import numpy as np
 
 from fastmax._jit import jit
 from fastmax._lanes import (
+    ROUNDS_DOWN,
     TABLE_ENTRIES,
     abreast,
     as_float64,
@@ -138,6 +141,12 @@ EXP2 = (
             float.fromhex("0x1.c6b0a4p-5"),
             float.fromhex("0x1.3baa8ep-7"),
             float.fromhex("0x1.5d816ep-10"),
+        ),
+        4: (
+            float.fromhex("0x1.62e42ap-1"),
+            float.fromhex("0x1.ebfbecp-3"),
+            float.fromhex("0x1.c6f8fep-5"),
+            float.fromhex("0x1.3b17eap-7"),
         ),
         16: (
             float.fromhex("0x1.62e43p-1"),
@@ -296,38 +305,56 @@ LOWS = (
     ),
 )
 
-# Multiples of 1/steps, to which x c is rounded: with 16 entries of a table those are its steps, with two they
-# are so fine that what the maximum is off such a multiple hardly shows.
-STEPS = {1: (1, 1), 2: (64, 1024), 16: (16, 16)}
+# Multiples of 1/steps, to which `terms` round x c: with 16 entries of a table those are its steps, with fewer
+# they are so fine that what the maximum is off such a multiple hardly shows.
+STEPS = {1: (1, 1), 2: (64, 1024), 4: (64, 1024), 16: (16, 16)}
 
 Form = namedtuple("Form", "zero middle slope curvature")
 Form.__doc__ = """How 2**x is computed with a table of m entries, as pairs of (float32's, float64's).
 
-A multiple of 1/steps added to ``zero`` stands, with BIAS and the format's own bias (127, 1023) added, in the
-low bits of the sum; ``middle`` is added where what lies below 1/m will be cleared there.
+``zero`` is `zero_of` the steps; ``middle`` is added where what lies below 1/m will be cleared there.
 """
 
 
+def zero_of(steps):
+    """What a multiple of 1/steps is added to, so that it stands in the low bits of the sum.
+
+    With it stands BIAS and the format's own bias (127, 1023).
+    """
+    return 1.5 * 2.0**23 / steps[0] + 127.0 + BIAS[0], 1.5 * 2.0**52 / steps[1] + 1023.0 + BIAS[1]
+
+
+def steps_of(entries):
+    """Steps for tables of so many entries."""
+    return tuple(STEPS[count][precision] for precision, count in enumerate(entries))
+
+
 def form_of(entries):
-    """Form of tables of that many entries."""
-    steps = STEPS[entries]
+    """Form of tables of so many entries."""
+    steps = steps_of(entries)
+    coefficients = [own[count] for own, count in zip(EXP2, entries, strict=True)]
     return Form(
-        zero=(1.5 * 2.0**23 / steps[0] + 127.0 + BIAS[0], 1.5 * 2.0**52 / steps[1] + 1023.0 + BIAS[1]),
-        middle=tuple(0.0 if step == entries else 0.5 / entries for step in steps),
-        slope=(EXP2[0][entries][0], EXP2[1][entries][0]),
-        curvature=(EXP2[0][entries][1:], EXP2[1][entries][1:]),
+        zero=zero_of(steps),
+        middle=tuple(0.0 if m == step else 0.5 / m for m, step in zip(entries, steps, strict=True)),
+        slope=tuple(own[0] for own in coefficients),
+        curvature=tuple(own[1:] for own in coefficients),
     )
 
 
 def table_of(entries):
     """Return 2**(j / m) as heads * (1 + lows)."""
-    spacing = 16 // entries
-    return tuple(head[::spacing] for head in HEADS), tuple(low[::spacing] for low in LOWS)
+    heads, lows = (
+        tuple(own[:: 16 // m] for own, m in zip(both, entries, strict=True)) for both in (HEADS, LOWS)
+    )
+    return heads, lows
 
 
 ZERO, MIDDLE, SLOPE, CURVATURE = form_of(TABLE_ENTRIES)
 # To multiples of 1/m; and 2**(n + j / m) rounded, and what that leaves out, relative to it.
-whole_steps, table_power = make_table(*table_of(TABLE_ENTRIES), STEPS[TABLE_ENTRIES])
+whole_steps, table_power = make_table(*table_of(TABLE_ENTRIES), steps_of(TABLE_ENTRIES))
+# The same for `ratio_terms`, which round x c to multiples of 1/m.
+RATIO_ZERO = zero_of(TABLE_ENTRIES)
+_, ratio_power = make_table(*table_of(TABLE_ENTRIES), TABLE_ENTRIES)
 
 # max c is rounded to what its sum with this number has room for.
 ROUNDER = ZERO
@@ -339,10 +366,11 @@ LIMITS_APART = True
 Rate = namedtuple("Rate", "temperature high low inverse depth limit")
 Rate.__doc__ = """What the scales of slices at one temperature share; see `rate_of`."""
 
-Scale = namedtuple("Scale", "row_max high low lowest origin rest")
+Scale = namedtuple("Scale", "row_max high low lowest origin rest slope")
 Scale.__doc__ = """How the terms of a slice follow from its entries; see `terms`.
 
-For `ratio_terms` the ``rest`` is what is added to every excess.
+For `ratio_terms` the ``rest`` is what is added to every excess, and ``slope`` the first coefficient of
+2**f - 1, which takes part in that.
 """
 
 Guard = namedtuple("Guard", "prescale factor factor2 cutoff plain")
@@ -402,7 +430,8 @@ def plain_scale(row_max, rate):
     rounder = select(row_max < spread(0.0, row_max), -rounder, rounder)
     origin = fma(row_max, high, rounder) - rounder
     rest = fma(row_max, low, fma(row_max, high, -origin))
-    return Scale(row_max, high, low, row_max - spread(rate.depth, row_max), origin, rest)
+    lowest = row_max - spread(rate.depth, row_max)
+    return Scale(row_max, high, low, lowest, origin, rest, constant(SLOPE, row_max))
 
 
 @jit
@@ -448,7 +477,8 @@ def bounded_scale(row_max, high, low, guard):
     )
     row_max = select(row_max > largest, largest, row_max * guard.prescale)
     row_max = select(row_max < -largest, -largest, row_max)
-    return Scale(row_max, high, low, -spread(math.inf, row_max), row_max, row_max), guard
+    lowest = -spread(math.inf, row_max)
+    return Scale(row_max, high, low, lowest, row_max, row_max, constant(SLOPE, row_max)), guard
 
 
 @jit
@@ -591,27 +621,32 @@ def start_of_sum(like):
 @traced
 def ratio_scale(row_max, rate):
     """Scale of a plain slice for `ratio_terms`."""
-    if TABLE_ENTRIES < 16:
-        return plain_scale(row_max, rate)
-    scale, f, slope = scale_of_maximum(row_max, rate)
-    return scale._replace(rest=fma(-f, slope, whole_excess(f * slope)))
+    scale, f, excess = scale_of_maximum(row_max, rate)
+    added = whole_excess(excess) - excess
+    # Of all terms the same share is added, and so more to those of a larger excess: without this, with two
+    # entries of a table, 1.1 ulp were seen, and not 0.80.
+    slope = fma(fma(-excess, added, added), scale.slope, scale.slope)
+    return scale._replace(rest=without_excess(f, whole_excess(excess), slope), slope=slope)
 
 
 @traced
 def scale_of_maximum(row_max, rate):
-    """Scale of a plain slice without a rest, and factors of the excess that its maximum then has."""
+    """Scale of a plain slice without a rest, and of its maximum f and the excess."""
     high, low = spread(rate.high, row_max), spread(rate.low, row_max)
-    lowest, rounder = row_max - spread(rate.depth, row_max), constant(ROUNDER, row_max)
-    origin = fma_down(row_max, high, rounder) - rounder
-    scale = Scale(row_max, high, low, lowest, origin, None)
-    _, f, slope = ratio_parts(row_max, scale)
-    return scale, f, slope
+    lowest, zero = row_max - spread(rate.depth, row_max), constant(RATIO_ZERO, row_max)
+    origin = to_step(row_max, high, zero) - zero
+    scale = Scale(row_max, high, low, lowest, origin, None, constant(SLOPE, row_max))
+    _, f = ratio_parts(row_max, scale)
+    return scale, f, excess_of(f, spread(0.0, f), scale.slope)
 
 
 @traced
 def ratio_terms(x, scale, guard):
-    """Terms as power * (1 + excess), times a factor that those of a slice share; see `unit_of`."""
-    if TABLE_ENTRIES < 16 or (guard is not None and guard.plain is None):
+    """Terms as power * (1 + excess), times a factor that those of a slice share, `unit_of` it.
+
+    That of the maximum is 2**BIAS times this factor, and nothing more or less.
+    """
+    if guard is not None and guard.plain is None:
         power, excess, _ = terms(x, scale, guard)
         return power, excess
     own_power, own_excess = plain_ratio(x, scale)
@@ -625,19 +660,41 @@ def ratio_terms(x, scale, guard):
 @traced
 def plain_ratio(x, scale):
     """`ratio_terms` of a plain slice."""
-    exponent, f, slope = ratio_parts(x, scale)
-    power, low = table_power(exponent, scale.rest)
-    return power, fma(f, slope, low)
+    exponent, f = ratio_parts(x, scale)
+    power, low = ratio_power(exponent, scale.rest)
+    return power, excess_of(f, low, spread(scale.slope, f))
 
 
 @traced
 def ratio_parts(x, scale):
-    """Exponent of a term, what that leaves of the power of 2, f, and (2**f - 1) / f."""
+    """Exponent of a term, and f, which is what that leaves of the power of 2."""
     x = at_least(x, spread(scale.lowest, x))
-    high, zero = spread(scale.high, x), constant(ZERO, x) - spread(scale.origin, x)
-    exponent = fma_down(x, high, zero)
-    f = fma(x, spread(scale.low, x), fma(x, high, -(exponent - zero)))
-    return exponent, f, polynomial(f, EXP2_FROM_0)
+    high, zero = spread(scale.high, x), constant(RATIO_ZERO, x) - spread(scale.origin, x)
+    exponent = abreast(to_step(x, high, zero))
+    return exponent, abreast(fma(x, spread(scale.low, x), fma(x, high, -(exponent - zero))))
+
+
+@traced
+def to_step(x, high, zero):
+    """Round x high + zero to a multiple of 1/m: down, where one instruction does that."""
+    return fma_down(x, high, zero) if ROUNDS_DOWN else fma(x, high, zero)
+
+
+@traced
+def excess_of(f, low, slope):
+    """2**f - 1 + low."""
+    if ROUNDS_DOWN:
+        return fma(f, polynomial(f, EXP2_FROM_0), low)
+    # As `exponential` has it: by Horner's rule it might decrease where f is below 0.
+    return abreast(fma(f, slope, fma(f * f, abreast(polynomial(f, CURVATURE)), low)))
+
+
+@traced
+def without_excess(f, whole, slope):
+    """The low with which `excess_of` is ``whole``."""
+    if ROUNDS_DOWN:
+        return fma(-f, polynomial(f, EXP2_FROM_0), whole)
+    return fma(-(f * f), polynomial(f, CURVATURE), fma(-f, slope, whole))
 
 
 @traced
@@ -656,11 +713,9 @@ def whole_excess(excess):
 def unit_of(row_max, rate):
     """Factor of the `ratio_terms` of a slice: the term of its maximum in units of 2**BIAS."""
     one = spread(1.0, row_max)
-    if TABLE_ENTRIES < 16:
-        return one
-    _, f, slope = scale_of_maximum(row_max, rate)
+    _, _, excess = scale_of_maximum(row_max, rate)
     other = spread(rate.limit, row_max) < larger(row_max, -row_max)
-    return select(other, one, one + whole_excess(f * slope))
+    return select(other, one, one + whole_excess(excess))
 
 
 @traced
@@ -673,15 +728,6 @@ def exact_terms(x, scale, guard):
     if guard is not None:
         at_top = at_top & (guard.plain > spread(0.0, guard.plain))
     return power, select(at_top, zero, excess), select(at_top, zero, product)
-
-
-@traced
-def exact_ratio_terms(x, scale, guard):
-    """`ratio_terms`, of which that of the maximum is `unit_of` times 2**BIAS, and nothing more or less."""
-    if TABLE_ENTRIES < 16:
-        power, excess, _ = exact_terms(x, scale, guard)
-        return power, excess
-    return ratio_terms(x, scale, guard)
 
 
 @traced
@@ -721,9 +767,9 @@ def exponential_without_table(exponent, fraction, small):
 
 # What takes the place of names above. The rounder is above DEPTH, so the sum of an origin and an n is exact.
 WITHOUT_TABLE = {
-    "ZERO": form_of(1).zero,
-    "SLOPE": form_of(1).slope,
-    "CURVATURE": form_of(1).curvature,
+    "ZERO": form_of((1, 1)).zero,
+    "SLOPE": form_of((1, 1)).slope,
+    "CURVATURE": form_of((1, 1)).curvature,
     "ROUNDER": (256.0, 2048.0),
     "split": split_without_table,
     "exponential": exponential_without_table,

@@ -155,9 +155,9 @@ def is_far(x, out):
 
 
 # Fields of a slice: those of Scale and Guard, or of Gap and Guard, and a normalizer.
-GUARD = 6
-NORMALIZER = 11
-FIELDS = 13
+GUARD = 7
+NORMALIZER = 12
+FIELDS = 14
 
 
 @traced

@@ -1,11 +1,11 @@
 """Derive the polynomials for 2**f that the kernels use, in float32 and float64, and measure them.
 
 The kernels reduce an exponential to 2**n * 2**(j/m) * 2**f with 0 <= j < m, where m is the number of powers
-in a table that registers hold: 16, 2, or 1, which is none. With 2 powers |f| is hardly above 1/4, with 16 it
-is up to 1/16, as the exponent is rounded to a multiple of 1/16 before that of the maximum is subtracted.
-Softmax with 16 powers has 0 <= f < 1/16, or hardly below and above, and takes Horner's rule. Without a table
-it is 3/4 <= 2**f <= 3/2, as with |f| <= 1/2 errors are largest below log2(3/4): there what rounds 2**f - 1
-doubles while 2**f is small.
+in a table that registers hold: 16, 4, 2, or 1, which is none. With 2 or 4 powers |f| is hardly above 1/4 or
+1/8, with 16 it is up to 1/16, as the exponent is rounded to a multiple of 1/16 before that of the maximum is
+subtracted. Softmax with 16 powers has 0 <= f < 1/16, or hardly below and above, and takes Horner's rule.
+Without a table it is 3/4 <= 2**f <= 3/2, as with |f| <= 1/2 errors are largest below log2(3/4): there what
+rounds 2**f - 1 doubles while 2**f is small.
 
 This script fits 2**f by 1 + c1*f + ... + cd*f**d in two steps:
 
@@ -70,6 +70,7 @@ def form(dtype, precision, entries, degree, margin):
 FORMS = (
     form(np.float32, 24, 1, 6, 2.0**-8),
     form(np.float32, 24, 2, 5, 2.0**-6 + 2.0**-8),
+    form(np.float32, 24, 4, 4, 2.0**-6 + 2.0**-8),
     form(np.float32, 24, 16, 4, 2.0**-5 + 2.0**-8),
     form(np.float64, 53, 1, 11, 2.0**-12),
     form(np.float64, 53, 2, 10, 2.0**-9),
