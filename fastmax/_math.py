@@ -16,11 +16,12 @@ the origin is a multiple of 1/64 or 1/1024, as that sum is, in which what lies b
 is hardly above 1/(2m). A term takes 16 and 19 instructions (float32, float64) and is within 0.62 ulp, or with
 AVX2 18 and 24, within 0.75.
 
-All but the entropy need no more of terms than their ratios, and take them times a factor: n is x high rounded
-to a multiple of 1/m, and f = (x high - n) + x low: nothing of the maximum is subtracted from it. With AVX-512
-n is rounded down, and f is from 0 to 1/16, or hardly beyond; elsewhere it is rounded to the nearest. A term
-takes 13 and 17 instructions, with AVX2 15 and 22. With fewer constants for f as well as fewer steps softmax
-of 8192 x 1000 float32 takes 0.6 to 0.9 of the time with AVX-512, and on one core of a Zen 3 with AVX2 0.8.
+All but the entropy need no more of terms than their ratios, and with more than two entries of a table take
+them times a factor: n is x high rounded to a multiple of 1/m, and f = (x high - n) + x low: nothing of the
+maximum is subtracted from it. With AVX-512 n is rounded down, and f is from 0 to 1/16, or hardly beyond;
+with AVX2 it is rounded to the nearest. A term takes 13 and 17 instructions, or 15. With fewer constants for f
+as well as fewer steps softmax of 8192 x 1000 float32 takes 0.6 to 0.9 of the time with AVX-512, and on one
+core of a Zen 3, with AVX2, 0.8.
 The term of the maximum is 2**BIAS times that factor. Its excess is rounded to whole ulps of 2, and a single
 entry still has the probability 1; what this adds, half such an ulp or rarely one, is added to all.
 
@@ -49,6 +50,7 @@ import math
 from collections import namedtuple
 
 import numpy as np
+from numba import types
 
 from fastmax._jit import jit
 from fastmax._lanes import (
@@ -205,26 +207,38 @@ EXP2_OF_HALVES = (
     float.fromhex("0x1.4177fep-13"),
 )
 
-# The same with 0 <= f < 1/16, or hardly below or above, by Horner's rule.
+# The same for `ratio_terms`, with 16 entries for 0 <= f < 1/16, or hardly below or above, by Horner's rule.
+# float32 with 4 entries: relative error 2**-28.26; worst measured errors
+# 0.6141 ulp and 1.0844 * 2**-24 relative (1e+07 random f).
 # float32 with 16 entries from 0: relative error 2**-28.78; worst measured errors
 # 0.5889 ulp and 1.0933 * 2**-24 relative (1e+07 random f).
 # float64 with 16 entries from 0: relative error 2**-64.77; worst measured errors
 # 0.5792 ulp and 1.0738 * 2**-53 relative (1e+07 random f).
-EXP2_FROM_0 = (
-    (
-        float.fromhex("0x1.62e43cp-1"),
-        float.fromhex("0x1.ebe674p-3"),
-        float.fromhex("0x1.d04784p-5"),
-    ),
-    (
-        float.fromhex("0x1.62e42fefa39efp-1"),
-        float.fromhex("0x1.ebfbdff82c643p-3"),
-        float.fromhex("0x1.c6b08d7040b5bp-5"),
-        float.fromhex("0x1.3b2ab6f9ef709p-7"),
-        float.fromhex("0x1.5d8809c4f909bp-10"),
-        float.fromhex("0x1.42fdd17e08221p-13"),
-        float.fromhex("0x1.04849a2122e73p-16"),
-    ),
+EXP2_OF_RATIOS = (
+    {
+        4: (
+            float.fromhex("0x1.62e42cp-1"),
+            float.fromhex("0x1.ebfbdep-3"),
+            float.fromhex("0x1.c6eb02p-5"),
+            float.fromhex("0x1.3b468ep-7"),
+        ),
+        16: (
+            float.fromhex("0x1.62e43cp-1"),
+            float.fromhex("0x1.ebe674p-3"),
+            float.fromhex("0x1.d04784p-5"),
+        ),
+    },
+    {
+        16: (
+            float.fromhex("0x1.62e42fefa39efp-1"),
+            float.fromhex("0x1.ebfbdff82c643p-3"),
+            float.fromhex("0x1.c6b08d7040b5bp-5"),
+            float.fromhex("0x1.3b2ab6f9ef709p-7"),
+            float.fromhex("0x1.5d8809c4f909bp-10"),
+            float.fromhex("0x1.42fdd17e08221p-13"),
+            float.fromhex("0x1.04849a2122e73p-16"),
+        ),
+    },
 )
 
 # 2**(j / 16) as heads * (1 + lows), for float32 and for float64.
@@ -355,6 +369,9 @@ whole_steps, table_power = make_table(*table_of(TABLE_ENTRIES), steps_of(TABLE_E
 # The same for `ratio_terms`, which round x c to multiples of 1/m.
 RATIO_ZERO = zero_of(TABLE_ENTRIES)
 _, ratio_power = make_table(*table_of(TABLE_ENTRIES), TABLE_ENTRIES)
+RATIO_COEFFICIENTS = tuple(own.get(m, (0.0,)) for own, m in zip(EXP2_OF_RATIOS, TABLE_ENTRIES, strict=True))
+RATIO_SLOPE = tuple(own[0] for own in RATIO_COEFFICIENTS)
+RATIO_CURVATURE = tuple(own[1:] for own in RATIO_COEFFICIENTS)
 
 # max c is rounded to what its sum with this number has room for.
 ROUNDER = ZERO
@@ -618,13 +635,21 @@ def start_of_sum(like):
 # -- terms of which no more is needed than their ratios -------------------------------------------------
 
 
+def takes_ratios(like):
+    """Whether terms are taken times a factor: with two entries of a table errors grow by 0.3 ulp for it."""
+    dtype = getattr(kind_of(like), "dtype", kind_of(like))
+    return TABLE_ENTRIES[0 if dtype == types.float32 else 1] > 2
+
+
 @traced
 def ratio_scale(row_max, rate):
     """Scale of a plain slice for `ratio_terms`."""
+    if not takes_ratios(row_max):
+        return plain_scale(row_max, rate)
     scale, f, excess = scale_of_maximum(row_max, rate)
     added = whole_excess(excess) - excess
-    # Of all terms the same share is added, and so more to those of a larger excess: without this, with two
-    # entries of a table, 1.1 ulp were seen, and not 0.80.
+    # To all terms the same share is added, and so more to those of a larger excess: without this softmax of
+    # three float32s could be off by 1.86 ulp and not 1.63.
     slope = fma(fma(-excess, added, added), scale.slope, scale.slope)
     return scale._replace(rest=without_excess(f, whole_excess(excess), slope), slope=slope)
 
@@ -635,18 +660,15 @@ def scale_of_maximum(row_max, rate):
     high, low = spread(rate.high, row_max), spread(rate.low, row_max)
     lowest, zero = row_max - spread(rate.depth, row_max), constant(RATIO_ZERO, row_max)
     origin = to_step(row_max, high, zero) - zero
-    scale = Scale(row_max, high, low, lowest, origin, None, constant(SLOPE, row_max))
+    scale = Scale(row_max, high, low, lowest, origin, None, constant(RATIO_SLOPE, row_max))
     _, f = ratio_parts(row_max, scale)
     return scale, f, excess_of(f, spread(0.0, f), scale.slope)
 
 
 @traced
 def ratio_terms(x, scale, guard):
-    """Terms as power * (1 + excess), times a factor that those of a slice share, `unit_of` it.
-
-    That of the maximum is 2**BIAS times this factor, and nothing more or less.
-    """
-    if guard is not None and guard.plain is None:
+    """Terms as power * (1 + excess), times a factor that those of a slice share; see `unit_of`."""
+    if not takes_ratios(x) or (guard is not None and guard.plain is None):
         power, excess, _ = terms(x, scale, guard)
         return power, excess
     own_power, own_excess = plain_ratio(x, scale)
@@ -684,17 +706,17 @@ def to_step(x, high, zero):
 def excess_of(f, low, slope):
     """2**f - 1 + low."""
     if ROUNDS_DOWN:
-        return fma(f, polynomial(f, EXP2_FROM_0), low)
+        return fma(f, polynomial(f, RATIO_COEFFICIENTS), low)
     # As `exponential` has it: by Horner's rule it might decrease where f is below 0.
-    return abreast(fma(f, slope, fma(f * f, abreast(polynomial(f, CURVATURE)), low)))
+    return abreast(fma(f, slope, fma(f * f, abreast(polynomial(f, RATIO_CURVATURE)), low)))
 
 
 @traced
 def without_excess(f, whole, slope):
     """The low with which `excess_of` is ``whole``."""
     if ROUNDS_DOWN:
-        return fma(-f, polynomial(f, EXP2_FROM_0), whole)
-    return fma(-(f * f), polynomial(f, CURVATURE), fma(-f, slope, whole))
+        return fma(-f, polynomial(f, RATIO_COEFFICIENTS), whole)
+    return fma(-(f * f), polynomial(f, RATIO_CURVATURE), fma(-f, slope, whole))
 
 
 @traced
@@ -713,6 +735,8 @@ def whole_excess(excess):
 def unit_of(row_max, rate):
     """Factor of the `ratio_terms` of a slice: the term of its maximum in units of 2**BIAS."""
     one = spread(1.0, row_max)
+    if not takes_ratios(row_max):
+        return one
     _, _, excess = scale_of_maximum(row_max, rate)
     other = spread(rate.limit, row_max) < larger(row_max, -row_max)
     return select(other, one, one + whole_excess(excess))
@@ -728,6 +752,15 @@ def exact_terms(x, scale, guard):
     if guard is not None:
         at_top = at_top & (guard.plain > spread(0.0, guard.plain))
     return power, select(at_top, zero, excess), select(at_top, zero, product)
+
+
+@traced
+def exact_ratio_terms(x, scale, guard):
+    """`ratio_terms`, of which that of the maximum is `unit_of` times 2**BIAS, and nothing more or less."""
+    if takes_ratios(x):
+        return ratio_terms(x, scale, guard)
+    power, excess, _ = exact_terms(x, scale, guard)
+    return power, excess
 
 
 @traced

@@ -61,6 +61,7 @@ from fastmax._math import (
     apart,
     closed,
     entropy_value,
+    exact_ratio_terms,
     exact_terms,
     first_of,
     guarded_gap,
@@ -244,11 +245,13 @@ def end_of_sums(sums, earlier, lost, exact):
 def add_terms(sums, x, counted, scale, guard, exact):
     """Sums with the terms after the first ``counted``, and all terms."""
     moment, zero = None, spread(0.0, x)
-    if has_moments(exact):
+    if exact is None:
+        power, excess = ratio_terms(x, scale, guard)
+    elif has_moments(exact):
         power, excess, product = exact_terms(x, scale, guard)
         moment = drop_first(term_of(power, excess) * product, counted, zero)
     else:
-        power, excess = ratio_terms(x, scale, guard)
+        power, excess = exact_ratio_terms(x, scale, guard)
     term = abreast(term_of(power, excess))
     return add_in_turn(sums, drop_first(power, counted, zero), excess, moment), term
 

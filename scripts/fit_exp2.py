@@ -3,7 +3,8 @@
 The kernels reduce an exponential to 2**n * 2**(j/m) * 2**f with 0 <= j < m, where m is the number of powers
 in a table that registers hold: 16, 4, 2, or 1, which is none. With 2 or 4 powers |f| is hardly above 1/4 or
 1/8, with 16 it is up to 1/16, as the exponent is rounded to a multiple of 1/16 before that of the maximum is
-subtracted. Softmax with 16 powers has 0 <= f < 1/16, or hardly below and above, and takes Horner's rule.
+subtracted. Where no more is needed of terms than their ratios, it is so with 4 powers, too, and with 16
+0 <= f < 1/16, or hardly below and above, by Horner's rule.
 Without a table it is 3/4 <= 2**f <= 3/2, as with |f| <= 1/2 errors are largest below log2(3/4): there what
 rounds 2**f - 1 doubles while 2**f is small.
 
@@ -76,8 +77,9 @@ FORMS = (
     form(np.float64, 53, 2, 10, 2.0**-9),
     form(np.float64, 53, 16, 7, 2.0**-5 + 2.0**-12),
 )
-# For softmax, where n is rounded down.
-FORMS_FROM_0 = (
+# For terms of which no more is needed than their ratios: with 16 powers the exponent is rounded down.
+FORMS_OF_RATIOS = (
+    form(np.float32, 24, 4, 4, 2.0**-8),
     Form(np.float32, 24, 16, 3, -(2.0**-8), 2.0**-4 + 2.0**-8, horner=True),
     Form(np.float64, 53, 16, 7, -(2.0**-12), 2.0**-4 + 2.0**-12, horner=True),
 )
@@ -354,9 +356,9 @@ def print_numbers(name, numbers, indent="    "):
     )
 
 
-def print_polynomials(results):
-    """Print all polynomials, by type and by the number of entries."""
-    print("EXP2 = (")
+def print_polynomials(name, results):
+    """Print polynomials, by type and by the number of entries."""
+    print(f"{name} = (")
     for dtype in (np.float32, np.float64):
         print("    {")
         for form, (_, coefficients) in results:
@@ -382,18 +384,15 @@ def main():
         print(f"reference: relative error {deviation:.1e} ({args.checks} random f, from mpmath)")
         results = [(form, report(form, args.samples, rng, table)) for form in FORMS]
         comment, halves = report_halves(args.samples, rng, table)
-        from_0 = [report(form, args.samples, rng, table) for form in FORMS_FROM_0]
+        of_ratios = [(form, report(form, args.samples, rng, table)) for form in FORMS_OF_RATIOS]
         tables = [table_entries(form) for form in FORMS if form.entries == SLOTS]
     print("\nfastmax/_math.py:\n")
     print(*(comment for _, (comment, _) in results), sep="", end="")
-    print_polynomials(results)
+    print_polynomials("EXP2", results)
     print(comment, end="")
     print("EXP2_OF_HALVES = (", *(f"    {source(number)}," for number in halves[1:]), ")", sep="\n")
-    print(*(own for own, _ in from_0), sep="", end="")
-    print("EXP2_FROM_0 = (")
-    for _, coefficients in from_0:
-        print_numbers("", coefficients[1:])
-    print(")")
+    print(*(own for _, (own, _) in of_ratios), sep="", end="")
+    print_polynomials("EXP2_OF_RATIOS", of_ratios)
     for name, numbers in zip(("HEADS", "LOWS"), zip(*tables, strict=True), strict=True):
         print(f"{name} = (")
         for own in numbers:
