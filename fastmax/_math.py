@@ -119,14 +119,16 @@ LARGEST_GAP_EXPONENT = (375.0, 1080.0)
 # 0.8693 ulp and 1.1567 * 2**-24 relative (1e+07 random f).
 # float32 with 2 entries: relative error 2**-28.57; worst measured errors
 # 0.6826 ulp and 1.0860 * 2**-24 relative (1e+07 random f).
+# float32 with 4 entries: relative error 2**-27.47; worst measured errors
+# 0.6520 ulp and 1.1446 * 2**-24 relative (1e+07 random f).
 # float32 with 16 entries: relative error 2**-31.82; worst measured errors
-# 0.5721 ulp and 1.0651 * 2**-24 relative (1e+07 random f).
+# 0.5728 ulp and 1.0651 * 2**-24 relative (1e+07 random f).
 # float64 without a table: relative error 2**-57.89; worst measured errors
-# 0.8475 ulp and 1.1300 * 2**-53 relative (1e+07 random f).
+# 0.8372 ulp and 1.1162 * 2**-53 relative (1e+07 random f).
 # float64 with 2 entries: relative error 2**-60.29; worst measured errors
-# 0.6851 ulp and 1.1167 * 2**-53 relative (1e+07 random f).
+# 0.6838 ulp and 1.1273 * 2**-53 relative (1e+07 random f).
 # float64 with 16 entries: relative error 2**-58.19; worst measured errors
-# 0.5762 ulp and 1.0862 * 2**-53 relative (1e+07 random f).
+# 0.5773 ulp and 1.0864 * 2**-53 relative (1e+07 random f).
 EXP2 = (
     {
         1: (
@@ -197,7 +199,7 @@ EXP2 = (
 
 # The same with |f| <= 1/2, for kernels of a GPU that round x c to the nearest n.
 # float32 rounded to n: relative error 2**-28.23; worst measured errors
-# 0.7826 ulp and 1.1058 * 2**-24 relative (1e+06 random f).
+# 0.8079 ulp and 1.1448 * 2**-24 relative (1e+07 random f).
 EXP2_OF_HALVES = (
     float.fromhex("0x1.62e43p-1"),
     float.fromhex("0x1.ebfbdcp-3"),
@@ -209,11 +211,11 @@ EXP2_OF_HALVES = (
 
 # The same for `ratio_terms`, with 16 entries for 0 <= f < 1/16, or hardly below or above, by Horner's rule.
 # float32 with 4 entries: relative error 2**-28.26; worst measured errors
-# 0.6141 ulp and 1.0844 * 2**-24 relative (1e+07 random f).
+# 0.6152 ulp and 1.0844 * 2**-24 relative (1e+07 random f).
 # float32 with 16 entries from 0: relative error 2**-28.78; worst measured errors
-# 0.5889 ulp and 1.0933 * 2**-24 relative (1e+07 random f).
+# 0.5892 ulp and 1.0933 * 2**-24 relative (1e+07 random f).
 # float64 with 16 entries from 0: relative error 2**-64.77; worst measured errors
-# 0.5792 ulp and 1.0738 * 2**-53 relative (1e+07 random f).
+# 0.5779 ulp and 1.0736 * 2**-53 relative (1e+07 random f).
 EXP2_OF_RATIOS = (
     {
         4: (
