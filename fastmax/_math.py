@@ -48,6 +48,7 @@ float64's).
 
 import math
 from collections import namedtuple
+from typing import Any
 
 import numpy as np
 from numba import types
@@ -637,9 +638,11 @@ def start_of_sum(like):
 # -- terms of which no more is needed than their ratios -------------------------------------------------
 
 
+@traced
 def takes_ratios(like):
     """Whether terms are taken times a factor: with two entries of a table errors grow by 0.3 ulp for it."""
-    dtype = getattr(kind_of(like), "dtype", kind_of(like))
+    kind: Any = kind_of(like)
+    dtype = kind if isinstance(kind, types.Float) else kind.dtype
     return TABLE_ENTRIES[0 if dtype == types.float32 else 1] > 2
 
 

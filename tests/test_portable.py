@@ -14,6 +14,8 @@ VECTOR_FMA = {
 }
 # Instructions that pick from a table, two for a register.
 LOOKUP = {
+    ("haswell", "float32"): r"\bvpermilps\s+[^$].*, %ymm\d+, %ymm",
+    ("haswell", "float64"): r"\bvpermilpd\s+[^$].*, %ymm\d+, %ymm",
     ("skylake-avx512", "float32"): r"\bvperm(d|ps)\s.*%zmm",
     ("skylake-avx512", "float64"): r"\bvperm[it]2\w+\s.*%zmm",
 }
