@@ -26,6 +26,7 @@ from fastmax._columns import (
 from fastmax._jit import jit
 from fastmax._lanes import (
     LANE_BYTES,
+    REGISTER_BYTES,
     fma,
     get,
     lane_count,
@@ -141,6 +142,9 @@ def uniform_value(high, low, logarithm):
 
 # Entries below which few columns are not taken as slices that lie apart: the way to those is longer.
 _SMALL = 2**10
+
+# Time of a narrow row by that of a row of as many whole vectors.
+_NARROW_COST = 1.3 if REGISTER_BYTES == 32 else 1.4
 
 Schedules = namedtuple(
     "Schedules", "narrow_rows rows wide_rows long_rows few_columns shallow_columns columns tall_columns"
@@ -267,13 +271,14 @@ def _are_few(shape, lanes):
 def _is_narrow(n, lanes):
     """Whether rows take less time as narrow ones.
 
-    A row takes as long as 0.65 vectors more than it fills, a narrow one 1.4 times its vectors. With AVX2 on
-    Zen 1 63 float32 took 144 ns as a narrow row and 149 as a row, 64 as long, 65 149 and 200, 96 210 and 193,
-    float64 alike. With AVX-512 on an Emerald Rapids softmax of 40 float32 takes 0.74 of the time as narrow
-    rows, 56 0.97, 63 1.1, 65 0.85, 80 1.0 and 96 1.2, log_softmax and logsumexp alike; entropy takes 0.65 to
-    1 up to 159, which would be a rule of its own for a tenth.
+    A row takes as long as 0.65 vectors more than it fills, a narrow one 1.4 times its vectors, or with AVX2
+    1.3. With AVX2 on a Zen 3 softmax of 56 float32 takes 0.80 of the time as narrow rows, 64 0.94, 72 0.79,
+    96 1.06, 100 0.91 and 128 1.14, of 32 float64 0.93, 40 0.78, 48 1.02, 56 0.88 and 64 1.08. With AVX-512 on
+    an Emerald Rapids softmax of 40 float32 takes 0.74 of the time as narrow rows, 56 0.97, 63 1.1, 65 0.85,
+    80 1.0 and 96 1.2, log_softmax and logsumexp alike; entropy takes 0.65 to 1 up to 159, which would be a
+    rule of its own for a tenth.
 
     Both give the same bits from one vector on, where `lane_sums` takes lanes of a register, too, and below
     five, where softmax has one block.
     """
-    return n < lanes or 1.4 * n < (-(-n // lanes) + 0.65) * lanes
+    return n < lanes or _NARROW_COST * n < (-(-n // lanes) + 0.65) * lanes

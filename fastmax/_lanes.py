@@ -61,8 +61,8 @@ PAGE_BYTES = 4096
 LINE_BYTES = 64
 
 # Entries of the tables from which `make_table` picks, of float32 and of float64: as many as registers of
-# AVX-512 hold and an instruction finds, as many as AVX2 finds in half a register, or two, which a mask tells
-# apart.
+# AVX-512 hold and an instruction finds, as many as AVX2 finds within half a register, in one operation where
+# a whole one takes two on AMD's processors, or two, which a mask tells apart.
 TABLE_ENTRIES = {64: (16, 16), 32: (4, 2), 16: (2, 2)}[REGISTER_BYTES]
 # Whether there is `fma_down`.
 ROUNDS_DOWN = REGISTER_BYTES == 64
@@ -338,12 +338,11 @@ def make_table(heads, lows, steps):
             power = builder.add(power, _looked_up(builder, index, _table(fields, dtype), dtype))
             table = _table(_bits(lows[precision], dtype), dtype)
             shared = isinstance(exponent.type, ir.VectorType) and not isinstance(sig.args[1], Lanes)
-            if shift is not None and shared and _is_register(table[0]):
-                table = [_added(builder, register, shift) for register in table]  # once, outside of a loop
-                shift = None
+            if shift is not None and shared:  # added once, where the table is outside of a loop
+                table = [_added(builder, register, shift) for register in table]
             low = builder.bitcast(_looked_up(builder, index, table, dtype), exponent.type)
-            if shift is not None:
-                low = builder.fadd(low, _splat(builder, shift, low.type) if shared else shift)
+            if shift is not None and not shared:
+                low = builder.fadd(low, shift)
             return context.make_tuple(builder, sig.return_type, [builder.bitcast(power, exponent.type), low])
 
         return types.UniTuple(exponent, 2)(exponent, shift), codegen
@@ -380,10 +379,6 @@ def _table(entries, dtype):
     return [ir.Constant(ir.VectorType(integer, count), entries[start : start + count]) for start in starts]
 
 
-def _is_register(value):
-    return isinstance(value.type, ir.VectorType)
-
-
 def _added(builder, register, shift):
     """Bits of floats in a register, to which another is added."""
     floats = ir.VectorType(shift.type, register.type.count)
@@ -406,18 +401,17 @@ _LOOKUPS = {
 
 
 def _index(builder, bits, position, entries, dtype):
-    """Where a lookup finds j, which stands in the bits from a position on."""
+    """Where a lookup finds j, which stands in the bits from a position on: vpermilpd in the second."""
     if (entries, dtype) not in _LOOKUPS:
         return builder.and_(bits, _constant(bits.type, 1 << position))
     if (entries, dtype) == (2, types.float64):
-        position -= 1  # the second bit counts
-    shifted = builder.shl if position < 0 else builder.lshr
-    return shifted(bits, _constant(bits.type, abs(position))) if position else bits
+        position -= 1
+    return builder.lshr(bits, _constant(bits.type, position)) if position else bits
 
 
 def _looked_up(builder, index, table, dtype):
-    """Entries of a `_table` at the low bits of lanes; of two, the first, which is 0, where the index is 0."""
-    if not _is_register(table[0]):
+    """Entries of a `_table` at an `_index`; the first of two, which is 0, where a mask is 0."""
+    if not isinstance(table[0].type, ir.VectorType):
         second = builder.sext(builder.icmp_unsigned("!=", index, _constant(index.type, 0)), index.type)
         return builder.and_(second, _splat(builder, table[0], index.type))
     integers = table[0].type

@@ -64,6 +64,7 @@ from fastmax._rows import STORED_BYTES, pack_rows, soon_for_row, unpack_rows
 from fastmax._slice import CHUNK, Soon, fetch, is_new, lane_maxima, later, sum_lanes, touch_new
 from fastmax._threads import PARALLEL_ROWS, Kernel, each_span, each_task, parts_for
 from fastmax._tiles import (
+    NORMALIZER,
     are_plain,
     lane_rates,
     mixed_scales,
@@ -545,7 +546,7 @@ def row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, temperat
 # one write of memory. Columns too tall for that are read three times where they lie. Numbers for each sample,
 # their fields, stand before the tile: those of Scale and Guard, then these.
 
-_LABEL, _MAX, _TARGETS, _UNITS, _FLOOR, _FACTORS, _FIELDS = 12, 13, 14, 19, 21, 22, 26
+_LABEL, _MAX, _TARGETS, _UNITS, _FLOOR, _FACTORS, _FIELDS = (NORMALIZER + i for i in (0, 1, 2, 7, 9, 10, 14))
 
 Samples = namedtuple("Samples", "outer n inner class_step sample_step")
 Samples.__doc__ = (
@@ -1113,7 +1114,7 @@ def fit_row(i, part, x, table, rate, moments):
 @Kernel
 def fit_columns(team, parts, x, table, temperature, moments):
     """Mean and variance of b d in each column, at one temperature."""
-    work = workspaces(parts, 11 * lane_count(table), table)
+    work = workspaces(parts, NORMALIZER * lane_count(table), table)
     arguments = x, table, rate_of(temperature, 0.0), moments, work
     each_task(fit_vector, team, parts, vectors_of(x.shape, table), arguments)
 

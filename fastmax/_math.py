@@ -13,17 +13,17 @@ Registers hold a table of 2**(j / m), and n is a multiple of 1/m. With AVX-512 m
 a multiple, too: to round x high - origin takes one fma, as its sum with a number whose ulp is 1/m and from
 which the origin has been subtracted. |f| is then up to 1/16. Elsewhere m is 2, or 4 for float32 with AVX2;
 the origin is a multiple of 1/64 or 1/1024, as that sum is, in which what lies below 1/m is cleared, and |f|
-is hardly above 1/(2m). A term takes 16 and 19 instructions (float32, float64) and is within 0.62 ulp, or with
-AVX2 18 and 24, within 0.75.
+is hardly above 1/(2m). A term takes 16 and 19 instructions (float32, float64) and is within 0.62 ulp; with
+AVX2 18 and 24, elsewhere 20 and 25, within 0.75 or, with m = 2, 0.81.
 
-All but the entropy need no more of terms than their ratios, and with more than two entries of a table take
-them times a factor: n is x high rounded to a multiple of 1/m, and f = (x high - n) + x low: nothing of the
-maximum is subtracted from it. With AVX-512 n is rounded down, and f is from 0 to 1/16, or hardly beyond;
-with AVX2 it is rounded to the nearest. A term takes 13 and 17 instructions, or 15. With fewer constants for f
-as well as fewer steps softmax of 8192 x 1000 float32 takes 0.6 to 0.9 of the time with AVX-512, and on one
-core of a Zen 3, with AVX2, 0.8.
-The term of the maximum is 2**BIAS times that factor. Its excess is rounded to whole ulps of 2, and a single
-entry still has the probability 1; what this adds, half such an ulp or rarely one, is added to all.
+All but the entropy need no more of terms than their ratios, and take them times a factor, with AVX-512 and,
+for float32, with AVX2: n is x high rounded to a multiple of 1/m, and f = (x high - n) + x low: nothing of the
+maximum is subtracted from it. With AVX-512 n is rounded down, and f is from 0 to 1/16, or hardly beyond; with
+AVX2 it is rounded to the nearest. A term takes 13 and 17 instructions, with AVX2 15, and is within 0.62 or
+0.67 ulp. With fewer constants for f as well as fewer steps softmax of 8192 x 1000 float32 takes 0.6 to 0.9 of
+the time with AVX-512, and on one core of a Zen 3, with AVX2, 0.8. The term of the maximum is 2**BIAS times
+that factor. Its excess is rounded to whole ulps of 2, and a single entry still has the probability 1; what
+this adds, half such an ulp or rarely one, is added to all.
 
 A GPU has no table: n is an integer and 3/4 <= 2**f <= 3/2, up to rounding. What rounds the difference is
 added to the rest of f, in 22 and 27 instructions, and a term is within 0.9 ulp.
@@ -83,7 +83,7 @@ LOG_2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
 # Coefficients of 2 atanh(s) / s - 2 in powers of s**2, from s**2 on.
 TWICE_ATANH = tuple(2.0 / (2 * i + 3) for i in range(10))
 
-# Terms lie between 2**(BIAS - DEPTH) and 2**BIAS, or 1.05 times that: DEPTH reaches below the smallest
+# Terms lie between 2**(BIAS - DEPTH) and 2**BIAS, or 0.91 to 1.1 times that: DEPTH reaches below the smallest
 # subnormal by so much that 2**24 dropped terms together stay under half of it, and 2**31 terms of 2**BIAS do
 # not overflow.
 BIAS = (56.0, 512.0)
@@ -358,6 +358,11 @@ def form_of(entries):
     )
 
 
+def ratio_coefficients(entries):
+    """Coefficients for `ratio_terms`, where there are any, with tables of so many entries."""
+    return tuple((EXP2[i] | EXP2_OF_RATIOS[i])[m] for i, m in enumerate(entries))
+
+
 def table_of(entries):
     """Return 2**(j / m) as heads * (1 + lows)."""
     heads, lows = (
@@ -372,7 +377,7 @@ whole_steps, table_power = make_table(*table_of(TABLE_ENTRIES), steps_of(TABLE_E
 # The same for `ratio_terms`, which round x c to multiples of 1/m.
 RATIO_ZERO = zero_of(TABLE_ENTRIES)
 _, ratio_power = make_table(*table_of(TABLE_ENTRIES), TABLE_ENTRIES)
-RATIO_COEFFICIENTS = tuple(own.get(m, (0.0,)) for own, m in zip(EXP2_OF_RATIOS, TABLE_ENTRIES, strict=True))
+RATIO_COEFFICIENTS = ratio_coefficients(TABLE_ENTRIES)
 RATIO_SLOPE = tuple(own[0] for own in RATIO_COEFFICIENTS)
 RATIO_CURVATURE = tuple(own[1:] for own in RATIO_COEFFICIENTS)
 
@@ -389,8 +394,8 @@ Rate.__doc__ = """What the scales of slices at one temperature share; see `rate_
 Scale = namedtuple("Scale", "row_max high low lowest origin rest slope")
 Scale.__doc__ = """How the terms of a slice follow from its entries; see `terms`.
 
-For `ratio_terms` the ``rest`` is what is added to every excess, and ``slope`` the first coefficient of
-2**f - 1, which takes part in that.
+For the `ratio_terms` the ``rest`` is what is added to every excess, and ``slope`` the first coefficient of
+2**f - 1 with what `ratio_scale` adds to that; with AVX-512 nothing is, and none is read.
 """
 
 Guard = namedtuple("Guard", "prescale factor factor2 cutoff plain")
@@ -652,11 +657,14 @@ def ratio_scale(row_max, rate):
     if not takes_ratios(row_max):
         return plain_scale(row_max, rate)
     scale, f, excess = scale_of_maximum(row_max, rate)
-    added = whole_excess(excess) - excess
+    whole = whole_excess(excess)
+    if ROUNDS_DOWN:
+        return scale._replace(rest=without_excess(f, whole, scale.slope))
+    added = whole - excess
     # To all terms the same share is added, and so more to those of a larger excess: without this softmax of
     # three float32s could be off by 1.86 ulp and not 1.63.
     slope = fma(fma(-excess, added, added), scale.slope, scale.slope)
-    return scale._replace(rest=without_excess(f, whole_excess(excess), slope), slope=slope)
+    return scale._replace(rest=without_excess(f, whole, slope), slope=slope)
 
 
 @traced

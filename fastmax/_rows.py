@@ -123,7 +123,8 @@ STORED_BYTES = 2**21
 # Vectors in the working memory beside those of the sums, with one row in each lane: maxima, normalizers as
 # high and low (or inverse and summand of a gap), the largest maximum of a plain row, and the fields of a
 # scale, which all rows of a group get at once.
-_MAXIMA, _HIGH, _LOW, _LIMIT, _SCALE, _VECTORS = 0, 1, 2, 3, 4, 10
+_MAXIMA, _HIGH, _LOW, _LIMIT, _SCALE = range(5)
+_VECTORS = _SCALE + len(Scale._fields) - 1
 
 
 @jit

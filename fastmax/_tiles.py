@@ -155,9 +155,9 @@ def is_far(x, out):
 
 
 # Fields of a slice: those of Scale and Guard, or of Gap and Guard, and a normalizer.
-GUARD = 7
-NORMALIZER = 12
-FIELDS = 14
+GUARD = len(Scale._fields)
+NORMALIZER = GUARD + len(Guard._fields)
+FIELDS = NORMALIZER + 2
 
 
 @traced

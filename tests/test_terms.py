@@ -22,7 +22,7 @@ def in_python(function, dtype, entries):
     precision, bits, bias = FORMATS[dtype]
     both = tuple(entries if entries in own else 2 for own in _math.EXP2)
     form, (heads, lows) = _math.form_of(both), _math.table_of(both)
-    of_ratios = tuple(own.get(m, (0.0,)) for own, m in zip(_math.EXP2_OF_RATIOS, both, strict=True))
+    of_ratios = _math.ratio_coefficients(both)
 
     def whole_steps(x):
         return dtype(math.floor(float(x) * entries) / entries)
