@@ -335,12 +335,12 @@ def make_table(heads, lows, steps):
             fields = [field - one - j * step for j, field in enumerate(fields)]
             index = _index(builder, bits, position, entries, dtype)
             power = builder.shl(bits, _constant(bits.type, to_exponent))
-            power = builder.add(power, _looked_up(builder, index, _table(fields, dtype), dtype))
+            power = builder.add(power, _looked_up(builder, index, _table(fields, dtype), entries, dtype))
             table = _table(_bits(lows[precision], dtype), dtype)
             shared = isinstance(exponent.type, ir.VectorType) and not isinstance(sig.args[1], Lanes)
             if shift is not None and shared:  # added once, where the table is outside of a loop
                 table = [_added(builder, register, shift) for register in table]
-            low = builder.bitcast(_looked_up(builder, index, table, dtype), exponent.type)
+            low = builder.bitcast(_looked_up(builder, index, table, entries, dtype), exponent.type)
             if shift is not None and not shared:
                 low = builder.fadd(low, shift)
             return context.make_tuple(builder, sig.return_type, [builder.bitcast(power, exponent.type), low])
@@ -409,14 +409,12 @@ def _index(builder, bits, position, entries, dtype):
     return builder.lshr(bits, _constant(bits.type, position)) if position else bits
 
 
-def _looked_up(builder, index, table, dtype):
+def _looked_up(builder, index, table, entries, dtype):
     """Entries of a `_table` at an `_index`; the first of two, which is 0, where a mask is 0."""
-    if not isinstance(table[0].type, ir.VectorType):
+    if (entries, dtype) not in _LOOKUPS:
         second = builder.sext(builder.icmp_unsigned("!=", index, _constant(index.type, 0)), index.type)
         return builder.and_(second, _splat(builder, table[0], index.type))
-    integers = table[0].type
-    entries = len(table) * integers.count if REGISTER_BYTES == 64 else integers.count // 2
-    name = _LOOKUPS[entries, dtype]
+    name, integers = _LOOKUPS[entries, dtype], table[0].type
     held = integers if REGISTER_BYTES == 64 else ir.VectorType(_SCALAR[dtype], integers.count)
     function_type = ir.FunctionType(held, [held, integers, *(held for _ in table[1:])])
     function = get_or_insert_function(builder.module, function_type, f"llvm.x86.{name}")

@@ -346,15 +346,20 @@ def steps_of(entries):
     return tuple(STEPS[count][precision] for precision, count in enumerate(entries))
 
 
+def first_and_others(coefficients):
+    """First coefficients of two polynomials, and the others of each."""
+    return tuple(own[0] for own in coefficients), tuple(own[1:] for own in coefficients)
+
+
 def form_of(entries):
     """Form of tables of so many entries."""
     steps = steps_of(entries)
-    coefficients = [own[count] for own, count in zip(EXP2, entries, strict=True)]
+    slope, curvature = first_and_others([own[m] for own, m in zip(EXP2, entries, strict=True)])
     return Form(
         zero=zero_of(steps),
         middle=tuple(0.0 if m == step else 0.5 / m for m, step in zip(entries, steps, strict=True)),
-        slope=tuple(own[0] for own in coefficients),
-        curvature=tuple(own[1:] for own in coefficients),
+        slope=slope,
+        curvature=curvature,
     )
 
 
@@ -378,8 +383,7 @@ whole_steps, table_power = make_table(*table_of(TABLE_ENTRIES), steps_of(TABLE_E
 RATIO_ZERO = zero_of(TABLE_ENTRIES)
 _, ratio_power = make_table(*table_of(TABLE_ENTRIES), TABLE_ENTRIES)
 RATIO_COEFFICIENTS = ratio_coefficients(TABLE_ENTRIES)
-RATIO_SLOPE = tuple(own[0] for own in RATIO_COEFFICIENTS)
-RATIO_CURVATURE = tuple(own[1:] for own in RATIO_COEFFICIENTS)
+RATIO_SLOPE, RATIO_CURVATURE = first_and_others(RATIO_COEFFICIENTS)
 
 # max c is rounded to what its sum with this number has room for.
 ROUNDER = ZERO

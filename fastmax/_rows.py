@@ -261,14 +261,12 @@ def softmax_groups(first, stop, part, x, mask, temperature, rate, out, work):
             row = (start + r) * step
             high, low = get(w, _HIGH * lanes + r), get(w, _LOW * lanes + r)
             shift = (start + r) * n - row
-            if mask is None:
+            if mask is None or not (is_plain_at(w, r) and high == high):
                 _slice.scale_stored(w, terms, entries, row, row + n, high, low, results, shift)
-            elif is_plain_at(w, r) and high == high:
+            else:
                 # What is masked has the term of -inf, which does not show: with AVX2 8192 x 1000 takes 0.82
                 # (float32) or 0.87 of the time for it.
                 _slice.scale_stored(w, terms, pointer(x), row, row + n, high, low, results, shift)
-            else:
-                _slice.scale_stored(w, terms, entries, row, row + n, high, low, results, shift)
             terms += padded_size(n, w)
 
 

@@ -4,9 +4,8 @@ The kernels reduce an exponential to 2**n * 2**(j/m) * 2**f with 0 <= j < m, whe
 in a table that registers hold: 16, 4, 2, or 1, which is none. With 2 or 4 powers |f| is hardly above 1/4 or
 1/8, with 16 it is up to 1/16, as the exponent is rounded to a multiple of 1/16 before that of the maximum is
 subtracted. Where no more is needed of terms than their ratios, it is so with 4 powers, too, and with 16
-0 <= f < 1/16, or hardly below and above, by Horner's rule.
-Without a table it is 3/4 <= 2**f <= 3/2, as with |f| <= 1/2 errors are largest below log2(3/4): there what
-rounds 2**f - 1 doubles while 2**f is small.
+0 <= f < 1/16, or hardly below and above, by Horner's rule. Without a table it is 3/4 <= 2**f <= 3/2, as with
+|f| <= 1/2 errors are largest below log2(3/4): there what rounds 2**f - 1 doubles while 2**f is small.
 
 This script fits 2**f by 1 + c1*f + ... + cd*f**d in two steps:
 

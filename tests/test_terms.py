@@ -23,6 +23,7 @@ def in_python(function, dtype, entries):
     both = tuple(entries if entries in own else 2 for own in _math.EXP2)
     form, (heads, lows) = _math.form_of(both), _math.table_of(both)
     of_ratios = _math.ratio_coefficients(both)
+    slope, curvature = _math.first_and_others(of_ratios)
 
     def whole_steps(x):
         return dtype(math.floor(float(x) * entries) / entries)
@@ -48,8 +49,8 @@ def in_python(function, dtype, entries):
             "ROUNDS_DOWN": entries == 16,
             "RATIO_ZERO": _math.zero_of(both),
             "RATIO_COEFFICIENTS": of_ratios,
-            "RATIO_SLOPE": tuple(own[0] for own in of_ratios),
-            "RATIO_CURVATURE": tuple(own[1:] for own in of_ratios),
+            "RATIO_SLOPE": slope,
+            "RATIO_CURVATURE": curvature,
             "takes_ratios": lambda like: entries > 2,
             "ZERO": form.zero,
             "MIDDLE": form.middle,
