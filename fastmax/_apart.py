@@ -34,7 +34,7 @@ from fastmax._lanes import (
     write,
 )
 from fastmax._layout import OF_MASK, OF_OUT, OF_X, SIZE, first_entry
-from fastmax._math import add_sums, closed, first_of, log_of_sum, rate_of
+from fastmax._math import add_sums, closed, first_of, rate_of
 from fastmax._slice import (
     CHUNK,
     KEPT,
@@ -44,7 +44,6 @@ from fastmax._slice import (
     chunk_tile_count,
     chunk_work_size,
     get_sums,
-    kept_terms,
     lane_maxima,
     no_sums,
     pack_chunks,
@@ -56,23 +55,15 @@ from fastmax._slice import (
 from fastmax._threads import PARALLEL_COLUMNS, Kernel, each_task, parts_for
 from fastmax._tiles import (
     FIELDS,
-    are_plain,
     field,
     first_rate,
-    lane_rates,
-    log_value,
-    normalized,
     part_of,
-    plain_value,
     put_sums,
     rate_at,
-    shows_all,
     temperature_at,
-    tile_sums,
+    value_lanes,
     workspaces,
-    write_beside,
-    write_gaps,
-    write_normalizers,
+    write_lanes,
 )
 from fastmax._tracing import traced
 
@@ -265,20 +256,7 @@ def write_group(group, part, x, mask, layout, temperature, rate, exact, out, wor
     masked = mask_of(mask)
     pack_slices(pointer(x), masked, layout, first, count, w, tile, places[part])
     row_max = lane_maxima(w, tile, tile + n * lanes)
-    rates = lane_rates(temperature, first, count, rate, w)
-    stored = kept_terms(w, exact)
-    sums = tile_sums(w, tile, n, row_max, temperature, first, rates, exact, stored, 0, lanes, None)
-    if exact is None:
-        write_normalizers(sums, w, 0, lanes)
-    else:
-        log_sum = log_of_sum(row_max, sums_apart(sums, row_max, rates, exact))
-        write_gaps(row_max, rates, spread(log_sum, row_max), temperature, first, w, 0, lanes)
-    plain = are_plain(row_max, rates)
-    for i in range(tile, tile + n * lanes, lanes):
-        if exact is None:
-            store(w, i, normalized(load(w, i), w, 0, lanes))
-        else:
-            store(w, i, log_value(load(w, i), w, 0, lanes, plain))
+    write_lanes(w, tile, n, row_max, temperature, first, count, rate, exact, None, tile, lanes)
     absent = absent_value(get(w, tile), exact)
     unpack_slices(w, tile, masked, absent, layout, first, count, pointer(out), places[part])
 
@@ -302,20 +280,15 @@ def value_group(group, part, x, mask, layout, temperature, rate, weighted, out, 
     count = min(lanes, slice_count(layout) - first)
     pack_slices(pointer(x), mask_of(mask), layout, first, count, w, tile, places[part])
     row_max = lane_maxima(w, tile, tile + n * lanes)
-    rates = lane_rates(temperature, first, count, rate, w)
-    sums = tile_sums(w, tile, n, row_max, temperature, first, rates, exact, None, 0, lanes, None)
-    sums = sums_apart(sums, row_max, rates, exact)
-    if are_plain(row_max, rates) and shows_all(row_max, rates.temperature, sums, weighted):
-        store(w, 0, plain_value(row_max, rates.temperature, sums, weighted))
-    else:
-        write_beside(row_max, sums, w, 0, lanes)
-        for k in range(count):
-            top, own = get(w, field(0, k, lanes)), temperature_at(temperature, first + k)
+    shown = value_lanes(w, tile, n, row_max, temperature, first, count, rate, weighted, None)
+    for k in range(count):
+        value = get(w, k)
+        if not shown:
+            top, own = value, temperature_at(temperature, first + k)
             sums = get_sums(w, field(1, k, lanes), lanes, exact)
             entries = with_mask(view_of(x, layout, first + k, OF_X), mask_view(mask, layout, first + k))
-            put(w, k, _slice.value_of_sums(entries, 0, 1, n, top, own, sums, weighted))
-    for k in range(count):
-        put(pointer(out), place_of(layout, first + k, OF_OUT), get(w, k))
+            value = _slice.value_of_sums(entries, 0, 1, n, top, own, sums, weighted)
+        put(pointer(out), place_of(layout, first + k, OF_OUT), value)
 
 
 # -- one slice after the other, entry by entry or with its chunks in lanes ---------------------------

@@ -586,15 +586,9 @@ def write_strip(task, part, x, mask, temperature, rate, maxima, sums, exact, out
     for j in range(0, count, lanes):
         column = i * inner + first + j
         row_max = read(pointer(maxima), column, count - j, zero)
-        rates = lane_rates(temperature, column, count - j, rate, w)
-        plain = plain and are_plain(row_max, rates)
         own = read_sums(sums, i * 4 * inner + first + j, inner, None)
-        if exact is None:
-            write_scales(row_max, ratio_scale(row_max, rates), rates, temperature, column, w, j, width)
-            write_normalizers(own, w, j, width)
-        else:
-            log_sum = spread(log_of_sum(row_max, sums_apart(own, row_max, rates, exact)), row_max)
-            write_gaps(row_max, rates, log_sum, temperature, column, w, j, width)
+        rates = lane_rates(temperature, column, count - j, rate, w)
+        plain = write_fields(row_max, own, rates, temperature, column, exact, w, j, width) and plain
     absent = zero if exact is None else spread(-math.inf, zero)
     for k in range(rows):
         row, to = start + k * step, base + k * inner
@@ -604,6 +598,18 @@ def write_strip(task, part, x, mask, temperature, rate, maxima, sums, exact, out
             prefetch_to_write(results, to + ahead * inner + j)
             value = strip_value(read(entries, row + j, count - j, zero), w, j, width, plain, exact)
             write(results, to + j, count - j, present(entries, row + j, count - j, value, absent))
+
+
+@jit
+def write_fields(row_max, sums, rates, temperature, column, exact, work, j, width):
+    """Write what `strip_value` needs of the columns from j on, and return whether they are plain."""
+    if exact is None:
+        write_scales(row_max, ratio_scale(row_max, rates), rates, temperature, column, work, j, width)
+        write_normalizers(sums, work, j, width)
+    else:
+        log_sum = spread(log_of_sum(row_max, sums_apart(sums, row_max, rates, exact)), row_max)
+        write_gaps(row_max, rates, log_sum, temperature, column, work, j, width)
+    return are_plain(row_max, rates)
 
 
 @jit

@@ -6,7 +6,7 @@ x may have steps, not below 0, between its rows and between its outer indices, a
 array has: only entries of a row, or the neighbours that columns have, are contiguous.
 
 Here the schedule is chosen that suits the shape: for rows (`_rows`), for columns (`_columns`), or for columns
-with few neighbours, which are taken as slices that lie apart (`_apart`).
+with few neighbours (`_interleaved`), which are taken as slices that lie apart if they are small (`_apart`).
 """
 
 import functools
@@ -15,6 +15,7 @@ from collections import namedtuple
 
 from fastmax import _apart, _process
 from fastmax._columns import (
+    TILE_BYTES,
     log_softmax_columns,
     softmax_columns,
     softmax_shallow_columns,
@@ -22,6 +23,14 @@ from fastmax._columns import (
     tall_softmax,
     value_columns,
     value_tall_columns,
+)
+from fastmax._interleaved import (
+    log_softmax_interleaved,
+    log_softmax_interleaved_chunks,
+    softmax_interleaved,
+    softmax_interleaved_chunks,
+    value_interleaved,
+    value_interleaved_chunks,
 )
 from fastmax._jit import jit
 from fastmax._lanes import (
@@ -147,7 +156,9 @@ _SMALL = 2**10
 _NARROW_COST = 1.3 if REGISTER_BYTES == 32 else 1.4
 
 Schedules = namedtuple(
-    "Schedules", "narrow_rows rows wide_rows long_rows few_columns shallow_columns columns tall_columns"
+    "Schedules",
+    "narrow_rows rows wide_rows long_rows few_columns interleaved interleaved_chunks shallow_columns columns "
+    "tall_columns",
 )
 
 
@@ -167,6 +178,8 @@ _SOFTMAX = Schedules(
     softmax_wide_rows,
     softmax_long_rows,
     _few_columns(_apart.softmax),
+    softmax_interleaved,
+    softmax_interleaved_chunks,
     softmax_shallow_columns,
     softmax_columns,
     tall_softmax,
@@ -177,6 +190,8 @@ _LOG_SOFTMAX = Schedules(
     log_softmax_wide_rows,
     log_softmax_long_rows,
     _few_columns(_apart.log_softmax),
+    log_softmax_interleaved,
+    log_softmax_interleaved_chunks,
     log_softmax_columns,
     log_softmax_columns,
     tall_log_softmax,
@@ -187,6 +202,8 @@ _VALUES = Schedules(
     value_wide_rows,
     value_long_rows,
     _few_columns(_apart.values),
+    value_interleaved,
+    value_interleaved_chunks,
     value_columns,
     value_columns,
     value_tall_columns,
@@ -225,7 +242,8 @@ def _is_filled(x, mask, temperature, out, logarithm):
 
 def _run(schedules, x, mask, temperature, out, *options):
     """Run the schedule that suits the shape: (outer, n), or (outer, n, inner)."""
-    key = schedules, x.shape, x.itemsize, len(temperature)
+    is_packed = x.ndim < 3 or x.strides[1] == x.shape[2] * x.itemsize
+    key = schedules, x.shape, is_packed, x.itemsize, len(temperature)
     schedule, is_large, parts = _choice(*key, 1)
     if is_large and (usable := _process.usable_threads()) > 1:
         schedule, _, parts = _choice(*key, usable)
@@ -233,7 +251,7 @@ def _run(schedules, x, mask, temperature, out, *options):
 
 
 @functools.lru_cache(maxsize=256)
-def _choice(schedules, shape, itemsize, temperatures, threads):
+def _choice(schedules, shape, is_packed, itemsize, temperatures, threads):
     """Schedule for a shape, whether it is worth so many threads, and a part for each that has work.
 
     To choose anew takes 2 us.
@@ -242,6 +260,10 @@ def _choice(schedules, shape, itemsize, temperatures, threads):
     slices, lanes = max(outer, temperatures), LANE_BYTES // max(itemsize, 4)
     if len(shape) == 3:
         is_large = max(math.prod(shape), slices * n) >= PARALLEL_COLUMNS
+        if is_packed and _are_interleaved(shape, lanes):
+            return schedules.interleaved, is_large, threads
+        if is_packed and _are_interleaved_chunks(shape, lanes):
+            return schedules.interleaved_chunks, is_large, threads
         if _are_few(shape, lanes):
             return schedules.few_columns, False, 1
         if n > TALL:
@@ -258,12 +280,34 @@ def _choice(schedules, shape, itemsize, temperatures, threads):
     return schedules.long_rows, size >= PARALLEL_SLICE, threads
 
 
-def _are_few(shape, lanes):
-    """Whether columns have so few neighbours that they take less time as slices that lie apart.
+def _are_interleaved(shape, lanes):
+    """Whether columns take less time as interleaved ones: few neighbours, and outer indices for most lanes.
 
-    As such 10**6 x 2 float32 take 0.13 of the time, 10**5 x 3 0.14, 1000 x 100 x 5 over the middle axis 0.28,
-    20000 x 10 x 3 0.39, and 8 neighbours 0.3 to 1.1 from 10 entries on; 12 take 1.3 to 1.8 with 10 or 10**6
-    entries, float64 as much with half as many.
+    On two cores of a Zen 3 1000 x 100 x 5 float32 takes 0.55 of the time of slices that lie apart, 30 x 40 x
+    3 0.4, and 16 x 1000 x 4, which fills half the lanes, would 1; of columns 1000 x 20 x 16 takes 0.5 and
+    1000 x 20 x 24 0.65, float64 with 12 neighbours 0.9, and with 16 it would 1.3.
+    """
+    outer, n, inner = shape
+    return 4 * inner <= 3 * lanes and 2 * outer > lanes and n * inner * LANE_BYTES <= TILE_BYTES
+
+
+def _are_interleaved_chunks(shape, lanes):
+    """Whether columns take less time as interleaved chunks: few neighbours, and chunks for all lanes.
+
+    On two cores of a Zen 3 10**6 x 3 float32 takes 0.4 of the time of slices that lie apart, 10**6 x 8 0.2,
+    and 20000 x 3 0.75; 8192 x 3 would 0.9, and float64 as long with as many chunks, 1.5 times with half as
+    many. Of columns 100000 x 16 float32 takes 0.55 and 100000 x 12 float64 0.8.
+    """
+    _, n, inner = shape
+    few = 4 * inner <= 3 * lanes and CHUNK * inner * LANE_BYTES <= 2 * TILE_BYTES
+    return few and n >= CHUNK * lanes
+
+
+def _are_few(shape, lanes):
+    """Whether columns that are not interleaved take less time as slices that lie apart: few neighbours.
+
+    As such 16 x 1000 x 4 float32 takes 0.3 of the time of columns, and 8 x 100 x 8 0.7; 12 neighbours would
+    take 1 to 1.8, float64 as much with half as many.
     """
     return 4 * shape[2] <= lanes and math.prod(shape) >= _SMALL
 

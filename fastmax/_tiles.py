@@ -38,6 +38,7 @@ from fastmax._math import (
     gap_of,
     guard_of,
     larger,
+    log_of_sum,
     log_terms,
     misses_faint_terms,
     normalizer,
@@ -46,7 +47,7 @@ from fastmax._math import (
     probability,
     rate_of,
 )
-from fastmax._slice import CHUNK, lane_sums, later, no_sums, quantities, scale_of
+from fastmax._slice import CHUNK, kept_terms, lane_sums, later, no_sums, quantities, scale_of, sums_apart
 from fastmax._tracing import traced
 
 # Bytes of the results of long rows from which they are written past the caches.
@@ -379,3 +380,43 @@ def plain_value(row_max, temperature, sums, weighted):
     if weighted is not None:
         return entropy_value(row_max, sums)
     return plain_logsumexp(row_max, temperature, sums)
+
+
+@jit
+def write_lanes(work, at, n, row_max, temperature, first, count, rate, exact, soon, to, step):
+    """Write the softmax of a vector of slices, or its logarithm if the sums are to be exact.
+
+    They are in working memory, as the results will be: from ``to`` on, by steps of so many entries.
+    """
+    lanes = lane_count(work)
+    rates, stored = lane_rates(temperature, first, count, rate, work), kept_terms(work, exact)
+    sums = tile_sums(work, at, n, row_max, temperature, first, rates, exact, stored, 0, lanes, soon)
+    if exact is None:
+        write_normalizers(sums, work, 0, lanes)
+    else:
+        log_sum = log_of_sum(row_max, sums_apart(sums, row_max, rates, exact))
+        write_gaps(row_max, rates, spread(log_sum, row_max), temperature, first, work, 0, lanes)
+    plain = are_plain(row_max, rates)
+    for i in range(n):
+        value = load(work, at + i * lanes)
+        if exact is None:
+            store(work, to + i * step, normalized(value, work, 0, lanes))
+        else:
+            store(work, to + i * step, log_value(value, work, 0, lanes, plain))
+
+
+@jit
+def value_lanes(work, at, n, row_max, temperature, first, count, rate, weighted, soon):
+    """Write the logsumexp of a vector of slices, or their entropy unless ``weighted`` is None.
+
+    Return whether values could be written, to the first fields: else it is maxima, and sums beside them.
+    """
+    lanes, exact = lane_count(work), (weighted,)
+    rates = lane_rates(temperature, first, count, rate, work)
+    sums = tile_sums(work, at, n, row_max, temperature, first, rates, exact, None, 0, lanes, soon)
+    sums = sums_apart(sums, row_max, rates, exact)
+    if are_plain(row_max, rates) and shows_all(row_max, rates.temperature, sums, weighted):
+        store(work, 0, plain_value(row_max, rates.temperature, sums, weighted))
+        return True
+    write_beside(row_max, sums, work, 0, lanes)
+    return False

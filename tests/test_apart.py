@@ -248,37 +248,6 @@ def test_blocks_have_every_slice_once(as_rows):
         assert (times == 1).all()
 
 
-# Columns, and whether these are so few that they are taken as slices that lie apart, where they are large.
-FEW = {"float16": (8, 9), "float32": (8, 9), "float64": (4, 5)}
-
-
-@pytest.mark.parametrize("dtype", ["float32", *nightly("float16", "float64")])
-@pytest.mark.parametrize(
-    "shape", [(1, 60), (1, 1023), (1, 1024), (30, 40), (1, 1100), (2, 7681), (1, 140_000)]
-)
-def test_few_columns_have_the_bits_of_many(shape, dtype):
-    outer, n = shape
-    lanes = 512 // np.dtype(dtype).itemsize  # more than any processor has
-    for inner in FEW[dtype]:
-        x = np.resize(ENTRIES.astype(dtype), (outer, n, inner))
-        where = np.resize([True, False, True, True, True], x.shape)
-        many = [np.tile(array, -(-lanes // inner)) for array in (x, where)]
-        for mask, masks in (None, None), (where, many[1]):
-            expected = fastmax.softmax(many[0], 0.7, axis=1, where=masks)[..., :inner]
-            np.testing.assert_array_equal(fastmax.softmax(x, 0.7, axis=1, where=mask), expected)
-        expected = fastmax.logsumexp(many[0], 0.7, axis=1)[..., :inner]
-        np.testing.assert_array_equal(fastmax.logsumexp(x, 0.7, axis=1), expected)
-
-
-def test_temperatures_of_few_columns():
-    x = np.resize(ENTRIES, (40, 30, 3))
-    temperature = np.resize([0.5, 0.0, np.inf, 2.0, 1e-300], (40, 3))
-    result = fastmax.softmax(x, temperature, axis=1)
-    for i, j in (0, 0), (0, 2), (13, 1), (39, 2):
-        expected = fastmax.softmax(x[i, :, j], temperature[i, j])
-        np.testing.assert_array_equal(result[i, :, j], expected)
-
-
 @pytest.mark.parametrize("layout", [(4000, 4000), (2, 8_000_000), (8_000_000, 2)])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_memory_beside_an_array_in_place(layout, axis):
