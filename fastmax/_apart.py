@@ -34,7 +34,7 @@ from fastmax._lanes import (
     write,
 )
 from fastmax._layout import OF_MASK, OF_OUT, OF_X, SIZE, first_entry
-from fastmax._math import add_sums, closed, first_of, rate_of
+from fastmax._math import rate_of
 from fastmax._slice import (
     CHUNK,
     KEPT,
@@ -45,7 +45,6 @@ from fastmax._slice import (
     chunk_work_size,
     get_sums,
     lane_maxima,
-    no_sums,
     pack_chunks,
     store_all,
     sums_apart,
@@ -57,6 +56,7 @@ from fastmax._tiles import (
     FIELDS,
     field,
     first_rate,
+    merged_sums,
     part_of,
     put_sums,
     rate_at,
@@ -382,10 +382,7 @@ def long_passes(team, parts, x, mask, layout, temperature, exact, out):
             if step == 0:
                 maxima[number] = _slice.maximum(partial, number * tiles, (number + 1) * tiles)
             elif step == 1:
-                merged = first_of(no_sums(maxima[number], exact))
-                for chunk in range(number * chunks, (number + 1) * chunks):
-                    merged = add_sums(merged, get_sums(partial, 4 * chunk, 1, exact))
-                put_sums(sums, 4 * number, 1, closed(merged))
+                put_sums(sums, 4 * number, 1, merged_sums(partial, number, chunks, exact))
     return maxima, sums
 
 
@@ -404,7 +401,7 @@ def pass_over_tile(task, part, step, x, mask, layout, temperature, maxima, sums,
     if step == 1:
         first, _, count = chunk_tile(tile, n, w)
         beside, to = CHUNK * lane_count(w), number * -(-n // CHUNK) + first // CHUNK
-        store_all(w, beside, lane_count(w), sums_of_tile(w, start, stop, row_max, rate, exact))
+        store_all(w, beside, lane_count(w), sums_of_tile(w, start, stop, row_max, rate, exact, None))
         for k in range(count):
             put_sums(partial, 4 * (to + k), 1, get_sums(w, beside + k, lane_count(w), exact))
     elif out is not None:

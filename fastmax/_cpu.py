@@ -6,7 +6,8 @@ x may have steps, not below 0, between its rows and between its outer indices, a
 array has: only entries of a row, or the neighbours that columns have, are contiguous.
 
 Here the schedule is chosen that suits the shape: for rows (`_rows`), for columns (`_columns`), or for columns
-with few neighbours (`_interleaved`), which are taken as slices that lie apart if they are small (`_apart`).
+with few neighbours (`_interleaved`; if there is too little for all lanes, or rows do not follow one another,
+`_apart`).
 """
 
 import functools
@@ -149,7 +150,8 @@ def uniform_value(high, low, logarithm):
 
 # -- the choice -----------------------------------------------------------------------------------
 
-# Entries below which few columns are not taken as slices that lie apart: the way to those is longer.
+# Entries below which columns with few neighbours are not taken as slices that lie apart: the way to those is
+# longer.
 _SMALL = 2**10
 
 # Time of a narrow row by that of a row of as many whole vectors.
@@ -242,6 +244,7 @@ def _is_filled(x, mask, temperature, out, logarithm):
 
 def _run(schedules, x, mask, temperature, out, *options):
     """Run the schedule that suits the shape: (outer, n), or (outer, n, inner)."""
+    # Whether rows follow one another.
     is_packed = x.ndim < 3 or x.strides[1] == x.shape[2] * x.itemsize
     key = schedules, x.shape, is_packed, x.itemsize, len(temperature)
     schedule, is_large, parts = _choice(*key, 1)
@@ -261,10 +264,10 @@ def _choice(schedules, shape, is_packed, itemsize, temperatures, threads):
     if len(shape) == 3:
         is_large = max(math.prod(shape), slices * n) >= PARALLEL_COLUMNS
         if is_packed and _are_interleaved(shape, lanes):
-            return schedules.interleaved, is_large, threads
-        if is_packed and _are_interleaved_chunks(shape, lanes):
+            return schedules.interleaved, is_large, min(threads, -(-outer // lanes))
+        if is_packed and _are_interleaved_chunks(shape, lanes, threads):
             return schedules.interleaved_chunks, is_large, threads
-        if _are_few(shape, lanes):
+        if _have_few_neighbours(shape, lanes) and math.prod(shape) >= _SMALL:
             return schedules.few_columns, False, 1
         if n > TALL:
             return schedules.tall_columns, is_large, threads
@@ -288,28 +291,32 @@ def _are_interleaved(shape, lanes):
     1000 x 20 x 24 0.65, float64 with 12 neighbours 0.9, and with 16 it would 1.3.
     """
     outer, n, inner = shape
-    return 4 * inner <= 3 * lanes and 2 * outer > lanes and n * inner * LANE_BYTES <= TILE_BYTES
+    filled = outer / (-(-outer // lanes) * lanes)
+    fills = filled > 0.5 if _have_few_neighbours(shape, lanes) else filled > 0.75
+    return fills and 4 * inner <= 3 * lanes and n * inner * LANE_BYTES <= TILE_BYTES
 
 
-def _are_interleaved_chunks(shape, lanes):
+def _are_interleaved_chunks(shape, lanes, threads):
     """Whether columns take less time as interleaved chunks: few neighbours, and chunks for all lanes.
 
     On two cores of a Zen 3 10**6 x 3 float32 takes 0.4 of the time of slices that lie apart, 10**6 x 8 0.2,
-    and 20000 x 3 0.75; 8192 x 3 would 0.9, and float64 as long with as many chunks, 1.5 times with half as
-    many. Of columns 100000 x 16 float32 takes 0.55 and 100000 x 12 float64 0.8.
+    and 20000 x 3 0.75. With chunks for half the lanes 8192 x 3 would take 0.9, and 4096 x 3 float64 1.5; with
+    chunks for all, 8192 x 3 float64 takes as long. Of columns, which are more tasks, 100000 x 16 float32
+    takes 0.55 and 100000 x 12 float64 0.8.
     """
-    _, n, inner = shape
-    few = 4 * inner <= 3 * lanes and CHUNK * inner * LANE_BYTES <= 2 * TILE_BYTES
-    return few and n >= CHUNK * lanes
+    outer, n, inner = shape
+    tiles = outer * (n // (CHUNK * lanes))
+    enough = tiles >= (1 if _have_few_neighbours(shape, lanes) else threads)
+    return enough and 4 * inner <= 3 * lanes and CHUNK * inner * LANE_BYTES <= 2 * TILE_BYTES
 
 
-def _are_few(shape, lanes):
-    """Whether columns that are not interleaved take less time as slices that lie apart: few neighbours.
+def _have_few_neighbours(shape, lanes):
+    """Whether columns have so few that they take less time as slices that lie apart, if they are large.
 
     As such 16 x 1000 x 4 float32 takes 0.3 of the time of columns, and 8 x 100 x 8 0.7; 12 neighbours would
     take 1 to 1.8, float64 as much with half as many.
     """
-    return 4 * shape[2] <= lanes and math.prod(shape) >= _SMALL
+    return 4 * shape[2] <= lanes
 
 
 def _is_narrow(n, lanes):

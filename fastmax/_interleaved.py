@@ -1,18 +1,18 @@
 """Schedules for columns that have few neighbours, so that they would fill no vector, or one in part.
 
-Arrays come as (outer, n, inner), see `_cpu`. Memory is read as it lies, with the entries of neighbours
-interleaved: runs of it are transposed into a tile, one to each lane, and of that every ``inner``-th vector
-belongs to one column. So all lanes have work, and memory is read once in each pass. Schedules:
+Arrays come as (outer, n, inner), see `_cpu`, and memory is walked as it lies, with the entries of neighbours
+interleaved. For sums runs of memory are transposed into a tile, one to each lane, of which every ``inner``-th
+vector belongs to the same column. Schedules:
 
-- interleaved columns: a run is all that an outer index has;
-- interleaved chunks: columns are long, and a run is a chunk of all neighbours; threads share them.
+- interleaved columns: a run is all that an outer index has; entries are read and written once;
+- interleaved chunks: columns are long, and a run is a chunk of all neighbours; threads share these. Entries
+  are read three times, for maxima, sums and results, and written once.
 """
 
 import math
 
 import numpy as np
 
-from fastmax import _slice
 from fastmax._columns import strip_value, tall_values, write_fields
 from fastmax._jit import jit
 from fastmax._lanes import (
@@ -31,19 +31,20 @@ from fastmax._lanes import (
     workspace,
     write,
 )
-from fastmax._math import add_sums, closed, first_of, larger
-from fastmax._rows import pack_rows, unpack_rows
+from fastmax._math import larger
+from fastmax._rows import narrow_group_count, pack_rows, soon_for_group, unpack_rows
 from fastmax._slice import (
     CHUNK,
-    Soon,
     absent_value,
     chunk_tile,
     chunk_tile_count,
     get_sums,
     is_new,
-    no_sums,
+    later,
+    maximum,
     store_all,
     sums_of_tile,
+    value_of_sums,
 )
 from fastmax._threads import Kernel, each_task
 from fastmax._tiles import (
@@ -51,6 +52,7 @@ from fastmax._tiles import (
     field,
     first_rate,
     lane_rates,
+    merged_sums,
     part_of,
     pitch,
     place,
@@ -63,9 +65,9 @@ from fastmax._tiles import (
 )
 from fastmax._tracing import traced
 
-# Entries of runs that are copied at a time to where they are neighbours, and transposed from there. Chunks of
-# 2, 4 or 8 columns lie a multiple of 4 KB apart, and a first cache does not keep as many lines of one set:
-# 123000 x 4 float32 take 0.3 of the time to pack for it, and 0.2 to unpack, 123000 x 3 0.6 and 0.3.
+# Entries of runs that are copied at a time to where they are neighbours, and transposed from there. Runs may
+# lie a multiple of 4 KB apart, and a first cache does not keep as many lines of one set: to pack chunks of 4
+# columns of float32 takes 0.3 of the time for it, of 3 0.6, and to unpack runs as long 0.2 and 0.3.
 RUN = 128
 
 
@@ -124,45 +126,41 @@ def take_column(work, column, inner, n, at):
 
 
 @traced
-def group_count(outer, like):
-    """Number of groups of outer indices."""
-    return -(-outer // lane_count(like))
-
-
-@jit
-def group_workspaces(parts, x, like):
-    """Working memory for fields, a column, and a tile, and for the temperatures of a column."""
-    _, n, inner = x.shape
-    lanes = lane_count(like)
-    size = (FIELDS + n + n * inner + piece_size(like)) * lanes + run_size(like)
-    return workspaces(parts, size, like), np.empty((parts, lanes), np.float64)
+def group_size(n, inner, like):
+    """Entries of working memory: fields and the entries of a column, a tile, and runs that are copied."""
+    return (FIELDS + n) * lane_count(like) + tile_size(n, inner, like) + run_size(like)
 
 
 @traced
-def staging_of(tile, size, work):
-    """Where runs are copied to: behind their tile, and what `pack_rows` may write past its end."""
-    return tile + (size + piece_size(work)) * lane_count(work)
+def tile_size(n, inner, work):
+    """Entries of a tile, and what `pack_rows` may write past its end."""
+    return (n * inner + piece_size(work)) * lane_count(work)
+
+
+@traced
+def places_of(n, inner, work):
+    """Where the entries of a column stand in working memory, the tile, and runs that are copied."""
+    column, tile = FIELDS * lane_count(work), (FIELDS + n) * lane_count(work)
+    return column, tile, tile + tile_size(n, inner, work)
 
 
 @jit
 def pack_group(group, x, mask, results, work):
     """Copy a group to a tile; return its first outer index, its number of those, and what is needed soon."""
     (outer, n, inner), step = x.shape, pitch(x, 0)
-    lanes, entries = lane_count(work), entries_of(x, mask)
+    lanes, entries, size = lane_count(work), entries_of(x, mask), n * inner
     first = group * lanes
     count = min(lanes, outer - first)
-    tile, size = (FIELDS + n) * lanes, n * inner
-    pack_runs(entries, first * step, step, size, count, work, tile, staging_of(tile, size, work))
-    following = min(first + count, outer - count) * step
-    return first, count, Soon(entries, following, lanes, results, first * n * inner, lanes)
+    _, tile, runs = places_of(n, inner, work)
+    pack_runs(entries, first * step, step, size, count, work, tile, runs)
+    return first, count, soon_for_group(entries, results, first, count, outer, size, step)
 
 
 @jit
 def group_temperatures(temperature, first, count, inner, column, own):
     """Temperatures of a column of a group, one for each lane, or the one of all."""
-    own[0] = temperature[0]
     if len(temperature) == 1:
-        return own[:1]
+        return temperature
     for lane in range(len(own)):
         own[lane] = temperature[(first + min(lane, count - 1)) * inner + column]
     return own
@@ -171,11 +169,11 @@ def group_temperatures(temperature, first, count, inner, column, own):
 @jit(inline="always")
 def write_groups(team, parts, x, mask, temperature, exact, out):
     """Write the softmax of interleaved columns, or its logarithm if the sums are to be exact."""
-    like = pointer(x)
-    work, own = group_workspaces(parts, x, like)
+    (outer, n, inner), like = x.shape, pointer(x)
+    work, own = workspaces(parts, group_size(n, inner, like), like), np.empty((parts, lane_count(like)))
     rate, new = first_rate(temperature, like), is_new(pointer(out), out.size)
     arguments = x, mask, temperature, rate, exact, out, new, work, own
-    each_task(write_group, team, parts, group_count(len(x), like), arguments)
+    each_task(write_group, team, parts, narrow_group_count(outer, like), arguments)
 
 
 @Kernel
@@ -194,31 +192,28 @@ def log_softmax_interleaved(team, parts, x, mask, temperature, out):
 def write_group(group, part, x, mask, temperature, rate, exact, out, new, work, own):
     """Write the softmax of the columns of a group, or its logarithm."""
     n, inner = x.shape[1:]
-    w = pointer(part_of(work, part))
-    lanes = lane_count(w)
+    w, size = pointer(part_of(work, part)), n * inner
+    lanes, (at, tile, runs) = lane_count(w), places_of(n, inner, w)
     first, count, soon = pack_group(group, x, mask, pointer(out), w)
-    at, tile = FIELDS * lanes, (FIELDS + n) * lanes
-    base, size = first * n * inner, n * inner
     if new:
-        touch(pointer(out), base, base + count * size)
+        touch(pointer(out), first * size, (first + count) * size)
     for column in range(inner):
-        row_max = take_column(w, tile + column * lanes, inner, n, at)
+        to, step = tile + column * lanes, inner * lanes
+        row_max = take_column(w, to, inner, n, at)
         temperatures = group_temperatures(temperature, first, count, inner, column, own[part])
-        ahead = _slice.later(soon, column * n)
-        to, by = tile + column * lanes, inner * lanes
-        write_lanes(w, at, n, row_max, temperatures, 0, lanes, rate, exact, ahead, to, by)
+        ahead = later(soon, column * n)
+        write_lanes(w, at, n, row_max, temperatures, 0, lanes, rate, exact, ahead, to, step)
     absent = absent_value(get(w, at), exact)
-    entries, staging = entries_of(x, mask), staging_of(tile, size, w)
-    unpack_runs(w, tile, pointer(out), base, size, count, entries, absent, staging)
+    unpack_runs(w, tile, pointer(out), first * size, size, count, entries_of(x, mask), absent, runs)
 
 
 @Kernel
 def value_interleaved(team, parts, x, mask, temperature, out, weighted):
     """Logsumexp, or entropy unless ``weighted`` is None, of interleaved columns."""
-    like = pointer(x)
-    work, own = group_workspaces(parts, x, like)
+    (outer, n, inner), like = x.shape, pointer(x)
+    work, own = workspaces(parts, group_size(n, inner, like), like), np.empty((parts, lane_count(like)))
     arguments = x, mask, temperature, first_rate(temperature, like), out, weighted, work, own
-    each_task(value_group, team, parts, group_count(len(x), like), arguments)
+    each_task(value_group, team, parts, narrow_group_count(outer, like), arguments)
 
 
 @jit
@@ -226,26 +221,26 @@ def value_group(group, part, x, mask, temperature, rate, out, weighted, work, ow
     """`value_interleaved` of the columns of a group."""
     n, inner = x.shape[1:]
     w, entries = pointer(part_of(work, part)), entries_of(x, mask)
-    lanes, exact = lane_count(w), (weighted,)
+    lanes, exact, (at, tile, _) = lane_count(w), (weighted,), places_of(n, inner, w)
     first, count, soon = pack_group(group, x, mask, None, w)
-    at, tile = FIELDS * lanes, (FIELDS + n) * lanes
     for column in range(inner):
         row_max = take_column(w, tile + column * lanes, inner, n, at)
         temperatures = group_temperatures(temperature, first, count, inner, column, own[part])
-        ahead = _slice.later(soon, column * n)
+        ahead = later(soon, column * n)
         shown = value_lanes(w, at, n, row_max, temperatures, 0, lanes, rate, weighted, ahead)
         for lane in range(count):
             value = get(w, lane)
             if not shown:
                 top, sums = value, get_sums(w, field(1, lane, lanes), lanes, exact)
                 start, temp = place(x, first + lane, 0, column), temperature_at(temperatures, lane)
-                value = _slice.value_of_sums(entries, start, inner, n, top, temp, sums, weighted)
+                value = value_of_sums(entries, start, inner, n, top, temp, sums, weighted)
             put(pointer(out), (first + lane) * inner + column, value)
 
 
 # -- interleaved chunks: as many chunks of a column as there are lanes ---------------------------------
-# Numbers for each column are arrays (outer, inner, tiles) or (outer, inner, chunks, 4), when they are merged
-# as those of `_columns`.
+# Maxima and results need no order, and are taken as memory lies: in every ``inner``-th vector lanes belong to
+# the same columns. Numbers for each column are arrays (outer, inner, tiles) or (outer, inner, chunks, 4), and
+# merged as in `_columns`.
 
 
 @jit(inline="always")
@@ -262,12 +257,10 @@ def chunk_passes(team, parts, x, mask, temperature, exact, out):
         each_task(pass_over_tile, team, parts, outer * tiles, arguments)
         for number in range(outer * inner):
             if step == 0:
-                maxima[number] = _slice.maximum(partial, number * tiles, (number + 1) * tiles)
+                maxima[number] = maximum(partial, number * tiles, (number + 1) * tiles)
             elif step == 1:
-                merged = first_of(no_sums(maxima[number], exact))
-                for chunk in range(number * chunks, (number + 1) * chunks):
-                    merged = add_sums(merged, get_sums(partial, 4 * chunk, 1, exact))
-                put_sums(sums, number // inner * 4 * inner + number % inner, inner, closed(merged))
+                to = number // inner * 4 * inner + number % inner
+                put_sums(sums, to, inner, merged_sums(partial, number, chunks, exact))
     return maxima, sums
 
 
@@ -276,76 +269,25 @@ def pass_over_tile(task, part, step, x, mask, temperature, rate, exact, out, num
     """One pass over as many chunks of all neighbours as there are lanes."""
     maxima, sums, partial, work, own = numbers
     n, inner = x.shape[1:]
-    w = pointer(part_of(work, part))
-    i, tile = divmod(task, chunk_tile_count(n, w))
+    w, tiles = pointer(part_of(work, part)), chunk_tile_count(n, pointer(x))
+    i, tile = divmod(task, tiles)
     first, rows, count = chunk_tile(tile, n, w)
-    size = rows * inner
+    start, size = place(x, i, first, 0), count * rows * inner
     if step == 0:
-        tiles = chunk_tile_count(n, w)
-        source, to = place(x, i, first, 0), i * inner * tiles + tile
-        column_maxima(entries_of(x, mask), source, count * size, inner, w, partial, to, tiles)
+        maxima_as_they_lie(
+            entries_of(x, mask), start, size, inner, w, partial, i * inner * tiles + tile, tiles
+        )
     elif step == 1:
         sum_chunks(x, mask, i, first, rows, count, temperature, maxima, exact, partial, w)
     elif out is not None:
-        width = inner * lane_count(w)
-        plain = write_patterns(i, inner, temperature, rate, maxima, sums, exact, w, width, own[part])
-        start, to = place(x, i, first, 0), (i * n + first) * inner
-        write_run(entries_of(x, mask), start, count * size, pointer(out), to, w, width, plain, exact)
+        width, to = inner * lane_count(w), (i * n + first) * inner
+        plain = write_pattern(i, inner, temperature, rate, maxima, sums, exact, w, width, own[part])
+        write_as_they_lie(entries_of(x, mask), start, size, pointer(out), to, w, width, plain, exact)
 
 
 @jit
-def sum_chunks(x, mask, i, first, rows, count, temperature, maxima, exact, partial, work):
-    """Write the sums of some chunks of all neighbours."""
-    n, inner = x.shape[1:]
-    lanes, chunks, size = lane_count(work), -(-n // CHUNK), rows * inner
-    start, staging = size * lanes, (size + rows) * lanes
-    pack_runs(entries_of(x, mask), place(x, i, first, 0), size, size, count, work, 0, staging)
-    for column in range(inner):
-        number = i * inner + column
-        take_column(work, column * lanes, inner, rows, start)
-        top, to = maxima[number], number * chunks + first // CHUNK
-        rate = rate_at(temperature, number, top)
-        store_all(work, staging, lanes, sums_of_tile(work, start, staging, top, rate, exact))
-        for k in range(count):
-            put_sums(partial, 4 * (to + k), 1, get_sums(work, staging + k, lanes, exact))
-
-
-@jit
-def write_patterns(i, inner, temperature, rate, maxima, sums, exact, work, width, own):
-    """Write what entries need as they lie, for a vector of each neighbour; return whether they are plain."""
-    lanes, plain = lane_count(work), True
-    pattern, beside = FIELDS * width, i * 4 * inner
-    for j in range(0, width, lanes):
-        for lane in range(lanes):
-            column = (j + lane) % inner
-            put(work, pattern + lane, maxima[i * inner + column])
-            put(work, pattern + lanes + lane, get(sums, beside + column))
-            put(work, pattern + 2 * lanes + lane, get(sums, beside + inner + column))
-            own[lane] = temperature_at(temperature, i * inner + column)
-        row_max = load(work, pattern)
-        total, error = load(work, pattern + lanes), load(work, pattern + 2 * lanes)
-        temperatures = own[: len(temperature)] if len(temperature) == 1 else own
-        rates = lane_rates(temperatures, 0, lanes, rate, work)
-        fields = write_fields(row_max, (total, error), rates, temperatures, 0, exact, work, j, width)
-        plain = fields and plain
-    return plain
-
-
-@jit
-def write_run(x, start, size, out, to, work, width, plain, exact):
-    """Write the results of entries as they lie."""
-    lanes, zero = lane_count(work), spread(0.0, work)
-    absent = zero if exact is None else -spread(math.inf, zero)
-    for i in range(0, size, width):
-        for j in range(0, min(width, size - i), lanes):
-            at, count = start + i + j, size - i - j
-            value = strip_value(read(x, at, count, zero), work, j, width, plain, exact)
-            write(out, to + i + j, count, present(x, at, count, value, absent))
-
-
-@jit
-def column_maxima(x, start, size, inner, work, partial, to, tiles):
-    """Maxima of columns over some entries as they lie: every ``inner``-th vector has the same of them."""
+def maxima_as_they_lie(x, start, size, inner, work, maxima, to, step):
+    """Write the maximum of each column over some entries, from one to the next so many further on."""
     lanes, lowest = lane_count(work), -spread(math.inf, work)
     for k in range(inner):
         top = lowest
@@ -353,9 +295,64 @@ def column_maxima(x, start, size, inner, work, partial, to, tiles):
             top = larger(read(x, start + i, size - i, lowest), top)
         store(work, k * lanes, top)
     for column in range(inner):
-        partial[to + column * tiles] = get(work, column)
+        top = get(work, column)
         for i in range(column + inner, inner * lanes, inner):
-            partial[to + column * tiles] = max(partial[to + column * tiles], get(work, i))
+            top = max(top, get(work, i))
+        maxima[to + column * step] = top
+
+
+@jit
+def sum_chunks(x, mask, i, first, rows, count, temperature, maxima, exact, partial, work):
+    """Write the sums of some chunks of all neighbours.
+
+    What `pack_rows` may write past the tile is where a column will be copied to.
+    """
+    n, inner = x.shape[1:]
+    lanes, chunks, size = lane_count(work), -(-n // CHUNK), rows * inner
+    start, stop = size * lanes, (size + rows) * lanes
+    pack_runs(entries_of(x, mask), place(x, i, first, 0), size, size, count, work, 0, stop)
+    for column in range(inner):
+        number = i * inner + column
+        take_column(work, column * lanes, inner, rows, start)
+        top, to = maxima[number], number * chunks + first // CHUNK
+        rate = rate_at(temperature, number, top)
+        store_all(work, stop, lanes, sums_of_tile(work, start, stop, top, rate, exact, None))
+        for k in range(count):
+            put_sums(partial, 4 * (to + k), 1, get_sums(work, stop + k, lanes, exact))
+
+
+@jit
+def write_pattern(i, inner, temperature, rate, maxima, sums, exact, work, width, own):
+    """Write what `strip_value` needs of the columns of as many vectors as there are neighbours.
+
+    Return whether they are plain.
+    """
+    lanes, plain = lane_count(work), True
+    beside, total, error = i * 4 * inner, FIELDS * width + lanes, FIELDS * width + 2 * lanes
+    for j in range(0, width, lanes):
+        for lane in range(lanes):
+            column = (j + lane) % inner
+            put(work, FIELDS * width + lane, maxima[i * inner + column])
+            put(work, total + lane, get(sums, beside + column))
+            put(work, error + lane, get(sums, beside + inner + column))
+            own[lane] = temperature_at(temperature, i * inner + column)
+        row_max, own_sums = load(work, FIELDS * width), (load(work, total), load(work, error))
+        temperatures = temperature if len(temperature) == 1 else own
+        rates = lane_rates(temperatures, 0, lanes, rate, work)
+        plain = write_fields(row_max, own_sums, rates, temperatures, 0, exact, work, j, width) and plain
+    return plain
+
+
+@jit
+def write_as_they_lie(x, start, size, out, to, work, width, plain, exact):
+    """Write the results of some entries, from where the pattern of columns begins."""
+    lanes, zero = lane_count(work), spread(0.0, work)
+    absent = absent_value(zero, exact)
+    for i in range(0, size, width):
+        for j in range(0, min(width, size - i), lanes):
+            at, count = start + i + j, size - i - j
+            value = strip_value(read(x, at, count, zero), work, j, width, plain, exact)
+            write(out, to + i + j, count, present(x, at, count, value, absent))
 
 
 @Kernel

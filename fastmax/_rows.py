@@ -40,9 +40,6 @@ from fastmax._lanes import (
 from fastmax._math import (
     Gap,
     Scale,
-    add_sums,
-    closed,
-    first_of,
     guarded_gap,
     guarded_scale,
     log_of_sum,
@@ -71,7 +68,6 @@ from fastmax._slice import (
     lane_sums,
     maxima_of,
     next_block,
-    no_sums,
     register_maxima,
     scale_of,
     start_of_sums,
@@ -90,6 +86,7 @@ from fastmax._tiles import (
     is_far,
     lane_rates,
     load_all,
+    merged_sums,
     mixed_scales,
     padded_size,
     part_of,
@@ -820,10 +817,7 @@ def long_sums(team, parts, x, mask, temperature, maxima, exact):
     each_task(chunk_sums, team, parts, rows * chunks, arguments)
     sums = workspace(rows * 4, like)
     for row in range(rows):
-        merged = first_of(no_sums(maxima[row], exact))
-        for task in range(row * chunks, (row + 1) * chunks):
-            merged = add_sums(merged, get_sums(partial, 4 * task, 1, exact))
-        put_sums(sums, 4 * row, 1, closed(merged))
+        put_sums(sums, 4 * row, 1, merged_sums(partial, row, chunks, exact))
     return sums
 
 

@@ -760,9 +760,9 @@ def maximum_by_chunks(x, mask, work):
 
 
 @jit
-def sums_of_tile(work, start, stop, row_max, rate, exact):
-    """`lane_sums` of the chunks of a tile; softmax keeps its terms there."""
-    stored, zero = kept_terms(work, exact), spread(0.0, work)
+def sums_of_tile(work, start, stop, row_max, rate, exact, stored):
+    """`lane_sums` of the chunks of a tile, which terms replace unless ``stored`` is None: else it is work."""
+    zero = spread(0.0, work)
     if is_plain(row_max, rate):
         scale = scale_of(row_max, rate, exact)
         return lane_sums(work, start, stop, scale, None, exact, stored, start, None, zero)
@@ -779,7 +779,8 @@ def sums_by_chunks(x, mask, work, row_max, rate, exact):
     sums = first_of(no_sums(row_max, exact))
     for tile in range(chunk_tile_count(len(x), w)):
         start, stop = packed_chunks(x, mask, tile, w)
-        store_all(w, beside, lanes, sums_of_tile(w, start, stop, row_max, rate, exact))
+        own = sums_of_tile(w, start, stop, row_max, rate, exact, kept_terms(w, exact))
+        store_all(w, beside, lanes, own)
         _, _, count = chunk_tile(tile, len(x), w)
         for k in range(count):
             sums = add_sums(sums, get_sums(w, beside + k, lanes, exact))

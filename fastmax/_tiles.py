@@ -47,7 +47,17 @@ from fastmax._math import (
     probability,
     rate_of,
 )
-from fastmax._slice import CHUNK, kept_terms, lane_sums, later, no_sums, quantities, scale_of, sums_apart
+from fastmax._slice import (
+    CHUNK,
+    get_sums,
+    kept_terms,
+    lane_sums,
+    later,
+    no_sums,
+    quantities,
+    scale_of,
+    sums_apart,
+)
 from fastmax._tracing import traced
 
 # Bytes of the results of long rows from which they are written past the caches.
@@ -147,6 +157,15 @@ def put_sums(array, at, inner, sums):
     """Write the sums of the slice whose first stands at an index."""
     for quantity, value in enumerate(sums):
         put(array, at + quantity * inner, value)
+
+
+@jit
+def merged_sums(partial, number, chunks, exact):
+    """Sums of a slice, merged from those of its chunks, which stand as `put_sums` writes them, by slices."""
+    merged = first_of(no_sums(partial[0], exact))
+    for chunk in range(number * chunks, (number + 1) * chunks):
+        merged = add_sums(merged, get_sums(partial, 4 * chunk, 1, exact))
+    return closed(merged)
 
 
 @jit
@@ -409,7 +428,7 @@ def write_lanes(work, at, n, row_max, temperature, first, count, rate, exact, so
 def value_lanes(work, at, n, row_max, temperature, first, count, rate, weighted, soon):
     """Write the logsumexp of a vector of slices, or their entropy unless ``weighted`` is None.
 
-    Return whether values could be written, to the first fields: else it is maxima, and sums beside them.
+    Return whether they were written, to the first field; if not, maxima are there, and sums in the next ones.
     """
     lanes, exact = lane_count(work), (weighted,)
     rates = lane_rates(temperature, first, count, rate, work)

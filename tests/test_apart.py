@@ -4,12 +4,12 @@ Contiguous slices have the bits of rows of a packed array, all others those of i
 call goes: read where they lie, side by side or one by one, or copied block by block.
 """
 
-import tracemalloc
 from typing import Any
 
 import numpy as np
 import pytest
 from marks import nightly
+from memory import peak_of
 
 import fastmax
 from fastmax import _api
@@ -264,17 +264,6 @@ def test_memory_beside_the_result_of_an_array_that_is_not_aligned():
     x = np.zeros((2000, 4000), [("tag", np.int8), ("value", np.float32)])["value"]
     out = np.empty(x.shape, x.dtype)
     assert peak_of(lambda: fastmax.softmax(x, axis=0, out=out)) < 0.1 * x.nbytes
-
-
-def peak_of(call):
-    """Bytes that a call needs at once, when it has been compiled."""
-    call()
-    tracemalloc.start()
-    try:
-        call()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -14,7 +14,7 @@ from numpy.exceptions import AxisError
 from numpy.typing import ArrayLike
 
 import fastmax
-from fastmax import _apart, _columns, _cpu, _rows
+from fastmax import _apart, _columns, _cpu, _interleaved, _rows
 from fastmax._threads import Kernel
 
 ALL = [getattr(fastmax, name) for name in oracle.FUNCTIONS]
@@ -468,7 +468,8 @@ def test_layouts_give_the_same_values_and_are_not_written(function, layout, axis
 @every
 def test_read_only_arrays_have_no_kernels_of_their_own(function):
     def compiled():
-        names = [value for room in (_rows, _columns, _apart, _cpu) for value in vars(room).values()]
+        rooms = _rows, _columns, _apart, _interleaved, _cpu
+        names = [value for room in rooms for value in vars(room).values()]
         return [len(kernel._kernel.overloads) for kernel in names if isinstance(kernel, Kernel)]
 
     mask = CUBE > 0

@@ -14,7 +14,18 @@ import fastmax
 LENGTHS = 1, 2, 3, 4, 5, 7, 8, 9, 10, 12, 15, 16, 17, 20, 31, 33, 40, 63, 64, 65, 100, 159
 SHAPES = [
     *((rows, n) for rows in (1, 2, 9, 33) for n in LENGTHS),
-    *((70, 3), (2000, 5), (2000, 10), (300, 100), (1, 700), (40, 700), (3, 40_000), (1, 300_000), (3000, 40)),
+    *(
+        (16_500, 3),
+        (70, 3),
+        (2000, 5),
+        (2000, 10),
+        (300, 100),
+        (1, 700),
+        (40, 700),
+        (3, 40_000),
+        (1, 300_000),
+        (3000, 40),
+    ),
     *((20_001, 1), (9_001, 2), (7_001, 3)),  # short rows of two threads
 ]
 
@@ -78,6 +89,28 @@ def check(dtype):
             np.testing.assert_array_equal(own, fastmax.softmax(x, 0.9, axis=1), f"in place {shape}")
 
 
+def check_interleaved(dtype):
+    """Compare results of columns with few neighbours in such arrays, at an axis in the middle."""
+    for shape in (33, 1, 2), (35, 43, 3), (17, 70, 2), (33, 9, 12), (60, 30, 3):
+        x = np.random.default_rng(shape).normal(scale=4.0, size=shape).astype(dtype)
+        mask = np.random.default_rng(shape).random(shape) < 0.7
+        for at_end in (False, True):
+            own, own_mask = guarded(shape, dtype, at_end), guarded(shape, bool, at_end)
+            own[...], own_mask[...] = x, mask
+            for function, where, other in (
+                (fastmax.softmax, None, None),
+                (fastmax.logsumexp, None, None),
+                (fastmax.softmax, own_mask, mask),
+            ):
+                expected = function(x, 0.9, axis=1, where=other)
+                out = guarded(expected.shape, dtype, at_end)
+                function(own, 0.9, axis=1, where=where, out=out)
+                np.testing.assert_array_equal(out, expected, f"{function.__name__} {shape}")
+            expected = fastmax.softmax(x, 0.9, axis=1)
+            fastmax.softmax(own, 0.9, axis=1, out=own)
+            np.testing.assert_array_equal(own, expected, f"in place {shape}")
+
+
 def check_apart():
     """Compare results of what is cut out of such arrays, up to the border, with those of others."""
     for shape in (5000, 10), (3000, 13), (2000, 20), (300, 104), (40, 703), (20, 17_004), (33, 43):
@@ -108,4 +141,8 @@ def test_nothing_beside_an_array_is_touched(what):
 
 
 if __name__ == "__main__":
-    check_apart() if sys.argv[1] == "apart" else check(sys.argv[1])
+    if sys.argv[1] == "apart":
+        check_apart()
+    else:
+        check(sys.argv[1])
+        check_interleaved(sys.argv[1])

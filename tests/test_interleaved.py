@@ -8,7 +8,7 @@ import functools
 import numpy as np
 import pytest
 from marks import nightly
-from test_apart import peak_of
+from memory import peak_of
 
 import fastmax
 from fastmax import _cpu, _interleaved
@@ -18,35 +18,42 @@ from fastmax._slice import CHUNK
 ENTRIES = np.random.default_rng(28).normal(scale=3.0, size=400_000)
 FUNCTIONS = [fastmax.softmax, fastmax.log_softmax, fastmax.logsumexp, fastmax.entropy]
 LANES = {dtype: LANE_BYTES // max(np.dtype(dtype).itemsize, 4) for dtype in ("float16", "float32", "float64")}
+NAMES = _cpu.Schedules._make(_cpu.Schedules._fields)  # in place of the schedules themselves
 MOST = {dtype: 3 * lanes // 4 for dtype, lanes in LANES.items()}
 
 
 def shapes_of(dtype):
-    """Return shapes, those next to each other on both sides of a threshold."""
+    """Return shapes, on both sides of each threshold, and the schedules for them on one thread."""
     lanes, most = LANES[dtype], MOST[dtype]
-    n = _cpu.TILE_BYTES // LANE_BYTES // 8
+    n, run = _cpu.TILE_BYTES // LANE_BYTES // 8, _interleaved.RUN // 2
     most_of_chunks = min(most, 2 * _cpu.TILE_BYTES // LANE_BYTES // CHUNK)
     return {
-        "fewer entries than a piece has": (lanes, 1, 2),
-        "one entry": (2 * lanes + 1, 1, 3),
-        "outer indices for half the lanes": (lanes // 2, 40, 3),
-        "for more": (lanes // 2 + 1, 40, 3),
-        "for all": (lanes, 40, 3),
-        "for one more": (lanes + 1, 40, 3),
-        "on several threads": (20 * lanes + 5, 41, 3),
-        "a run that is copied at once": (lanes, _interleaved.RUN // 2, 2),
-        "one that is not": (lanes, _interleaved.RUN // 2 + 1, 2),
-        "a chunk and one": (lanes, CHUNK + 1, 2),
-        "most neighbours": (lanes, 9, most),
-        "one more neighbour": (lanes, 9, most + 1),
-        "a tile": (lanes + 3, n, 8),
-        "more than a tile": (lanes + 3, n + 1, 8),
-        "fewer chunks than lanes": (1, CHUNK * lanes - 1, 3),
-        "as many chunks": (1, CHUNK * lanes, 3),
-        "an entry more": (2, CHUNK * lanes + 1, 3),
-        "several tiles": (1, 5 * CHUNK * lanes + 100, 2),
-        "most neighbours of chunks": (1, CHUNK * lanes + 200, most_of_chunks),
-        "one more neighbour of chunks": (1, CHUNK * lanes + 200, most_of_chunks + 1),
+        "fewer entries than a piece has": ((lanes, 1, 2), "interleaved"),
+        "one entry": ((2 * lanes + 1, 1, 3), "interleaved"),
+        "outer indices for half the lanes": ((lanes // 2, 60, 3), "few_columns"),
+        "for more": ((lanes // 2 + 1, 60, 3), "interleaved"),
+        "for all": ((lanes, 60, 3), "interleaved"),
+        "for one more": ((lanes + 1, 60, 3), "interleaved"),
+        "on several threads": ((325, 100, 3), "interleaved"),
+        "a run that is copied at once": ((lanes, run, 2), "interleaved"),
+        "one that is not": ((lanes, run + 1, 2), "interleaved"),
+        "the last part of one is shorter than a piece": ((lanes, 43, 3), "interleaved"),
+        "a chunk and one": ((lanes, CHUNK + 1, 2), "interleaved"),
+        "a tile": ((2 * lanes - 3, n, 8), "interleaved"),
+        "more than a tile": ((2 * lanes - 3, n + 1, 8), "few_columns" if 32 <= lanes else "columns"),
+        "most neighbours": ((lanes, 9, most), "interleaved"),
+        "one more neighbour": ((lanes, 9, most + 1), "shallow_columns"),
+        "most for three quarters of the lanes": ((3 * lanes // 4, 9, most), "shallow_columns"),
+        "most for more": ((3 * lanes // 4 + 1, 9, most), "interleaved"),
+        "few columns": ((1, 1100, lanes // 4), "few_columns"),
+        "of fewer than a thousand entries": ((1, 341, 3), "columns"),
+        "one more few column": ((1, 1100, lanes // 4 + 1), "columns"),
+        "fewer chunks than lanes": ((1, CHUNK * lanes - 1, 3), "few_columns"),
+        "as many chunks": ((1, CHUNK * lanes, 3), "interleaved_chunks"),
+        "an entry more": ((2, CHUNK * lanes + 1, 3), "interleaved_chunks"),
+        "several tiles": ((1, 5 * CHUNK * lanes + 100, 2), "interleaved_chunks"),
+        "most neighbours of chunks": ((1, CHUNK * lanes + 200, most_of_chunks), "interleaved_chunks"),
+        "one more neighbour of chunks": ((1, CHUNK * lanes + 200, most_of_chunks + 1), "tall_columns"),
     }
 
 
@@ -76,7 +83,7 @@ def check(function, x, temperature, where=None):
 @SHAPE
 @pytest.mark.parametrize("function", [*FUNCTIONS[::2], *nightly(*FUNCTIONS[1::2])])
 def test_few_columns_have_the_bits_of_many(function, shape, dtype):
-    x = np.resize(ENTRIES.astype(dtype), shapes_of(dtype)[shape])
+    x = np.resize(ENTRIES.astype(dtype), shapes_of(dtype)[shape][0])
     check(function, x, 0.7)
     x[0, 0, 0], x[-1, -1, -1], x[-1, 0, 1] = np.inf, np.nan, -np.inf
     check(function, x, 0.7)
@@ -86,7 +93,7 @@ def test_few_columns_have_the_bits_of_many(function, shape, dtype):
 @SHAPE
 @pytest.mark.parametrize("function", [FUNCTIONS[0], *nightly(*FUNCTIONS[1:])])
 def test_masked_ones_have_too(function, shape, dtype):
-    x = np.resize(ENTRIES.astype(dtype), shapes_of(dtype)[shape])
+    x = np.resize(ENTRIES.astype(dtype), shapes_of(dtype)[shape][0])
     where = np.resize([True, False, True, True, True], x.shape)
     x[~where] = np.nan
     where[-1, :, -1] = False
@@ -97,9 +104,9 @@ def test_masked_ones_have_too(function, shape, dtype):
 @SHAPE
 @pytest.mark.parametrize("function", [FUNCTIONS[0], *nightly(*FUNCTIONS[1:])])
 def test_each_has_its_own_temperature(function, shape, dtype):
-    x = np.resize(ENTRIES.astype(dtype), shapes_of(dtype)[shape])
-    outer, _, inner = x.shape
-    check(function, x, np.resize([0.5, 0.0, np.inf, 2.0, 1e-300, 1.0, 1e300], (outer, inner)))
+    x = np.resize(ENTRIES.astype(dtype), shapes_of(dtype)[shape][0])
+    for temperatures in [0.5, 2.0, 0.7, 1.0, 3.0], [0.5, 0.0, np.inf, 2.0, 1e-300, 1.0, 1e300]:
+        check(function, x, np.resize(temperatures, (x.shape[0], x.shape[2])))
 
 
 def test_temperatures_are_those_of_slices():
@@ -111,52 +118,84 @@ def test_temperatures_are_those_of_slices():
         np.testing.assert_array_equal(result[i, :, j], expected)
 
 
+@pytest.mark.parametrize("shape", ["for one more", "as many chunks", "outer indices for half the lanes"])
+def test_terms_too_faint_for_the_sum_are_found_where_they_lie(shape):
+    """The maximum is 0, others are so small that only T times their sum shows: each column has its own."""
+    x = np.full(shapes_of("float32")[shape][0], -9e31, np.float32)
+    outer, n, inner = x.shape
+    for i, k in np.ndindex(outer, inner):
+        x[i, (i + k) % n, k] = 0
+        x[i, (i + k + 1) % n, k] = -8e31 - 1e29 * (i + 2 * k)
+    exact = 1e30 * np.where(x < 0, np.exp(x.astype(float) / 1e30), 0).sum(axis=1)
+    for mask in None, np.ones(x.shape, bool):
+        result = fastmax.logsumexp(x, 1e30, axis=1, where=mask)
+        np.testing.assert_allclose(result, exact, rtol=1e-6)
+
+
 @SHAPE
 @pytest.mark.parametrize("function", [FUNCTIONS[0], *nightly(FUNCTIONS[1])])
 def test_results_in_place_are_the_same(function, shape):
-    x = np.resize(ENTRIES.astype(np.float32), shapes_of("float32")[shape])
-    expected = function(x, 0.7, axis=1)
-    assert function(x, 0.7, axis=1, out=x) is x
-    np.testing.assert_array_equal(x, expected)
+    x = np.resize(ENTRIES.astype(np.float32), shapes_of("float32")[shape][0])
+    where = np.resize([True, False, True, True, True], x.shape)
+    for mask in None, where:
+        own, expected = x.copy(), function(x, 0.7, axis=1, where=mask)
+        assert function(own, 0.7, axis=1, out=own, where=mask) is own
+        np.testing.assert_array_equal(own, expected)
 
 
-def test_columns_that_are_cut_out_have_the_same_bits():
-    """Their entries and those of neighbours are no runs."""
-    x = np.resize(ENTRIES, (50, 40, 8))
-    for cut in x[..., :3], x[:, ::2, :3], x[::2], x[:, ::-1]:
-        expected = fastmax.softmax(cut.copy(), 0.7, axis=1)
-        np.testing.assert_array_equal(fastmax.softmax(cut, 0.7, axis=1), expected)
+def cut_out(case):
+    """Return columns whose runs do not follow one another, or that have none, and their schedule."""
+    if case == "every other outer index":
+        return np.resize(ENTRIES, (200, 80, 8))[::2], "interleaved"
+    if case == "every other outer index of few":
+        return np.resize(ENTRIES, (8, CHUNK * LANES["float64"] + 7, 2))[::2], "interleaved_chunks"
+    if case == "runs that overlap":
+        windows = np.lib.stride_tricks.sliding_window_view(np.resize(ENTRIES, (2000, 3)), 40, axis=0)
+        return windows.transpose(0, 2, 1), "interleaved"
+    return np.resize(ENTRIES, (200, 80, 8))[..., :3], "few_columns"
 
 
-def test_each_schedule_is_taken(monkeypatch):
-    """Or the shapes above would show nothing about it."""
-    seen = set()
+@pytest.mark.parametrize("function", FUNCTIONS[::2])
+@pytest.mark.parametrize(
+    "case",
+    ["every other outer index", "every other outer index of few", "runs that overlap", "some neighbours"],
+)
+def test_columns_that_are_cut_out_have_the_same_bits(function, case, monkeypatch):
+    x, schedule = cut_out(case)
+    expected, seen = function(x.copy(), 0.7, axis=1), []
 
-    def spy(name):
-        schedule = getattr(_cpu._SOFTMAX, name)
+    def note(name, run, *arguments):
+        seen.append(name)
+        run(*arguments)
 
-        def call(*arguments):
-            seen.add(name)
-            return schedule(*arguments)
-
-        return call
-
-    spies = _cpu.Schedules(*map(spy, _cpu.Schedules._fields))
-    monkeypatch.setattr(_cpu, "_SOFTMAX", spies)
-    taken = {}
-    for name, shape in shapes_of("float32").items():
-        seen.clear()
-        fastmax.softmax(np.zeros(shape, np.float32), axis=1)
-        (taken[name],) = seen
-    assert taken["for more"] == taken["one entry"] == taken["a tile"] == "interleaved"
-    assert taken["most neighbours"] == "interleaved"
-    assert taken["one more neighbour"] == "shallow_columns"
-    assert taken["outer indices for half the lanes"] == taken["fewer chunks than lanes"] == "few_columns"
-    assert taken["as many chunks"] == taken["most neighbours of chunks"] == "interleaved_chunks"
-    assert taken["one more neighbour of chunks"] == "tall_columns"
+    for operation in "_SOFTMAX", "_VALUES":
+        own = getattr(_cpu, operation)
+        spies = [functools.partial(note, name, run) for name, run in zip(NAMES, own, strict=True)]
+        monkeypatch.setattr(_cpu, operation, _cpu.Schedules(*spies))
+    np.testing.assert_array_equal(function(x, 0.7, axis=1), expected)
+    assert set(seen) == {schedule}
 
 
-@pytest.mark.parametrize("shape", [(2_000_000, 3), (100_000, 30, 3)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@SHAPE
+def test_each_schedule_is_taken(shape, dtype):
+    """Or the shapes would show nothing."""
+    size, schedule = shapes_of(dtype)[shape]
+    taken, _, _ = _cpu._choice(NAMES, size, True, np.dtype(dtype).itemsize, 1, 1)
+    assert taken == schedule
+
+
+def test_each_thread_has_work():
+    """Else columns are cut into more tasks, or fewer threads take them."""
+    lanes = LANES["float32"]
+    few, more = (1, 4 * CHUNK * lanes, 3), (1, 4 * CHUNK * lanes, lanes // 4 + 1)
+    assert _cpu._choice(NAMES, (lanes + 1, 2000, 2), True, 4, 1, 8)[::2] == ("interleaved", 2)
+    assert _cpu._choice(NAMES, few, True, 4, 1, 8)[0] == "interleaved_chunks"
+    assert _cpu._choice(NAMES, more, True, 4, 1, 4)[0] == "interleaved_chunks"
+    assert _cpu._choice(NAMES, more, True, 4, 1, 5)[0] == "tall_columns"
+
+
+@pytest.mark.parametrize("shape", [(8_000_000, 3), (400_000, 30, 2)])
 def test_memory_beside_the_result(shape):
     x = np.resize(ENTRIES.astype(np.float32), shape)
     out = np.empty_like(x)

@@ -8,7 +8,19 @@ import numba
 import numpy as np
 import pytest
 
-from fastmax import _apart, _columns, _cpu, _lanes, _learning, _math, _rows, _slice, _tiles, _tracing
+from fastmax import (
+    _apart,
+    _columns,
+    _cpu,
+    _interleaved,
+    _lanes,
+    _learning,
+    _math,
+    _rows,
+    _slice,
+    _tiles,
+    _tracing,
+)
 from fastmax._jit import jit
 from fastmax._tracing import is_traced, kind_of, traced
 
@@ -171,7 +183,7 @@ def test_traced_code_calls_nothing_that_would_run_in_python_alone():
     """What is called is traced, an intrinsic or jitted, or works on values in a trace."""
     works = {_tracing.kind_of, tuple, map, abs, isinstance, len, range, enumerate, zip}
     checked = 0
-    for module in (_math, _lanes, _slice, _tiles, _rows, _columns, _apart, _cpu, _learning):
+    for module in (_math, _lanes, _slice, _tiles, _rows, _columns, _apart, _interleaved, _cpu, _learning):
         for function in vars(module).values():
             if not (hasattr(function, "_numba_type_") and is_traced(function)):
                 continue
