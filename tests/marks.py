@@ -1,5 +1,7 @@
 """Values of parametrized tests that are taken at night only."""
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 
@@ -10,3 +12,9 @@ def nightly(*values):
     """
     tuples = (value if isinstance(value, tuple) else (value,) for value in values)
     return [pytest.param(*value, marks=pytest.mark.nightly) for value in tuples]
+
+
+# What arrays may hold. Of the types of 16 bits, which differ in how they are read and written alone, the one
+# that no processor has instructions for is taken by day.
+FLOATS = [ml_dtypes.bfloat16, np.float32, np.float64, *nightly(np.float16)]
+SIXTEEN_BITS = [ml_dtypes.bfloat16, *nightly(np.float16)]

@@ -2,12 +2,12 @@
 
 import math
 
-import ml_dtypes
 import mpmath
 import numba
 import numpy as np
 import oracle
 import pytest
+from marks import SIXTEEN_BITS
 from paths import PATHS
 
 import fastmax
@@ -225,7 +225,7 @@ def test_neighbours_keep_their_order(dtype, octaves):
         assert (np.diff(probs) * np.sign(np.diff(x[1:])) >= 0).all()
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 @pytest.mark.parametrize("k", [1, 2, 17, 1000])
 def test_16_bits_are_rounded_once(dtype, k):
     found = []

@@ -10,6 +10,7 @@ import numpy as np
 import oracle
 import pandas as pd
 import pytest
+from marks import FLOATS
 from numpy.exceptions import AxisError
 from numpy.typing import ArrayLike
 
@@ -183,7 +184,7 @@ def test_keepdims_of_0d(function):
     "temperature",
     [2, np.int8(2), np.uint64(2), np.float32(2), np.float16(2), np.array(2), np.array(2.0, ">f8")],
 )
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_temperature_of_any_type_never_changes_the_dtype(function, temperature, dtype):
     x = CUBE.astype(dtype)
     assert_same(function(x, temperature), function(x, 2.0))
@@ -288,7 +289,6 @@ def test_minus_zero_temperature_is_zero(function):
 # --- dtypes -------------------------------------------------------------------------------------
 
 INTEGERS = [np.bool_, *(np.dtype(code).type for code in "bBhHiIlLqQ")]
-FLOATS = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 
 
 @every
@@ -504,7 +504,7 @@ SHORT = {
 
 
 @every
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.int64])
+@pytest.mark.parametrize("dtype", [*FLOATS, np.int64])
 @pytest.mark.parametrize("case", SHORT)
 def test_ways_of_few_steps_have_the_results_of_the_long_one(function, case, dtype):
     x, temperature, keywords = SHORT[case]

@@ -151,7 +151,9 @@ def test_kernels_move_with_the_package(compiled, tmp_path):
     assert run(LOAD + SMALL, copy(compiled, tmp_path)) == run(SMALL, compiled)
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize(
+    "module", [*MODULES[::9], *nightly(*(name for i, name in enumerate(MODULES) if i % 9))]
+)
 def test_a_change_in_any_module_compiles_anew(compiled, tmp_path, module):
     package = copy(compiled, tmp_path)
     with (package / module).open("a") as file:
@@ -199,6 +201,7 @@ def test_a_place_that_is_not_absolute_is_none(package, tmp_path):
     assert not kernels(tmp_path)
 
 
+@pytest.mark.nightly
 def test_relative_cache_directory_is_that_of_the_first_call(package, tmp_path):
     leave = "import os, fastmax._jit\nos.chdir('/')\n"
     first = run(leave + SMALL, package, NUMBA_CACHE_DIR="here")
@@ -206,6 +209,7 @@ def test_relative_cache_directory_is_that_of_the_first_call(package, tmp_path):
     assert run(LOAD + leave + SMALL, package, NUMBA_CACHE_DIR="here") == first
 
 
+@pytest.mark.nightly
 def test_a_place_that_goes_away_is_not_in_the_way(package, compiled, tmp_path):
     place = tmp_path / "place"
     remove = (
@@ -281,6 +285,7 @@ def test_two_processes_compile_into_one_empty_cache(package):
     assert [run(LOAD + program, package) for program in programs] == printed
 
 
+@pytest.mark.nightly
 def test_gufunc_beside_a_kernel_that_another_process_compiled(package, tmp_path):
     """Each numbers its kernels, and the wrapper in a gufunc finds its kernel by the number."""
     strided = SMALL.replace("np.array([1.0, 2.0, 3.0])", "np.arange(6.0)[::2], [0.5, 1.0], axis=-1")

@@ -1,10 +1,10 @@
 """Every code path of every backend returns the exact values, within the table of tolerances."""
 
-import ml_dtypes
 import numpy as np
 import oracle
 import pytest
 from conformance import failures
+from marks import SIXTEEN_BITS
 from paths import IN_PLACE, PATHS
 
 # a backend is a module with the four functions; one that cannot be imported is skipped
@@ -30,7 +30,7 @@ def test_path_in_place_conforms(backend, path, name, dtype):
     assert failures(getattr(backend, name), name, IN_PLACE[path], dtype) == []
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 @pytest.mark.parametrize("name", oracle.FUNCTIONS)
 @pytest.mark.parametrize("path", ["vector", "rows", "columns", "strided", "masked", "out given"])
 def test_16_bits_conform(backend, path, name, dtype):

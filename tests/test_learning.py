@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import SIXTEEN_BITS, nightly
 from numpy.exceptions import AxisError
 from scipy.optimize import minimize_scalar
 
@@ -97,7 +98,7 @@ def test_rows_and_columns_against_mpmath(dtype, n, temperature):
         np.testing.assert_array_equal(alone, losses)
 
 
-@both
+@pytest.mark.parametrize("dtype", [np.float32, *nightly(np.float64)])
 def test_tall_columns_and_long_rows(dtype):
     for n in (TALL, TALL + 1, _learning.STORED_BYTES // 4 + 1):
         x = RNG.normal(scale=3, size=(3, n)).astype(dtype)
@@ -168,7 +169,7 @@ def test_reductions(dtype, n):
     assert fastmax.cross_entropy(x, labels, axis=1) == loss
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 @pytest.mark.parametrize("n", [10, 300])
 def test_16_bits_are_the_float32_result_rounded(dtype, n):
     x = RNG.normal(scale=3, size=(40, n)).astype(dtype)

@@ -6,12 +6,12 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+from marks import FLOATS
 
 import fastmax
 
 TEMPERATURES = [0.0, 5e-324, 0.1, 1.0, 10.0, 1e308, np.inf]
 FINITE = TEMPERATURES[1:-1]
-FLOATS = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 
 every = pytest.mark.parametrize("name", oracle.FUNCTIONS)
 elementwise = pytest.mark.parametrize("name", oracle.ELEMENTWISE)
@@ -377,7 +377,7 @@ def test_entropy_is_within_0_and_log_k(temperature):
 
 @every
 @at_all_temperatures
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@of_all_floats
 @pytest.mark.parametrize("axis", [0, 1])
 def test_no_floating_point_warnings(name, temperature, dtype, axis):
     values = [0, 1, -1, 6e4, -6e4, np.inf, -np.inf, np.nan]

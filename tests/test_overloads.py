@@ -69,16 +69,17 @@ def test_vectors(dtype):
 
 
 @pytest.mark.parametrize("function", [fastmax.softmax, *nightly(fastmax.logsumexp)])
-def test_axes_and_temperatures(function):
+@pytest.mark.parametrize("temperatures", [0, 1, *nightly(3)])
+def test_axes_and_temperatures(function, temperatures):
+    """One temperature, or an array with so many axes: each kind is compiled by itself, for each layout."""
     call = ALONG[function]
     for axis in (0, 1, 2, -1, -2, -3):
         rest = [n for i, n in enumerate(X.shape) if i != axis % 3]
-        for temperature in (0.3, np.linspace(0, 2, rest[-1]), np.array([[[0.0]], [[np.inf]]])):
-            for x in (X, X.transpose(2, 0, 1)):
-                if np.ndim(temperature) == 1 and x is not X:
-                    continue
-                expected = function(x, temperature, axis=axis)
-                same(call(x, temperature, axis), expected)
+        temperature = {0: 0.3, 1: np.linspace(0, 2, rest[-1]), 3: np.array([[[0.0]], [[np.inf]]])}[
+            temperatures
+        ]
+        for x in (X,) if temperatures == 1 else (X, X.transpose(2, 0, 1)):
+            same(call(x, temperature, axis), function(x, temperature, axis=axis))
 
 
 @pytest.mark.parametrize("axis", [(-1, 0), *nightly(None, ((0, 2),), ((),))])
@@ -136,10 +137,10 @@ def test_reversed_and_read_only_vectors():
 # --- errors ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [-1.0, np.nan, np.array([1.0, -2.0])])
+@pytest.mark.parametrize("temperature", [-1.0, np.nan, np.array([1.0, 1.0, 1.0, 1.0, -2.0])])
 def test_temperatures_out_of_range(temperature):
     with pytest.raises(ValueError, match="temperature must be in"):
-        softmax_along(X[0, :2], temperature, 1)
+        softmax_along(X, temperature, 1)
 
 
 def test_axes_out_of_range():
@@ -177,8 +178,8 @@ def test_typing_errors_say_what_is_wrong(function, message):
 @pytest.mark.parametrize(
     "expression",
     [
-        "log_softmax(x, t, axis=0)",
-        *nightly("softmax(x[0], 0.3)", "entropy(x[:, ::2], 0.3, axis=1)"),
+        "softmax(x[0], 0.3)",
+        *nightly("log_softmax(x, t, axis=0)", "entropy(x[:, ::2], 0.3, axis=1)"),
     ],
 )
 def test_cached_callers(expression, tmp_path):
@@ -214,11 +215,15 @@ print(call(x, t).tobytes().hex(), sum(call.stats.cache_hits.values()))
     assert [hits for _, hits in printed] == ["0", "1"]
 
 
-def test_defaults_written_out():
-    transform = jit(lambda x: fastmax.softmax(x, where=None, out=None))
-    reduction = jit(lambda x: fastmax.logsumexp(x, where=None, keepdims=False, out=None))
-    assert (transform(X) == fastmax.softmax(X)).all()
-    assert (reduction(X) == fastmax.logsumexp(X)).all()
+@pytest.mark.parametrize(
+    ("written_out", "function"),
+    [
+        (lambda x: fastmax.logsumexp(x, where=None, keepdims=False, out=None), fastmax.logsumexp),
+        *nightly((lambda x: fastmax.softmax(x, where=None, out=None), fastmax.softmax)),
+    ],
+)
+def test_defaults_written_out(written_out, function):
+    assert (jit(written_out)(X) == function(X)).all()
 
 
 def test_a_call_while_the_caller_is_compiled():

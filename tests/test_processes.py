@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from marks import nightly
 
 import fastmax
 
@@ -322,8 +323,10 @@ thread.join()
     ("module", "call"),
     [
         ("numpy.ma", "fastmax.softmax([1.0, 2.0, 3.0])"),
-        ("fastmax._gufunc", "fastmax.softmax(x, np.ones((2, 1)))"),
-        ("fastmax._learning", "fastmax.cross_entropy(x, np.zeros(400, int))"),
+        *nightly(
+            ("fastmax._gufunc", "fastmax.softmax(x, np.ones((2, 1)))"),
+            ("fastmax._learning", "fastmax.cross_entropy(x, np.zeros(400, int))"),
+        ),
     ],
 )
 def test_fork_while_another_thread_imports(module, call):
@@ -496,8 +499,11 @@ event.register("numba:run_pass", Passes())
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="signals come otherwise here")
 @pytest.mark.parametrize(
     "when",
-    [AFTER_A_WHILE.format(delay=0.02), *(AT_A_PASS.format(number=number) for number in (1, 100))],
-    ids=["set up", "first pass", "pass 100"],
+    [
+        pytest.param(AFTER_A_WHILE.format(delay=0.02), id="set up", marks=pytest.mark.nightly),
+        pytest.param(AT_A_PASS.format(number=1), id="first pass", marks=pytest.mark.nightly),
+        pytest.param(AT_A_PASS.format(number=100), id="pass 100"),
+    ],
 )
 def test_an_interrupt_while_kernels_are_compiled(when, tmp_path):
     """While Numba is set up, and while code is made; the next call is right."""

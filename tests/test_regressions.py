@@ -7,6 +7,7 @@ import mpmath
 import numpy as np
 import oracle
 import pytest
+from marks import FLOATS
 
 import fastmax
 
@@ -162,7 +163,7 @@ def test_logarithms_of_many_equal_terms_far_below_the_maximum(dtype, n):
             assert abs(mpmath.mpf(float(value)) - expected) <= 3.0 * np.spacing(dtype(float(-expected)))
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     ("shape", "axis"),
     [

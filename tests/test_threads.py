@@ -13,6 +13,7 @@ import numpy as np
 import oracle
 import pytest
 from bits import LENGTHS
+from marks import FLOATS
 from paths import IN_PLACE, PATHS
 
 import fastmax
@@ -230,7 +231,7 @@ def test_masked_rows_of_each_length_have_the_bits_of_the_vector(name, dtype):
 
 
 @pytest.mark.parametrize("name", oracle.ELEMENTWISE)
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize("n", [0, 40, _columns.FEW_FAR_ROWS])
 def test_results_written_past_the_caches_have_the_bits_of_those_in_place(name, dtype, is_masked, n):
@@ -252,7 +253,7 @@ def test_results_written_past_the_caches_have_the_bits_of_those_in_place(name, d
 
 
 @pytest.mark.parametrize("name", oracle.ELEMENTWISE)
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("beyond", [-1, 0, 1, 31])
 @pytest.mark.parametrize("is_masked", [False, True])
 def test_wide_rows_have_the_bits_of_the_vector_wherever_their_last_chunk_ends(name, dtype, beyond, is_masked):
@@ -305,7 +306,7 @@ for shape, axis in (((2**23 + 64,), 0), ((4096, 64, 32), 1)):
 
 
 @pytest.mark.parametrize("name", oracle.ELEMENTWISE)
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     ("shape", "axis"), [((999, 10), 1), ((300, 700), 1), ((40, 21001), 1), ((5, 9001), 0)]
 )
