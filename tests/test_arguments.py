@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pandas as pd
 import pytest
-from marks import FLOATS
+from marks import FLOATS, nightly
 from numpy.exceptions import AxisError
 from numpy.typing import ArrayLike
 
@@ -504,8 +504,14 @@ SHORT = {
 
 
 @every
-@pytest.mark.parametrize("dtype", [*FLOATS, np.int64])
-@pytest.mark.parametrize("case", SHORT)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, dtype) for case in SHORT for dtype in (np.float32, np.float64, np.int64)),
+        *((case, ml_dtypes.bfloat16) for case in SHORT if case != "mask"),
+        *nightly(("mask", ml_dtypes.bfloat16), *((case, np.float16) for case in SHORT)),
+    ],
+)
 def test_ways_of_few_steps_have_the_results_of_the_long_one(function, case, dtype):
     x, temperature, keywords = SHORT[case]
     x = x.astype(dtype, order="K")
@@ -825,7 +831,7 @@ def test_where_is_broadcast_to_x(function, shape, axis):
 
 
 @every
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, *nightly(np.float16, ml_dtypes.bfloat16)])
 @pytest.mark.parametrize("temperature", [0.0, 0.5, np.inf])
 def test_where_false_is_absent(function, dtype, temperature):
     x = np.array([9, 1, np.nan, 2, np.inf, 2, -np.inf]).astype(dtype)

@@ -121,8 +121,8 @@ def test_kernels_fit_the_registers_and_keep_to_their_precision(kind):
 @pytest.mark.parametrize(
     ("kind", "capability"),
     [
-        *[("block bfloat16", (8, 0)), ("team", (10, 0))],
-        *nightly(("block bfloat16", (10, 0)), ("team", (8, 0))),
+        *[("block bfloat16", (8, 0)), ("cluster", (10, 0))],
+        *nightly(("block bfloat16", (10, 0)), ("team", (8, 0)), ("team", (10, 0))),
         *nightly(*((kind, (major, 0)) for kind in ("lines", "second part") for major in (8, 10))),
     ],
 )
@@ -156,8 +156,6 @@ def test_blocks_of_a_cluster_write_to_each_other():
     assert ptx.count("barrier.cluster.arrive.release") == ptx.count("barrier.cluster.wait.acquire") > 1
     assert "st.shared::cluster.f32" in ptx
     assert "barrier.cluster" not in _cuda_plan.build(SPECS["team"], HOPPER.capability)
-    _, stack, spilled = assembled(_cuda_plan.build(SPECS["cluster"], (10, 0)), (10, 0))
-    assert (stack, spilled) == (0, 0)
 
 
 def test_laws_are_worked_out_in_float64():

@@ -86,6 +86,7 @@ def test_sweep_draws_the_documents_vectors_and_the_simplex(tmp_path):
     assert all(content.startswith(b"\x89PNG") for name, content in written.items() if "png" in name)
 
 
+@pytest.mark.nightly
 def test_sweep_writes_the_same_files_again(tmp_path):
     for folder in ("first", "second"):
         run(*SWEEP, "--vector", 1, 3, 3, "--output", tmp_path / folder)
