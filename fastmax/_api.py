@@ -25,8 +25,8 @@ _SMALL = 2**17
 # Entries up to which arrays that do not lie as kernels take them are copied without more ado.
 _FEW_APART = 2**14
 
-# Entries, and those of a slice, up to which slices whose entries lie apart are packed side by side first: every
-# other column of 32 x 20 takes 0.7 of the time for it, and of 4 x 600 it would take 1.5 times as long.
+# Entries, and those of a slice, up to which slices whose entries lie apart are packed side by side first: of
+# 32 x 20 every other column takes 0.7 of the time for it, and of 4 x 600 it would take 1.5 times as long.
 _FEW_COPIED = 2**12, 100
 
 # Entries up to which a slice at several temperatures is summed one after the other if they lie apart.

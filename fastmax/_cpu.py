@@ -246,16 +246,16 @@ def _run(schedules, x, mask, temperature, out, *options):
     """Run the schedule that suits the shape: (outer, n), or (outer, n, inner)."""
     # Whether rows follow one another.
     is_packed = x.ndim < 3 or x.strides[1] == x.shape[2] * x.itemsize
-    key = schedules, x.shape, is_packed, x.itemsize, len(temperature)
+    key = x.shape, is_packed, x.itemsize, len(temperature)
     schedule, is_large, parts = _choice(*key, 1)
     if is_large and (usable := _process.usable_threads()) > 1:
         schedule, _, parts = _choice(*key, usable)
-    schedule(parts, x, mask, temperature, out, *options)
+    getattr(schedules, schedule)(parts, x, mask, temperature, out, *options)
 
 
 @functools.lru_cache(maxsize=256)
-def _choice(schedules, shape, is_packed, itemsize, temperatures, threads):
-    """Schedule for a shape, whether it is worth so many threads, and a part for each that has work.
+def _choice(shape, is_packed, itemsize, temperatures, threads):
+    """Name of the schedule for a shape, whether it is worth so many threads, and a part for each with work.
 
     To choose anew takes 2 us.
     """
@@ -264,23 +264,23 @@ def _choice(schedules, shape, is_packed, itemsize, temperatures, threads):
     if len(shape) == 3:
         is_large = max(math.prod(shape), slices * n) >= PARALLEL_COLUMNS
         if is_packed and _are_interleaved(shape, lanes):
-            return schedules.interleaved, is_large, min(threads, -(-outer // lanes))
+            return "interleaved", is_large, min(threads, -(-outer // lanes))
         if is_packed and _are_interleaved_chunks(shape, lanes, threads):
-            return schedules.interleaved_chunks, is_large, threads
+            return "interleaved_chunks", is_large, threads
         if _have_few_neighbours(shape, lanes) and math.prod(shape) >= _SMALL:
-            return schedules.few_columns, False, 1
+            return "few_columns", False, 1
         if n > TALL:
-            return schedules.tall_columns, is_large, threads
+            return "tall_columns", is_large, threads
         if n <= SHALLOW:
-            return schedules.shallow_columns, is_large, threads
-        return schedules.columns, is_large, threads
+            return "shallow_columns", is_large, threads
+        return "columns", is_large, threads
     size = slices * n
     if n < lanes or (slices > 1 and n <= CHUNK * lanes):
-        schedule = schedules.narrow_rows if _is_narrow(n, lanes) else schedules.rows
+        schedule = "narrow_rows" if _is_narrow(n, lanes) else "rows"
         return schedule, size >= PARALLEL_ROWS, min(threads, slices)
     if slices > outer or (n * itemsize <= STORED_BYTES and slices >= 10 * threads):
-        return schedules.wide_rows, size >= PARALLEL_SLICE, min(threads, slices)
-    return schedules.long_rows, size >= PARALLEL_SLICE, threads
+        return "wide_rows", size >= PARALLEL_SLICE, min(threads, slices)
+    return "long_rows", size >= PARALLEL_SLICE, threads
 
 
 def _are_interleaved(shape, lanes):
