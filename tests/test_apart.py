@@ -6,6 +6,7 @@ call goes: read where they lie, side by side or one by one, or copied block by b
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from marks import nightly
@@ -123,7 +124,7 @@ def test_contiguous_slices_are_rows_and_others_columns(layout, monkeypatch):
     "layout",
     ["entries apart", "rows", "one vector", *nightly("one vector of three", "entries apart of many")],
 )
-@pytest.mark.parametrize("dtype", ["float16", *nightly("float64")])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, *nightly(np.float16, np.float64)])
 def test_other_dtypes(dtype, layout):
     x, axis = cut(layout, dtype)
     for function in fastmax.softmax, fastmax.logsumexp:

@@ -139,6 +139,7 @@ def test_kernels_from_the_cache_give_the_same_bits(package):
     assert kernels(package) == written
 
 
+@pytest.mark.nightly
 def test_what_a_kernel_calls_is_no_machine_code_by_itself(package):
     alone, _, together = run(EMITTED, package).partition("alone")
     assert alone.split().count("kernel") == 1
@@ -253,6 +254,7 @@ def test_kernels_of_other_states_are_kept_for_a_day(monkeypatch, tmp_path):
     assert not old.exists()
 
 
+@pytest.mark.nightly
 def test_packages_that_share_a_cache_directory(package, tmp_path):
     """As two versions do that are installed in two environments."""
     shared = tmp_path / "shared"

@@ -119,6 +119,7 @@ def test_tall_columns_and_long_rows(dtype):
             np.testing.assert_allclose(losses, -logs[range(3), labels], rtol=4 * np.finfo(dtype).eps)
 
 
+@pytest.mark.nightly
 def test_probabilities_of_tall_columns_and_long_rows():
     dtype = np.float32
     n = max(TALL, _learning.STORED_BYTES // 4) + 1

@@ -82,7 +82,7 @@ def test_axes_and_temperatures(function, temperatures):
             same(call(x, temperature, axis), function(x, temperature, axis=axis))
 
 
-@pytest.mark.parametrize("axis", [(-1, 0), *nightly(None, ((0, 2),), ((),))])
+@pytest.mark.parametrize("axis", nightly(((-1, 0),), None, ((0, 2),), ((),)))
 def test_several_axes(axis):
     call = numba.njit(lambda x: fastmax.entropy(x, 0.7, axis=axis))
     np.testing.assert_allclose(call(X), fastmax.entropy(X, 0.7, axis=axis), rtol=1e-14)
@@ -90,8 +90,10 @@ def test_several_axes(axis):
 
 
 def test_axes_that_are_kept():
-    call = numba.njit(lambda x: fastmax.logsumexp(x, axis=1, keepdims=True))
-    same(call(X), fastmax.logsumexp(X, axis=1, keepdims=True))
+    axes: Any = (-1, 0)
+    call = numba.njit(lambda x: fastmax.entropy(x, 0.7, axis=axes, keepdims=True))
+    expected = fastmax.entropy(X, 0.7, axis=axes, keepdims=True)
+    np.testing.assert_allclose(call(X), expected, rtol=1e-14, strict=True)
 
 
 @pytest.mark.parametrize(
