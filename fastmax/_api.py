@@ -470,7 +470,9 @@ def _copied(x, axis):
     else:
         order, shape = [axis, *order], (1, n, x.size // n)
     entries = x.transpose(order)
-    return entries if entries.flags.carray else entries.copy(), shape, order
+    if not (entries.flags.c_contiguous and entries.flags.aligned):
+        entries = entries.copy()
+    return _writeable(entries), shape, order
 
 
 def _reduced(operation, x, temperature, axis, where, out, keepdims) -> Any:

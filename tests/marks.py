@@ -14,7 +14,7 @@ def nightly(*values):
     return [pytest.param(*value, marks=pytest.mark.nightly) for value in tuples]
 
 
-# What arrays may hold. Of the types of 16 bits, which differ in how they are read and written alone, the one
-# that no processor has instructions for is taken by day.
+# What arrays may hold. The types of 16 bits differ in how they are read and written alone: by day it is the
+# one that is rounded by our own code.
 FLOATS = [ml_dtypes.bfloat16, np.float32, np.float64, *nightly(np.float16)]
 SIXTEEN_BITS = [ml_dtypes.bfloat16, *nightly(np.float16)]

@@ -56,8 +56,7 @@ def shapes_of(dtype):
     }
 
 
-BY_DAY = list(shapes_of("float32"))
-SHAPE = pytest.mark.parametrize("shape", BY_DAY)
+SHAPE = pytest.mark.parametrize("shape", list(shapes_of("float32")))
 DTYPE = pytest.mark.parametrize("dtype", ["float32", *nightly("float16", "float64")])
 
 
