@@ -54,13 +54,13 @@ from fastmax._slice import (
 from fastmax._threads import PARALLEL_COLUMNS, Kernel, each_task, parts_for
 from fastmax._tiles import (
     FIELDS,
-    field,
     first_rate,
-    merged_sums,
+    merge_pass,
     part_of,
     put_sums,
     rate_at,
     temperature_at,
+    value_beside,
     value_lanes,
     workspaces,
     write_lanes,
@@ -149,27 +149,8 @@ def pack_slices(x, mask, layout, first, count, work, at, places):
             entry = get(x, own[0] + i * step)
             entry = unless_masked(mask, own_mask[0] + i * mask_step, entry, absent)
             store(work, at + i * lanes, spread(entry, work))
-    if are_nearer(distance, step):
-        lines = in_lines(distance, work)
-        for i in range(n):
-            ahead = min(i + AHEAD_ENTRIES, n - 1) * step
-            for k in range(0, count, lines):
-                prefetch_to_read(x, min(own[k], own[min(k + lines, count) - 1]) + ahead)
-            for k in range(count):
-                entry = get(x, own[k] + i * step)
-                entry = unless_masked(mask, own_mask[k] + i * mask_step, entry, absent)
-                put(work, at + i * lanes + k, entry)
-    else:
-        for start in range(0, n, PIECE):
-            stop = min(start + PIECE, n)
-            for k in range(count):
-                ahead = own[min(k + AHEAD_SLICES, count - 1)]
-                for i in range(start, stop, in_lines(step, work)):
-                    prefetch_to_read(x, ahead + i * step)
-                for i in range(start, stop):
-                    entry = get(x, own[k] + i * step)
-                    entry = unless_masked(mask, own_mask[k] + i * mask_step, entry, absent)
-                    put(work, at + i * lanes + k, entry)
+    fetch, move = prefetch_to_read, pack_entry
+    move_slices(x, OF_X, mask, absent, layout, distance, count, work, at, places, fetch, move)
 
 
 @jit
@@ -178,38 +159,53 @@ def unpack_slices(work, at, mask, absent, layout, first, count, out, places):
 
     The mask's places are those that `pack_slices` has written.
     """
-    n, step, mask_step = layout[-1, SIZE], layout[-1, OF_OUT], layout[-1, OF_MASK]
-    lanes, own, own_mask = lane_count(work), places[OF_OUT - 1], places[OF_MASK - 1]
+    lanes, own, step = lane_count(work), places[OF_OUT - 1], layout[-1, OF_OUT]
     distance = places_of(layout, first, count, OF_OUT, own)
     if mask is None and distance == 1:
-        for i in range(n):
+        for i in range(layout[-1, SIZE]):
             write(out, own[0] + i * step, count, load(work, at + i * lanes))
-    elif are_nearer(distance, step):
+        return
+    fetch, move = prefetch_to_write, unpack_entry
+    move_slices(out, OF_OUT, mask, absent, layout, distance, count, work, at, places, fetch, move)
+
+
+@jit
+def move_slices(array, column, mask, absent, layout, distance, count, work, at, places, fetch, move):
+    """Copy slices to or from a tile, entry by entry, as ``move`` does, and fetch what comes later."""
+    n, step, mask_step = layout[-1, SIZE], layout[-1, column], layout[-1, OF_MASK]
+    lanes, own, own_mask = lane_count(work), places[column - 1], places[OF_MASK - 1]
+    if 0 < abs(distance) < abs(step):
         lines = in_lines(distance, work)
         for i in range(n):
             ahead = min(i + AHEAD_ENTRIES, n - 1) * step
             for k in range(0, count, lines):
-                prefetch_to_write(out, min(own[k], own[min(k + lines, count) - 1]) + ahead)
+                fetch(array, min(own[k], own[min(k + lines, count) - 1]) + ahead)
             for k in range(count):
-                value = get(work, at + i * lanes + k)
-                put(out, own[k] + i * step, unless_masked(mask, own_mask[k] + i * mask_step, value, absent))
-    else:
-        for start in range(0, n, PIECE):
-            stop = min(start + PIECE, n)
-            for k in range(count):
-                ahead = own[min(k + AHEAD_SLICES, count - 1)]
-                for i in range(start, stop, in_lines(step, work)):
-                    prefetch_to_write(out, ahead + i * step)
-                for i in range(start, stop):
-                    value = get(work, at + i * lanes + k)
-                    value = unless_masked(mask, own_mask[k] + i * mask_step, value, absent)
-                    put(out, own[k] + i * step, value)
+                masked = own_mask[k] + i * mask_step
+                move(array, own[k] + i * step, mask, masked, absent, work, at + i * lanes + k)
+        return
+    lines = in_lines(step, work)
+    for start in range(0, n, PIECE):
+        stop = min(start + PIECE, n)
+        for k in range(count):
+            ahead = own[min(k + AHEAD_SLICES, count - 1)]
+            for i in range(start, stop, lines):
+                fetch(array, ahead + i * step)
+            for i in range(start, stop):
+                masked = own_mask[k] + i * mask_step
+                move(array, own[k] + i * step, mask, masked, absent, work, at + i * lanes + k)
 
 
-@jit
-def are_nearer(distance, step):
-    """Whether slices at equal distances are nearer to one another than their entries."""
-    return 0 < abs(distance) < abs(step)
+@traced
+def pack_entry(x, place, mask, masked, absent, work, at):
+    """Copy an entry to a tile, unless it is masked."""
+    put(work, at, unless_masked(mask, masked, get(x, place), absent))
+
+
+@traced
+def unpack_entry(out, place, mask, masked, absent, work, at):
+    """Copy an entry of a tile to where its result is, unless it is masked."""
+    put(out, place, unless_masked(mask, masked, get(work, at), absent))
 
 
 @jit
@@ -274,20 +270,19 @@ def value_side_by_side(team, parts, x, mask, layout, temperature, out, weighted)
 @jit
 def value_group(group, part, x, mask, layout, temperature, rate, weighted, out, work, places):
     """Logsumexp, or entropy unless ``weighted`` is None, of as many slices as there are lanes, or fewer."""
-    n, w, exact = layout[-1, SIZE], pointer(part_of(work, part)), (weighted,)
+    n, w = layout[-1, SIZE], pointer(part_of(work, part))
     lanes = lane_count(w)
     first, tile = group * lanes, FIELDS * lanes
     count = min(lanes, slice_count(layout) - first)
     pack_slices(pointer(x), mask_of(mask), layout, first, count, w, tile, places[part])
     row_max = lane_maxima(w, tile, tile + n * lanes)
-    shown = value_lanes(w, tile, n, row_max, temperature, first, count, rate, weighted, None)
+    shown = value_lanes(w, tile, n, row_max, temperature, first, count, rate, weighted, 0, lanes, None)
     for k in range(count):
         value = get(w, k)
         if not shown:
-            top, own = value, temperature_at(temperature, first + k)
-            sums = get_sums(w, field(1, k, lanes), lanes, exact)
+            own = temperature_at(temperature, first + k)
             entries = with_mask(view_of(x, layout, first + k, OF_X), mask_view(mask, layout, first + k))
-            value = _slice.value_of_sums(entries, 0, 1, n, top, own, sums, weighted)
+            value = value_beside(entries, 0, 1, n, own, weighted, w, k, lanes)
         put(pointer(out), place_of(layout, first + k, OF_OUT), value)
 
 
@@ -378,11 +373,7 @@ def long_passes(team, parts, x, mask, layout, temperature, exact, out):
     for step in range(2 if out is None else 3):
         arguments = step, x, mask, layout, temperature, maxima, sums, partial, exact, out, work
         each_task(pass_over_tile, team, parts, count * tiles, arguments)
-        for number in range(count):
-            if step == 0:
-                maxima[number] = _slice.maximum(partial, number * tiles, (number + 1) * tiles)
-            elif step == 1:
-                put_sums(sums, 4 * number, 1, merged_sums(partial, number, chunks, exact))
+        merge_pass(step, partial, tiles, chunks, 1, maxima, sums, exact)
     return maxima, sums
 
 

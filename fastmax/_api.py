@@ -713,18 +713,23 @@ def _reduce(operation, x, mask, temperature, axes, places, shape, batch, out):
         )
         kept = _kept(axes, order)
         values = values.reshape([x.shape[i] for i in kept]).transpose(np.argsort(kept))
-    elif not (
-        as_given and _run_strided(operation, x, mask, temperature, axes, values := np.empty(batch, x.dtype))
-    ):
-        x = _with_absent(_as_entries(x, _kernel_dtype(x.dtype), axes), mask)
-        if _is_one_slice(x, axes):
-            values = _at_each(operation, x, temperature).reshape(batch)
-        else:
-            values = np.empty(batch, x.dtype)
-            _run_broadcast(operation, _slices_last(x, axes), temperature, values)
+    else:
+        values = np.empty(batch, x.dtype)
+        if not (as_given and _run_strided(operation, x, mask, temperature, axes, values)):
+            values = _reduce_broadcast(operation, x, mask, temperature, axes, batch)
     if mask is not None:
         np.copyto(values, operation.absent, where=~mask.any(axis=axes))
     return values.reshape(shape)
+
+
+def _reduce_broadcast(operation, x, mask, temperature, axes, batch):
+    """One value per slice at temperatures that broadcast with them, of 32 bits where x has 16."""
+    x = _with_absent(_as_entries(x, _kernel_dtype(x.dtype), axes), mask)
+    if _is_one_slice(x, axes):
+        return _at_each(operation, x, temperature).reshape(batch)
+    values = np.empty(batch, x.dtype)
+    _run_broadcast(operation, _slices_last(x, axes), temperature, values)
+    return values
 
 
 def _run_strided(operation, x, mask, temperature, axes, result):

@@ -18,7 +18,6 @@ from fastmax._lanes import (
     PAGE_BYTES,
     SECOND_CACHE_BYTES,
     entries_of,
-    get,
     lane_count,
     load,
     pointer,
@@ -41,7 +40,6 @@ from fastmax._math import (
     closed,
     first_of,
     larger,
-    log_of_sum,
     normalizer,
     probability,
     rate_of,
@@ -78,17 +76,15 @@ from fastmax._tiles import (
     part_of,
     pitch,
     place,
-    plain_value,
     read_guard,
     read_scale,
     read_sums,
-    shows_all,
     temperature_at,
     tile_sums,
+    value_beside,
+    value_lanes,
     workspaces,
-    write_beside,
-    write_gaps,
-    write_normalizers,
+    write_ends,
     write_scales,
     write_sums,
 )
@@ -296,12 +292,8 @@ def write_tile(task, part, tiles, x, mask, temperature, rate, exact, out, work):
         rates = lane_rates(temperature, number, tile.count - j, rate, w)
         stored = kept_terms(w, exact)
         sums = tile_sums(w, at, n, row_max, temperature, number, rates, exact, stored, j, width, soon)
-        if exact is None:
-            write_normalizers(sums, w, j, width)
-        else:
-            log_sum = log_of_sum(row_max, sums_apart(sums, row_max, rates, exact))
-            write_gaps(row_max, rates, spread(log_sum, row_max), temperature, number, w, j, width)
-            plain = plain and are_plain(row_max, rates)
+        write_ends(sums, row_max, rates, temperature, number, exact, w, j, width)
+        plain = are_plain(row_max, rates) and plain
     for k in range(n):
         row, at = tile.base + k * inner, at_first + k * lanes
         ahead = row + min(tile.further, n - 1 - k) * inner
@@ -393,24 +385,18 @@ def value_tile(task, part, tiles, x, mask, temperature, rate, out, weighted, wor
     """`value_columns` of a tile of columns."""
     n, step = x.shape[1], pitch(x, 1)
     entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part))
-    lanes, width, exact = lane_count(w), tiles.width, (weighted,)
+    lanes, width = lane_count(w), tiles.width
     tile, at_first = begin_tile(task, tiles, x, mask, None, w), FIELDS * width
     for j in range(0, tile.count, lanes):
-        at, number = at_first + j * n, tile.number + j
+        at, number, count = at_first + j * n, tile.number + j, tile.count - j
         row_max = lane_maxima(w, at, at + n * lanes)
         soon = Soon(entries, tile.following + j, tile.by * step, None, 0, 0)
-        rates = lane_rates(temperature, number, tile.count - j, rate, w)
-        sums = tile_sums(w, at, n, row_max, temperature, number, rates, exact, None, j, width, soon)
-        sums = sums_apart(sums, row_max, rates, exact)
-        if are_plain(row_max, rates) and shows_all(row_max, rates.temperature, sums, weighted):
-            value = plain_value(row_max, rates.temperature, sums, weighted)
-            write(results, number, tile.count - j, value)
+        if value_lanes(w, at, n, row_max, temperature, number, count, rate, weighted, j, width, soon):
+            write(results, number, count, load(w, field(0, j, width)))
             continue
-        write_beside(row_max, sums, w, j, width)
-        for k in range(min(lanes, tile.count - j)):
-            top, sums = get(w, field(0, j + k, width)), get_sums(w, field(1, j + k, width), width, exact)
+        for k in range(min(lanes, count)):
             own, first = temperature_at(temperature, number + k), tile.source + j + k
-            value = _slice.value_of_sums(entries, first, step, n, top, own, sums, weighted)
+            value = value_beside(entries, first, step, n, own, weighted, w, j + k, width)
             put(results, number + k, value)
 
 
@@ -605,10 +591,7 @@ def write_fields(row_max, sums, rates, temperature, column, exact, work, j, widt
     """Write what `strip_value` needs of the columns from j on, and return whether they are plain."""
     if exact is None:
         write_scales(row_max, ratio_scale(row_max, rates), rates, temperature, column, work, j, width)
-        write_normalizers(sums, work, j, width)
-    else:
-        log_sum = spread(log_of_sum(row_max, sums_apart(sums, row_max, rates, exact)), row_max)
-        write_gaps(row_max, rates, log_sum, temperature, column, work, j, width)
+    write_ends(sums, row_max, rates, temperature, column, exact, work, j, width)
     return are_plain(row_max, rates)
 
 

@@ -41,24 +41,22 @@ from fastmax._slice import (
     get_sums,
     is_new,
     later,
-    maximum,
     store_all,
     sums_of_tile,
-    value_of_sums,
 )
 from fastmax._threads import Kernel, each_task
 from fastmax._tiles import (
     FIELDS,
-    field,
     first_rate,
     lane_rates,
-    merged_sums,
+    merge_pass,
     part_of,
     pitch,
     place,
     put_sums,
     rate_at,
     temperature_at,
+    value_beside,
     value_lanes,
     workspaces,
     write_lanes,
@@ -221,19 +219,18 @@ def value_group(group, part, x, mask, temperature, rate, out, weighted, work, ow
     """`value_interleaved` of the columns of a group."""
     n, inner = x.shape[1:]
     w, entries = pointer(part_of(work, part)), entries_of(x, mask)
-    lanes, exact, (at, tile, _) = lane_count(w), (weighted,), places_of(n, inner, w)
+    lanes, (at, tile, _) = lane_count(w), places_of(n, inner, w)
     first, count, soon = pack_group(group, x, mask, None, w)
     for column in range(inner):
         row_max = take_column(w, tile + column * lanes, inner, n, at)
         temperatures = group_temperatures(temperature, first, count, inner, column, own[part])
         ahead = later(soon, column * n)
-        shown = value_lanes(w, at, n, row_max, temperatures, 0, lanes, rate, weighted, ahead)
+        shown = value_lanes(w, at, n, row_max, temperatures, 0, lanes, rate, weighted, 0, lanes, ahead)
         for lane in range(count):
             value = get(w, lane)
             if not shown:
-                top, sums = value, get_sums(w, field(1, lane, lanes), lanes, exact)
                 start, temp = place(x, first + lane, 0, column), temperature_at(temperatures, lane)
-                value = value_of_sums(entries, start, inner, n, top, temp, sums, weighted)
+                value = value_beside(entries, start, inner, n, temp, weighted, w, lane, lanes)
             put(pointer(out), (first + lane) * inner + column, value)
 
 
@@ -255,12 +252,7 @@ def chunk_passes(team, parts, x, mask, temperature, exact, out):
     for step in range(2 if out is None else 3):
         arguments = step, x, mask, temperature, rate, exact, out, numbers
         each_task(pass_over_tile, team, parts, outer * tiles, arguments)
-        for number in range(outer * inner):
-            if step == 0:
-                maxima[number] = maximum(partial, number * tiles, (number + 1) * tiles)
-            elif step == 1:
-                to = number // inner * 4 * inner + number % inner
-                put_sums(sums, to, inner, merged_sums(partial, number, chunks, exact))
+        merge_pass(step, partial, tiles, chunks, inner, maxima, sums, exact)
     return maxima, sums
 
 

@@ -81,7 +81,6 @@ from fastmax._tiles import (
     FIELDS,
     SUMS,
     are_plain,
-    field,
     first_rate,
     is_far,
     lane_rates,
@@ -98,6 +97,7 @@ from fastmax._tiles import (
     row_step,
     shows_all,
     temperature_at,
+    value_beside,
     workspaces,
     write_beside,
     write_gaps,
@@ -338,10 +338,8 @@ def value_groups(first, stop, part, x, mask, temperature, rate, out, weighted, w
             continue
         write_beside(row_max, sums, w, 0, lanes)
         for r in range(count):
-            top, own = get(w, field(0, r, lanes)), temperature_at(temperature, start + r)
-            sums, row = get_sums(w, field(1, r, lanes), lanes, exact), (start + r) * step
-            value = _slice.value_of_sums(entries, row, 1, n, top, own, sums, weighted)
-            put(pointer(out), start + r, value)
+            row, own = (start + r) * step, temperature_at(temperature, start + r)
+            put(pointer(out), start + r, value_beside(entries, row, 1, n, own, weighted, w, r, lanes))
 
 
 # -- narrow rows ----------------------------------------------------------------------------------
@@ -677,10 +675,8 @@ def value_narrow_group(group, part, x, mask, temperature, rate, out, weighted, w
         return
     write_beside(row_max, sums, w, 0, lanes)
     for k in range(count):
-        top, sums = get(w, field(0, k, lanes)), get_sums(w, field(1, k, lanes), lanes, exact)
-        own = temperature_at(temperature, first + k)
-        value = _slice.value_of_sums(entries, (first + k) * step, 1, n, top, own, sums, weighted)
-        put(pointer(out), first + k, value)
+        row, own = (first + k) * step, temperature_at(temperature, first + k)
+        put(pointer(out), first + k, value_beside(entries, row, 1, n, own, weighted, w, k, lanes))
 
 
 # -- rows of more than a chunk --------------------------------------------------------------------

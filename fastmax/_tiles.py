@@ -53,10 +53,12 @@ from fastmax._slice import (
     kept_terms,
     lane_sums,
     later,
+    maximum,
     no_sums,
     quantities,
     scale_of,
     sums_apart,
+    value_of_sums,
 )
 from fastmax._tracing import traced
 
@@ -166,6 +168,17 @@ def merged_sums(partial, number, chunks, exact):
     for chunk in range(number * chunks, (number + 1) * chunks):
         merged = add_sums(merged, get_sums(partial, 4 * chunk, 1, exact))
     return closed(merged)
+
+
+@jit
+def merge_pass(step, partial, tiles, chunks, inner, maxima, sums, exact):
+    """Merge what the tiles or chunks of each slice have: after a first pass maxima, after a second sums."""
+    for number in range(len(maxima)):
+        if step == 0:
+            maxima[number] = maximum(partial, number * tiles, (number + 1) * tiles)
+        elif step == 1:
+            to = number // inner * 4 * inner + number % inner
+            put_sums(sums, to, inner, merged_sums(partial, number, chunks, exact))
 
 
 @jit
@@ -336,6 +349,16 @@ def write_normalizers(sums, work, j, width):
 
 
 @traced
+def write_ends(sums, row_max, rates, temperature, first, exact, work, j, width):
+    """Write what turns terms into results: normalizers, or gaps if the sums are exact."""
+    if exact is None:
+        write_normalizers(sums, work, j, width)
+    else:
+        log_sum = spread(log_of_sum(row_max, sums_apart(sums, row_max, rates, exact)), row_max)
+        write_gaps(row_max, rates, log_sum, temperature, first, work, j, width)
+
+
+@traced
 def normalized(term, work, j, width):
     """Probabilities of the columns from j on."""
     high, low = field(NORMALIZER, j, width), field(NORMALIZER + 1, j, width)
@@ -386,6 +409,13 @@ def write_beside(row_max, sums, work, j, width):
 
 
 @traced
+def value_beside(x, start, step, n, temperature, weighted, work, j, width):
+    """Logsumexp, or entropy unless ``weighted`` is None, of a slice of which `write_beside` was called."""
+    top, sums = get(work, field(0, j, width)), get_sums(work, field(1, j, width), width, (weighted,))
+    return value_of_sums(x, start, step, n, top, temperature, sums, weighted)
+
+
+@traced
 def shows_all(row_max, temperature, sums, weighted):
     """Whether the sums of plain slices give their values: no term is too faint to be seen in them."""
     if weighted is not None:
@@ -410,11 +440,7 @@ def write_lanes(work, at, n, row_max, temperature, first, count, rate, exact, so
     lanes = lane_count(work)
     rates, stored = lane_rates(temperature, first, count, rate, work), kept_terms(work, exact)
     sums = tile_sums(work, at, n, row_max, temperature, first, rates, exact, stored, 0, lanes, soon)
-    if exact is None:
-        write_normalizers(sums, work, 0, lanes)
-    else:
-        log_sum = log_of_sum(row_max, sums_apart(sums, row_max, rates, exact))
-        write_gaps(row_max, rates, spread(log_sum, row_max), temperature, first, work, 0, lanes)
+    write_ends(sums, row_max, rates, temperature, first, exact, work, 0, lanes)
     plain = are_plain(row_max, rates)
     for i in range(n):
         value = load(work, at + i * lanes)
@@ -425,17 +451,16 @@ def write_lanes(work, at, n, row_max, temperature, first, count, rate, exact, so
 
 
 @jit
-def value_lanes(work, at, n, row_max, temperature, first, count, rate, weighted, soon):
+def value_lanes(work, at, n, row_max, temperature, first, count, rate, weighted, j, width, soon):
     """Write the logsumexp of a vector of slices, or their entropy unless ``weighted`` is None.
 
-    Return whether they were written, to the first field; if not, maxima are there, and sums in the next ones.
+    Return whether they were written, to the first field; if not, `write_beside` was called.
     """
-    lanes, exact = lane_count(work), (weighted,)
-    rates = lane_rates(temperature, first, count, rate, work)
-    sums = tile_sums(work, at, n, row_max, temperature, first, rates, exact, None, 0, lanes, soon)
+    exact, rates = (weighted,), lane_rates(temperature, first, count, rate, work)
+    sums = tile_sums(work, at, n, row_max, temperature, first, rates, exact, None, j, width, soon)
     sums = sums_apart(sums, row_max, rates, exact)
     if are_plain(row_max, rates) and shows_all(row_max, rates.temperature, sums, weighted):
-        store(work, 0, plain_value(row_max, rates.temperature, sums, weighted))
+        store(work, field(0, j, width), plain_value(row_max, rates.temperature, sums, weighted))
         return True
-    write_beside(row_max, sums, work, 0, lanes)
+    write_beside(row_max, sums, work, j, width)
     return False
