@@ -372,7 +372,21 @@ def _transformed(operation, x, temperature, axis, where, out) -> Any:
                 return result
         elif _is_short_apart(x, temperature, axis) and (out is None or _can_take(out, x)):
             return _transform_apart(operation, x, temperature, axis, out)
+    elif _is_short_masked(x, temperature, axis, where, out):
+        return _run_plain(operation, x, _as_array_of_one(temperature), axis, where, out)
     return _evaluate(operation, x, temperature, axis, where, out)
+
+
+def _is_short_masked(x, temperature, axis, where, out):
+    """Whether an array, its mask and ``out`` lie as kernels take them: 9 us for 32 x 10, the long way 20."""
+    return (
+        type(where) is _ARRAY
+        and type(temperature) is float
+        and _is_plain(x, axis)
+        and (x.dtype is _FLOAT64 or x.dtype is _FLOAT32)
+        and temperature >= 0.0
+        and _fit(x, where, out)
+    )
 
 
 def _is_short_apart(x, temperature, axis):
@@ -489,6 +503,8 @@ def _reduced(operation, x, temperature, axis, where, out, keepdims) -> Any:
             return _reduce_plain(operation, x, temperature, axis, shape, out)
         if out is None and _is_short_apart(x, temperature, axis):
             return _reduce_apart(operation, x, temperature, axis, shape)
+    elif out is None and not keepdims and _is_short_masked(x, temperature, axis, where, out):
+        return _run_plain(operation, x, _as_array_of_one(temperature), axis, where, out)
     return _evaluate(operation, x, temperature, axis, where, out, keepdims)
 
 
@@ -532,18 +548,21 @@ def _around(shape, axis):
     return (math.prod(shape[:axis]), shape[axis], inner)[: 2 if inner == 1 else 3]
 
 
-def _fit(x, temperature, axis, where, out):
-    """Whether a mask and ``out`` are None or lie as x does, and temperatures are one or as its slices."""
+def _fit(x, where, out):
+    """Whether a mask and ``out`` are None or lie as x does."""
     if not (out is None or (_can_take(out, x) and out.flags.carray)):
         return False
-    if where is not None and not (
+    return where is None or (
         type(where) is _ARRAY
         and where.dtype == bool
         and where.shape == x.shape
         and where.flags.c_contiguous
         and (out is None or not np.may_share_memory(out, where))
-    ):
-        return False
+    )
+
+
+def _fit_slices(temperature, x, axis, out):
+    """Whether temperatures are one or lie as slices of x do."""
     return temperature.ndim == 0 or (
         temperature.shape == x.shape[:axis] + x.shape[axis:][1:]
         and temperature.flags.c_contiguous
@@ -603,7 +622,7 @@ def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
             plain, along = plain.reshape(-1), 0
         # NumPy has one float32 of its own and may make others: the short way knows that one alone.
         if apart and plain.dtype is result_dtype and _is_plain(plain, along):
-            if _fit(plain, temperature, along, where, out):
+            if _fit(plain, where, out) and _fit_slices(temperature, plain, along, out):
                 result = _run_plain(operation, plain, temperature, along, where, out)
                 return result.reshape(x.shape)[()] if axis is None and operation.elementwise else result
             if plain.ndim == 1 and alone and temperature.size > 0:

@@ -47,6 +47,7 @@ from fastmax._slice import (
 from fastmax._threads import Kernel, each_task
 from fastmax._tiles import (
     FIELDS,
+    are_plain,
     first_rate,
     lane_rates,
     merge_pass,
@@ -273,8 +274,8 @@ def pass_over_tile(task, part, step, x, mask, temperature, rate, exact, out, num
         sum_chunks(x, mask, i, first, rows, count, temperature, maxima, exact, partial, w)
     elif out is not None:
         width, to = inner * lane_count(w), (i * n + first) * inner
-        plain = write_pattern(i, inner, temperature, rate, maxima, sums, exact, w, width, own[part])
-        write_as_they_lie(entries_of(x, mask), start, size, pointer(out), to, w, width, plain, exact)
+        kinds = write_pattern(i, inner, temperature, rate, maxima, sums, exact, w, width, own[part])
+        write_as_they_lie(entries_of(x, mask), start, size, pointer(out), to, w, width, kinds, exact)
 
 
 @jit
@@ -317,9 +318,9 @@ def sum_chunks(x, mask, i, first, rows, count, temperature, maxima, exact, parti
 def write_pattern(i, inner, temperature, rate, maxima, sums, exact, work, width, own):
     """Write what `strip_value` needs of the columns of as many vectors as there are neighbours.
 
-    Return whether they are plain.
+    Return whether they are plain, and what `write_ends` returns.
     """
-    lanes, plain = lane_count(work), True
+    lanes, plain, shown = lane_count(work), True, True
     beside, total, error = i * 4 * inner, FIELDS * width + lanes, FIELDS * width + 2 * lanes
     for j in range(0, width, lanes):
         for lane in range(lanes):
@@ -331,20 +332,23 @@ def write_pattern(i, inner, temperature, rate, maxima, sums, exact, work, width,
         row_max, own_sums = load(work, FIELDS * width), (load(work, total), load(work, error))
         temperatures = temperature if len(temperature) == 1 else own
         rates = lane_rates(temperatures, 0, lanes, rate, work)
-        plain = write_fields(row_max, own_sums, rates, temperatures, 0, exact, work, j, width) and plain
-    return plain
+        shown = write_fields(row_max, own_sums, rates, temperatures, 0, exact, work, j, width) and shown
+        plain = are_plain(row_max, rates) and plain
+    return plain, shown
 
 
 @jit
-def write_as_they_lie(x, start, size, out, to, work, width, plain, exact):
+def write_as_they_lie(x, start, size, out, to, work, width, kinds, exact):
     """Write the results of some entries, from where the pattern of columns begins."""
-    lanes, zero = lane_count(work), spread(0.0, work)
+    lanes, zero, (plain, shown) = lane_count(work), spread(0.0, work), kinds
     absent = absent_value(zero, exact)
     for i in range(0, size, width):
         for j in range(0, min(width, size - i), lanes):
             at, count = start + i + j, size - i - j
             value = strip_value(read(x, at, count, zero), work, j, width, plain, exact)
-            write(out, to + i + j, count, present(x, at, count, value, absent))
+            if not shown:
+                value = present(x, at, count, value, absent)
+            write(out, to + i + j, count, value)
 
 
 @Kernel

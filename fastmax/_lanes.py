@@ -203,11 +203,13 @@ for _function, _name in {
 
 _define_operator(operator.and_, lambda builder, a, b: builder.and_(a, b), result=lambda lanes: lanes)
 
-# As in IEEE 754, a comparison with NaN is False.
-for _function, _name in {operator.lt: "<", operator.gt: ">", operator.eq: "=="}.items():
+# As in IEEE 754, a comparison with NaN is False, unless it is whether two numbers differ.
+for _function, _name in {operator.lt: "<", operator.gt: ">", operator.eq: "==", operator.ne: "!="}.items():
     _define_operator(
         _function,
-        lambda builder, a, b, _name=_name: builder.fcmp_ordered(_name, a, b),
+        lambda builder, a, b, _name=_name: (
+            builder.fcmp_unordered(_name, a, b) if _name == "!=" else builder.fcmp_ordered(_name, a, b)
+        ),
         result=lambda lanes: Lanes(types.boolean, lanes.count),
     )
 
@@ -872,9 +874,8 @@ def load_first(typingctx, array, index, count, filler):
         llvm_type = _llvm_type(lanes)
         if not isinstance(lanes, Lanes):
             return _read(context, builder, sig.args[0], array, index, llvm_type)
-        first = _first_lanes(builder, count, llvm_type)
-        value = _read(context, builder, sig.args[0], array, index, llvm_type, first)
-        return builder.select(first, value, filler)
+        value = _read(context, builder, sig.args[0], array, index, llvm_type, count)
+        return builder.select(_first_lanes(builder, count, llvm_type), value, filler)
 
     return lanes(array, types.intp, types.intp, lanes), codegen
 
@@ -902,9 +903,10 @@ def load_as(typingctx, array, index, count, filler, like):
         llvm_type = _llvm_type(lanes)
         if isinstance(sig.args[0], types.BaseTuple):
             return _splat(builder, builder.extract_value(array, 0), llvm_type)
-        first = _first_lanes(builder, count, llvm_type)
-        value = _read(context, builder, sig.args[0], array, index, llvm_type, first)
-        return builder.select(first, value, _splat(builder, filler, llvm_type))
+        value = _read(context, builder, sig.args[0], array, index, llvm_type, count)
+        return builder.select(
+            _first_lanes(builder, count, llvm_type), value, _splat(builder, filler, llvm_type)
+        )
 
     return lanes(array, types.intp, types.intp, types.float64, like), codegen
 
@@ -965,9 +967,8 @@ def store_first(typingctx, array, index, count, value):
 
     def codegen(context, builder, sig, args):
         array, index, count, value = args
-        lanes = isinstance(sig.args[3], Lanes)
-        first = _first_lanes(builder, count, value.type) if lanes else None
-        _write(context, builder, sig.args[0], array, index, value, first)
+        own = count if isinstance(sig.args[3], Lanes) else None
+        _write(context, builder, sig.args[0], array, index, value, own)
         return context.get_dummy_value()
 
     return types.none(array, types.intp, types.intp, value), codegen
@@ -1005,10 +1006,8 @@ def present(typingctx, array, index, count, value, absent):
         array, index, count, value, absent = args
         if not _is_pair(sig.args[0]):
             return value
-        first = _first_lanes(builder, count, value.type)
-        return builder.select(
-            _mask(context, builder, sig.args[0], array, index, value.type.count, first), value, absent
-        )
+        mask = _mask(context, builder, sig.args[0], array, index, value.type.count, count)
+        return builder.select(mask, value, absent)
 
     return value(array, types.intp, types.intp, value, value), codegen
 
@@ -1069,9 +1068,9 @@ def read_pieces(typingctx, x, start, step, rows, columns, work, to, wide):
     def codegen(context, builder, sig, args):
         x, start, step, rows, columns, work, to, _ = args
 
-        def copy(numbers, first):
+        def copy(numbers, own):
             indices = [builder.add(start, builder.mul(number, step)) for number in numbers]
-            pieces = [_read(context, builder, sig.args[0], x, index, piece, first) for index in indices]
+            pieces = [_read(context, builder, sig.args[0], x, index, piece, own) for index in indices]
             registers = [_joined(builder, pieces[i :: piece.count]) for i in range(piece.count)]
             for j, column in enumerate(_transposed(builder, registers)):
                 at = builder.add(to, _SIZE(j * lanes.count))
@@ -1084,7 +1083,7 @@ def read_pieces(typingctx, x, start, step, rows, columns, work, to, wide):
                 last = builder.sub(rows, _SIZE(1))
                 ahead = [builder.icmp_signed("<", _SIZE(i), last) for i in range(count)]
                 numbers = [builder.select(ahead[i], _SIZE(i), last) for i in range(count)]
-                copy(numbers, _first_lanes(builder, columns, piece))
+                copy(numbers, columns)
         return context.get_dummy_value()
 
     return types.none(x, start, step, rows, columns, work, to, wide), codegen
@@ -1108,12 +1107,12 @@ def write_pieces(typingctx, work, at, out, start, step, rows, columns, x, absent
         parts = [_parted(builder, row, piece.count) for row in _transposed(builder, registers)]
         pieces = [parts[i % piece.count][i // piece.count] for i in range(count)]
 
-        def copy(i, first):
+        def copy(i, own):
             index, value = builder.add(start, builder.mul(_SIZE(i), step)), pieces[i]
             if _is_pair(sig.args[7]):
-                mask = _mask(context, builder, sig.args[7], x, index, piece.count, first)
+                mask = _mask(context, builder, sig.args[7], x, index, piece.count, own)
                 value = builder.select(mask, value, _splat(builder, absent, piece))
-            _write(context, builder, sig.args[2], out, index, value, first)
+            _write(context, builder, sig.args[2], out, index, value, own)
 
         with builder.if_else(_lie_within(builder, count, rows, columns, step, piece)) as (whole, part):
             with whole:
@@ -1127,7 +1126,7 @@ def write_pieces(typingctx, work, at, out, start, step, rows, columns, x, absent
                             with inside:
                                 copy(i, None)
                             with edge:
-                                copy(i, _first_lanes(builder, columns, piece))
+                                copy(i, columns)
         return context.get_dummy_value()
 
     own = lanes.dtype
@@ -1168,14 +1167,14 @@ def _stored_type(array_type, llvm_type):
     return ir.VectorType(ir.IntType(array_type.dtype.bitwidth), llvm_type.count)
 
 
-def _read(context, builder, array_type: Any, array, index, llvm_type, first=None):
-    """Lanes from an index on; if ``first`` is given, only those that it marks, 0 in the others."""
+def _read(context, builder, array_type: Any, array, index, llvm_type, count=None):
+    """Lanes from an index on; if ``count`` is given, only the first so many, 0 in the others."""
     if _is_pair(array_type):
-        mask = _mask(context, builder, array_type, array, index, llvm_type.count, first)
+        mask = _mask(context, builder, array_type, array, index, llvm_type.count, count)
         entries = builder.extract_value(array, 0)
-        value = _read(context, builder, array_type[0], entries, index, llvm_type, first)
+        value = _read(context, builder, array_type[0], entries, index, llvm_type, count)
         return builder.select(mask, value, _constant(llvm_type, -float("inf")))
-    value = _load(context, builder, array_type, array, index, _stored_type(array_type, llvm_type), first)
+    value = _load(context, builder, array_type, array, index, _stored_type(array_type, llvm_type), count)
     if array_type.dtype == types.int16:
         return builder.fpext(builder.bitcast(value, ir.VectorType(ir.HalfType(), llvm_type.count)), llvm_type)
     if array_type.dtype == types.uint16:
@@ -1184,8 +1183,8 @@ def _read(context, builder, array_type: Any, array, index, llvm_type, first=None
     return value
 
 
-def _write(context, builder, array_type, array, index, value, first=None, past_caches=False):
-    """Write lanes from an index on; if ``first`` is given, only those that it marks."""
+def _write(context, builder, array_type, array, index, value, count=None, past_caches=False):
+    """Write lanes from an index on; if ``count`` is given, only the first so many."""
     stored = _stored_type(array_type, value.type)
     if array_type.dtype == types.int16:
         value = builder.bitcast(
@@ -1199,9 +1198,10 @@ def _write(context, builder, array_type, array, index, value, first=None, past_c
         size = alignment * getattr(stored, "count", 1)
         written = builder.store(value, pointer, align=min(size, LINE_BYTES))
         written.set_metadata("nontemporal", builder.module.add_metadata([_INDEX(1)]))
-    elif first is None:
+    elif count is None:
         builder.store(value, pointer, align=alignment)
     else:
+        first = _first_lanes(builder, count, stored)
         _masked(builder, "store", ir.VoidType(), stored, [value, pointer, _INDEX(alignment), first])
 
 
@@ -1215,21 +1215,67 @@ def _bfloat16_bits(builder, value):
     return builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
 
 
-def _mask(context, builder, pair_type: Any, pair, index, count, first):
-    """Lanes of the mask in a pair (entries, mask)."""
-    bytes_type = ir.VectorType(ir.IntType(8), count)
+def _mask(context, builder, pair_type: Any, pair, index, lanes, count):
+    """So many lanes of the mask in a pair (entries, mask), or the first ``count``."""
+    bytes_type = ir.VectorType(ir.IntType(8), lanes)
     mask = builder.extract_value(pair, 1)
-    value = _load(context, builder, pair_type[1], mask, index, bytes_type, first)
+    value = _load(context, builder, pair_type[1], mask, index, bytes_type, count)
     return builder.icmp_unsigned("!=", value, _constant(bytes_type, 0))
 
 
-def _load(context, builder, array_type, array, index, stored, first):
+def _load(context, builder, array_type, array, index, stored, count):
+    """Lanes as they lie in memory from an index on; if ``count`` is given, the first so many, 0 in others."""
     pointer = _pointer(context, builder, array_type, array, index, stored)
     alignment = array_type.dtype.bitwidth // 8
-    if first is None:
+    if count is None:
         return builder.load(pointer, align=alignment)
-    zero = ir.Constant(stored, None)
-    return _masked(builder, "load", stored, stored, [pointer, _INDEX(alignment), first, zero])
+    if alignment < 4 and stored.count >= 8 and REGISTER_BYTES < 64:
+        return _load_short(builder, pointer, stored, count)
+    first = _first_lanes(builder, count, stored)
+    return _masked(
+        builder, "load", stored, stored, [pointer, _INDEX(alignment), first, ir.Constant(stored, None)]
+    )
+
+
+def _load_short(builder, pointer, stored, count):
+    """The first so many lanes of 8 or 16 bits, at least one, 0 in the others; all if there are more.
+
+    Only AVX-512 loads some of them; for AVX2, LLVM would branch at each: with a mask 1000 x 8192 float32 took
+    twice as long. Here those that fill words of 32 bits are loaded as such, the others, up to three, singly.
+    """
+    all_there = builder.icmp_signed(">=", count, _SIZE(stored.count))
+    with builder.if_else(all_there) as (whole, part):
+        with whole:
+            loaded = builder.load(pointer, align=stored.element.width // 8)
+            whole_block = builder.block
+        with part:
+            some = _load_words(builder, pointer, stored, count)
+            part_block = builder.block
+    result = builder.phi(stored)
+    result.add_incoming(loaded, whole_block)
+    result.add_incoming(some, part_block)
+    return result
+
+
+def _load_words(builder, pointer, stored, count):
+    """`_load_short` of fewer than all."""
+    bits = stored.element.width
+    each, word = 32 // bits, ir.IntType(32)
+    words = ir.VectorType(word, stored.count // each)
+    filled = builder.udiv(count, _SIZE(each))
+    arguments = [builder.bitcast(pointer, words.as_pointer()), _INDEX(bits // 8)]
+    arguments += [_first_lanes(builder, filled, words), ir.Constant(words, None)]
+    value = _masked(builder, "load", words, words, arguments)
+    entries, last = builder.bitcast(pointer, stored.element.as_pointer()), word(0)
+    for i in range(each - 1):
+        at = builder.add(builder.mul(filled, _SIZE(each)), _SIZE(i))
+        is_there = builder.icmp_signed("<", at, count)
+        entry = builder.load(builder.gep(entries, [builder.select(is_there, at, _SIZE(0))]), align=bits // 8)
+        shifted = builder.shl(builder.zext(entry, word), word(i * bits))
+        last = builder.or_(last, builder.select(is_there, shifted, word(0)))
+    numbers = ir.Constant(words, [word(i) for i in range(words.count)])
+    is_last = builder.icmp_signed("==", numbers, _splat(builder, builder.trunc(filled, word), words))
+    return builder.bitcast(builder.select(is_last, _splat(builder, last, words), value), stored)
 
 
 def _masked(builder, name, return_type, stored, arguments):
@@ -1252,11 +1298,10 @@ def _wide(masked):
             array, index, count, filler = args
             wide = filler.type
             stored = ir.VectorType(_SCALAR[narrow], wide.count)
-            first = _first_lanes(builder, count, wide) if masked else None
-            value = _read(context, builder, sig.args[0], array, index, stored, first)
+            value = _read(context, builder, sig.args[0], array, index, stored, count if masked else None)
             if narrow != types.float64:
                 value = builder.fpext(value, wide)
-            return builder.select(first, value, filler) if masked else value
+            return builder.select(_first_lanes(builder, count, wide), value, filler) if masked else value
 
         return filler(array, types.intp, types.intp, filler), codegen
 

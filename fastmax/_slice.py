@@ -337,7 +337,7 @@ def write_whole(out, i, value, far):
 @jit
 def write_terms(x, start, stop, scale, guard, high, low, out, shift, far, soon):
     """Write the terms times a normalizer to ``out``, at an index shifted by so much; ``soon`` may be None."""
-    lanes = lane_count(x)
+    lanes, shown = lane_count(x), guard is None and high == high  # as `_tiles.write_ends` says
     high, low, zero = spread(high, x), spread(low, x), spread(0.0, x)
     # Read before ``out`` is written, which may be x.
     last, first = last_lanes(x, start, stop), max(start, stop - lanes)
@@ -348,7 +348,9 @@ def write_terms(x, start, stop, scale, guard, high, low, out, shift, far, soon):
     while i <= stop - lanes:
         fetch(soon, (i - start) // lanes)
         value = scaled_terms(load(x, i), scale, guard, high, low)
-        write_whole(out, i + shift, present(x, i, lanes, value, zero), far)
+        if not shown:
+            value = present(x, i, lanes, value, zero)
+        write_whole(out, i + shift, value, far)
         i += lanes
     if i < stop:
         value = scaled_terms(last, scale, guard, high, low)

