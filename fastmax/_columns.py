@@ -4,6 +4,7 @@ Arrays come as (outer, n, inner), see `_cpu`. Schedules:
 
 - columns: neighbouring slices lie side by side, a thread takes a tile of them, one per lane;
 - shallow columns: so few rows that softmax reads and writes one vector of columns after the other;
+- a few columns: on one thread at one temperature, which is a shorter way;
 - long columns: too long for a tile; each is taken chunk by chunk, and threads share them.
 """
 
@@ -11,7 +12,7 @@ import math
 from collections import namedtuple
 
 from fastmax import _slice
-from fastmax._jit import jit, kernel
+from fastmax._jit import jit, kernel, plain_kernel
 from fastmax._lanes import (
     LANE_BYTES,
     LINE_BYTES,
@@ -403,6 +404,62 @@ def value_tile(task, part, tiles, x, mask, temperature, rate, out, weighted, wor
             own, first = temperature_at(temperature, number + k), tile.source + j + k
             value = value_beside(entries, first, step, n, own, weighted, w, j + k, width)
             put(results, number + k, value)
+
+
+@jit
+def as_one_block(x):
+    """View (1, n, inner) of an array (n, inner)."""
+    return x.reshape((1, *x.shape))
+
+
+@jit
+def write_few_columns(x, temperature, exact, out):
+    """Write the softmax of a few columns, or its logarithm if the sums are to be exact: the short way.
+
+    Return whether ``out`` fits: if not, nothing is written.
+    """
+    if not _slice.fits(x, out):
+        return False
+    x, out = as_one_block(x), as_one_block(out)
+    tiles, like, one = tiles_of(x, out, 1), pointer(x), (temperature,)
+    work, rate = workspaces(1, (FIELDS + x.shape[1]) * tiles.width, like), first_rate(one, like)
+    for task in range(tiles.count):
+        write_tile(task, 0, tiles, x, None, one, rate, exact, out, work)
+    return True
+
+
+@plain_kernel(2, 2)
+def softmax_few_columns(x, temperature, out):
+    """Softmax of a few columns on one thread, at one temperature, which is a float."""
+    return write_few_columns(x, temperature, None, out)
+
+
+@plain_kernel(2, 2)
+def log_softmax_few_columns(x, temperature, out):
+    """Logarithm of the softmax of a few columns on one thread, at one temperature."""
+    return write_few_columns(x, temperature, (None,), out)
+
+
+@jit
+def value_few_columns(x, temperature, out, weighted):
+    """Logsumexp, or entropy unless ``weighted`` is None, of a few columns."""
+    x = as_one_block(x)
+    tiles, like, one = tiles_of(x, None, 1), pointer(x), (temperature,)
+    work, rate = workspaces(1, (FIELDS + x.shape[1]) * tiles.width, like), first_rate(one, like)
+    for task in range(tiles.count):
+        value_tile(task, 0, tiles, x, None, one, rate, out, weighted, work)
+
+
+@plain_kernel(2, 1)
+def logsumexp_few_columns(x, temperature, out):
+    """Logsumexp of a few columns on one thread, at one temperature."""
+    value_few_columns(x, temperature, out, None)
+
+
+@plain_kernel(2, 1)
+def entropy_few_columns(x, temperature, out):
+    """Entropy of the softmax of a few columns on one thread, at one temperature."""
+    value_few_columns(x, temperature, out, True)
 
 
 # -- long columns: chunks of rows, of which each thread takes some -----------------------------------

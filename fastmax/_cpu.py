@@ -159,12 +159,12 @@ _NARROW_COST = 1.3 if REGISTER_BYTES == 32 else 1.4
 
 Schedules = namedtuple(
     "Schedules",
-    "narrow_rows rows wide_rows long_rows few_columns interleaved interleaved_chunks shallow_columns columns "
-    "tall_columns",
+    "narrow_rows rows wide_rows long_rows columns_apart interleaved interleaved_chunks shallow_columns "
+    "columns tall_columns",
 )
 
 
-def _few_columns(write):
+def _columns_apart(write):
     """Schedule for columns that are taken as slices which lie apart, by a function that chooses the parts."""
 
     def run(parts, x, mask, temperature, out, *options):
@@ -179,7 +179,7 @@ _SOFTMAX = Schedules(
     softmax_rows,
     softmax_wide_rows,
     softmax_long_rows,
-    _few_columns(_apart.softmax),
+    _columns_apart(_apart.softmax),
     softmax_interleaved,
     softmax_interleaved_chunks,
     softmax_shallow_columns,
@@ -191,7 +191,7 @@ _LOG_SOFTMAX = Schedules(
     log_softmax_rows,
     log_softmax_wide_rows,
     log_softmax_long_rows,
-    _few_columns(_apart.log_softmax),
+    _columns_apart(_apart.log_softmax),
     log_softmax_interleaved,
     log_softmax_interleaved_chunks,
     log_softmax_columns,
@@ -203,7 +203,7 @@ _VALUES = Schedules(
     value_rows,
     value_wide_rows,
     value_long_rows,
-    _few_columns(_apart.values),
+    _columns_apart(_apart.values),
     value_interleaved,
     value_interleaved_chunks,
     value_columns,
@@ -268,7 +268,7 @@ def _choice(shape, is_packed, itemsize, temperatures, threads):
         if is_packed and _are_interleaved_chunks(shape, lanes, threads):
             return "interleaved_chunks", is_large, threads
         if _have_few_neighbours(shape, lanes) and math.prod(shape) >= _SMALL:
-            return "few_columns", False, 1
+            return "columns_apart", False, 1
         if n > TALL:
             return "tall_columns", is_large, threads
         if n <= SHALLOW:

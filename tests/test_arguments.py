@@ -529,6 +529,42 @@ def test_ways_of_few_steps_have_the_results_of_the_long_one(function, case, dtyp
     assert_same(function(read_only(x), temperature, **keywords), found)
 
 
+# On both sides of the numbers of entries and neighbours up to which columns are a few.
+FEW_COLUMNS = [
+    (2, 5),
+    (10, 32),
+    (341, 3),
+    (342, 3),
+    (64, 15),
+    (128, 16),
+    (512, 16),
+    (513, 16),
+    (4, 8, 16),
+    (60, 9, 2),
+]
+
+
+@every
+@pytest.mark.parametrize("shape", FEW_COLUMNS)
+@pytest.mark.parametrize("dtype", [np.float32, *nightly(np.float64)])
+@pytest.mark.parametrize("temperature", [0.7, 1e-300, *nightly(0.0, np.inf)])
+def test_few_columns_have_the_bits_of_many(function, shape, dtype, temperature):
+    x = np.random.default_rng(shape).normal(scale=4.0, size=shape).astype(dtype)
+    x[..., 1] = np.inf
+    axis = len(shape) - 2
+    found = function(x, temperature, axis=axis)
+    expected = function(np.tile(x, 70), temperature, axis=axis)[..., : shape[-1]]
+    np.testing.assert_array_equal(found, expected)
+    if function in ELEMENTWISE:
+        memory = np.concatenate([x.reshape(-1), x.reshape(-1)[:3]])
+        with pytest.raises(ValueError, match="overlaps x in part"):
+            function(memory[: x.size].reshape(shape), axis=axis, out=memory[3:].reshape(shape))
+        assert function(x, temperature, axis=axis, out=x) is x
+        np.testing.assert_array_equal(x, expected)
+        with pytest.raises(ValueError, match="out must have the shape"):
+            function(x, temperature, axis=axis, out=np.empty(shape[::-1], dtype))
+
+
 # --- out ----------------------------------------------------------------------------------------
 
 

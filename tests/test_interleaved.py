@@ -29,7 +29,7 @@ def shapes_of(dtype):
     return {
         "fewer entries than a piece has": ((lanes, 1, 2), "interleaved"),
         "one entry": ((2 * lanes + 1, 1, 3), "interleaved"),
-        "outer indices for half the lanes": ((lanes // 2, 60, 3), "few_columns"),
+        "outer indices for half the lanes": ((lanes // 2, 60, 3), "columns_apart"),
         "for more": ((lanes // 2 + 1, 60, 3), "interleaved"),
         "for all": ((lanes, 60, 3), "interleaved"),
         "for one more": ((lanes + 1, 60, 3), "interleaved"),
@@ -39,15 +39,15 @@ def shapes_of(dtype):
         "the last part of one is shorter than a piece": ((lanes, 43, 3), "interleaved"),
         "a chunk and one": ((lanes, CHUNK + 1, 2), "interleaved"),
         "a tile": ((2 * lanes - 3, n, 8), "interleaved"),
-        "more than a tile": ((2 * lanes - 3, n + 1, 8), "few_columns" if 32 <= lanes else "columns"),
+        "more than a tile": ((2 * lanes - 3, n + 1, 8), "columns_apart" if 32 <= lanes else "columns"),
         "most neighbours": ((lanes, 9, most), "interleaved"),
         "one more neighbour": ((lanes, 9, most + 1), "shallow_columns"),
         "most for three quarters of the lanes": ((3 * lanes // 4, 9, most), "shallow_columns"),
         "most for more": ((3 * lanes // 4 + 1, 9, most), "interleaved"),
-        "few columns": ((1, 1100, lanes // 4), "few_columns"),
+        "few columns": ((1, 1100, lanes // 4), "columns_apart"),
         "of fewer than a thousand entries": ((1, 341, 3), "columns"),
         "one more few column": ((1, 1100, lanes // 4 + 1), "columns"),
-        "fewer chunks than lanes": ((1, CHUNK * lanes - 1, 3), "few_columns"),
+        "fewer chunks than lanes": ((1, CHUNK * lanes - 1, 3), "columns_apart"),
         "as many chunks": ((1, CHUNK * lanes, 3), "interleaved_chunks"),
         "an entry more": ((2, CHUNK * lanes + 1, 3), "interleaved_chunks"),
         "several tiles": ((1, 5 * CHUNK * lanes + 100, 2), "interleaved_chunks"),
@@ -150,7 +150,7 @@ def cut_out(case):
     if case == "runs that overlap":
         windows = np.lib.stride_tricks.sliding_window_view(np.resize(ENTRIES, (2000, 3)), 40, axis=0)
         return windows.transpose(0, 2, 1), "interleaved"
-    return np.resize(ENTRIES, (200, 80, 8))[..., :3], "few_columns"
+    return np.resize(ENTRIES, (200, 80, 8))[..., :3], "columns_apart"
 
 
 @pytest.mark.parametrize("function", FUNCTIONS[::2])
