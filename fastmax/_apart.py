@@ -55,7 +55,8 @@ from fastmax._threads import PARALLEL_COLUMNS, Kernel, each_task, parts_for
 from fastmax._tiles import (
     FIELDS,
     first_rate,
-    merge_pass,
+    merge_chunks,
+    merge_tiles,
     part_of,
     put_sums,
     rate_at,
@@ -199,13 +200,13 @@ def move_slices(array, column, mask, absent, layout, distance, count, work, at, 
 
 @traced
 def pack_entry(x, place, mask, masked, absent, work, at):
-    """Copy an entry to a tile, unless it is masked."""
+    """Copy an entry to a tile, or ``absent`` if it is masked."""
     put(work, at, unless_masked(mask, masked, get(x, place), absent))
 
 
 @traced
 def unpack_entry(out, place, mask, masked, absent, work, at):
-    """Copy an entry of a tile to where its result is, unless it is masked."""
+    """Copy an entry of a tile to where its result is, or ``absent`` if it is masked."""
     put(out, place, unless_masked(mask, masked, get(work, at), absent))
 
 
@@ -374,7 +375,10 @@ def long_passes(team, parts, x, mask, layout, temperature, exact, out):
     for step in range(2 if out is None else 3):
         arguments = step, x, mask, layout, temperature, maxima, sums, partial, exact, out, work
         each_task(pass_over_tile, team, parts, count * tiles, arguments)
-        merge_pass(step, partial, tiles, chunks, 1, maxima, sums, exact)
+        if step == 0:
+            merge_tiles(partial, tiles, maxima)
+        elif step == 1:
+            merge_chunks(partial, chunks, 1, exact, sums)
     return maxima, sums
 
 

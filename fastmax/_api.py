@@ -577,7 +577,7 @@ def _fit(x, where, out):
     )
 
 
-def _fit_slices(temperature, x, axis, out):
+def _fit_slices(x, temperature, axis, out):
     """Whether temperatures are one or lie as slices of x do."""
     return temperature.ndim == 0 or (
         temperature.shape == x.shape[:axis] + x.shape[axis:][1:]
@@ -588,7 +588,7 @@ def _fit_slices(temperature, x, axis, out):
 
 
 def _run_plain(operation, x, temperature, axis, where, out) -> Any:
-    """As the two above, with a mask, a temperature for each slice, or 16 bits."""
+    """As `_transformed` and `_reduced`, with a mask, a temperature for each slice, or 16 bits."""
     if where is None and temperature.ndim == 0 and x.itemsize > 2:
         if operation.elementwise:
             return _transformed(operation, x, float(temperature), axis, None, out)
@@ -638,7 +638,7 @@ def _evaluate(operation, x, temperature, axis, where, out, keepdims=False):
             plain, along = plain.reshape(-1), 0
         # NumPy has one float32 of its own and may make others: the short way knows that one alone.
         if apart and plain.dtype is result_dtype and _is_plain(plain, along):
-            if _fit(plain, where, out) and _fit_slices(temperature, plain, along, out):
+            if _fit(plain, where, out) and _fit_slices(plain, temperature, along, out):
                 result = _run_plain(operation, plain, temperature, along, where, out)
                 return result.reshape(x.shape)[()] if axis is None and operation.elementwise else result
             if plain.ndim == 1 and alone and temperature.size > 0:
@@ -749,8 +749,8 @@ def _reduce(operation, x, mask, temperature, axes, places, shape, batch, out):
         kept = _kept(axes, order)
         values = values.reshape([x.shape[i] for i in kept]).transpose(np.argsort(kept))
     else:
-        values = np.empty(batch, x.dtype)
-        if not (as_given and _run_strided(operation, x, mask, temperature, axes, values)):
+        values = np.empty(batch, x.dtype) if as_given else None
+        if values is None or not _run_strided(operation, x, mask, temperature, axes, values):
             values = _reduce_broadcast(operation, x, mask, temperature, axes, batch)
     if mask is not None:
         np.copyto(values, operation.absent, where=~mask.any(axis=axes))

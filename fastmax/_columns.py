@@ -21,7 +21,6 @@ from fastmax._lanes import (
     entries_of,
     lane_count,
     load,
-    no_lanes,
     pointer,
     prefetch_to_read,
     prefetch_to_write,
@@ -59,6 +58,7 @@ from fastmax._slice import (
     is_new,
     kept_terms,
     lane_maxima,
+    needs_no_mask,
     no_sums,
     start_of_sums,
     sums_apart,
@@ -286,7 +286,8 @@ def write_tile(task, part, tiles, x, mask, temperature, rate, exact, out, work):
     (n, inner), step = x.shape[1:], pitch(x, 1)
     entries, results, w = entries_of(x, mask), pointer(out), pointer(part_of(work, part))
     lanes, width = lane_count(w), tiles.width
-    tile, at_first, plain, shown = begin_tile(task, tiles, x, mask, out, w), FIELDS * width, True, True
+    tile, at_first = begin_tile(task, tiles, x, mask, out, w), FIELDS * width
+    plain = unmasked = True
     for j in range(0, tile.count, lanes):
         at, number = at_first + j * n, tile.number + j
         row_max = lane_maxima(w, at, at + n * lanes)
@@ -294,20 +295,21 @@ def write_tile(task, part, tiles, x, mask, temperature, rate, exact, out, work):
         rates = lane_rates(temperature, number, tile.count - j, rate, w)
         stored = kept_terms(w, exact)
         sums = tile_sums(w, at, n, row_max, temperature, number, rates, exact, stored, j, width, soon)
-        shown = write_ends(sums, row_max, rates, temperature, number, exact, w, j, width) and shown
-        plain = are_plain(row_max, rates) and plain
+        own = write_ends(sums, row_max, rates, temperature, number, exact, w, j, width)
+        plain, unmasked = own[0] and plain, own[1] and unmasked
     for k in range(n):
         row, at = tile.base + k * inner, at_first + k * lanes
         ahead = row + min(tile.further, n - 1 - k) * inner
-        write_row(entries, results, row, w, at, n, tile.count, width, plain, shown, exact, ahead, tiles.far)
+        kinds = plain, unmasked
+        write_row(entries, results, row, w, at, n, tile.count, width, kinds, exact, ahead, tiles.far)
     if tiles.far:
         settle()
 
 
 @jit
-def write_row(x, out, row, work, at, n, count, width, plain, shown, exact, ahead, far):
-    """Write a row of a tile, and fetch what is written later unless it is far."""
-    lanes, zero = lane_count(work), spread(0.0, work)
+def write_row(x, out, row, work, at, n, count, width, kinds, exact, ahead, far):
+    """Write a row of a tile, of whose columns `write_ends` tells the kinds; fetch what comes unless far."""
+    lanes, zero, (plain, unmasked) = lane_count(work), spread(0.0, work), kinds
     absent = zero if exact is None else spread(-math.inf, zero)
     for j in range(0, count, lanes):
         value = load(work, at + j * n)
@@ -315,7 +317,7 @@ def write_row(x, out, row, work, at, n, count, width, plain, shown, exact, ahead
             value = normalized(value, work, j, width)
         else:
             value = log_value(value, work, j, width, plain)
-        if not shown:
+        if not unmasked:
             value = present(x, row + j, count - j, value, absent)
         write_far_or_ahead(out, row + j, count - j, value, ahead + j, far)
 
@@ -355,10 +357,10 @@ def softmax_shallow_tile(task, part, tiles, x, mask, temperature, rate, out, wor
             scale, guard = mixed_scales(row_max, scale, rates, temperature, number, w, 0, lanes)
             total, error = column_sums(w, at, n, scale, guard, None, w, soon)
         high, low = normalizer(total, error)
-        shown = are_plain(row_max, rates) and no_lanes(high != high)  # as `write_ends` says
+        unmasked = needs_no_mask(are_plain(row_max, rates), high)
         for k in range(n):
             row, value = tile.base + k * inner + j, probability(load(w, at + k * lanes), high, low)
-            if not shown:
+            if not unmasked:
                 value = present(entries, row, count, value, zero)
             write(results, row, count, value)
 
@@ -630,14 +632,15 @@ def write_strip(task, part, x, mask, temperature, rate, maxima, sums, exact, out
     entries, results, lanes = entries_of(x, mask), pointer(out), lane_count(work)
     start, step = place(x, i, chunk * CHUNK, first), pitch(x, 1)
     w, base = pointer(part_of(work, part)), (i * n + chunk * CHUNK) * inner + first
-    further, plain, shown = rows_ahead(count, w), True, True
+    further = rows_ahead(count, w)
+    plain = unmasked = True
     for j in range(0, count, lanes):
         column = i * inner + first + j
         row_max = read(pointer(maxima), column, count - j, zero)
         own = read_sums(sums, i * 4 * inner + first + j, inner, None)
         rates = lane_rates(temperature, column, count - j, rate, w)
-        shown = write_fields(row_max, own, rates, temperature, column, exact, w, j, width) and shown
-        plain = are_plain(row_max, rates) and plain
+        kinds = write_fields(row_max, own, rates, temperature, column, exact, w, j, width)
+        plain, unmasked = kinds[0] and plain, kinds[1] and unmasked
     absent = zero if exact is None else spread(-math.inf, zero)
     for k in range(rows):
         row, to = start + k * step, base + k * inner
@@ -646,14 +649,14 @@ def write_strip(task, part, x, mask, temperature, rate, maxima, sums, exact, out
             prefetch_to_read(entries, row + ahead * step + j)
             prefetch_to_write(results, to + ahead * inner + j)
             value = strip_value(read(entries, row + j, count - j, zero), w, j, width, plain, exact)
-            if not shown:
+            if not unmasked:
                 value = present(entries, row + j, count - j, value, absent)
             write(results, to + j, count - j, value)
 
 
 @jit
 def write_fields(row_max, sums, rates, temperature, column, exact, work, j, width):
-    """Write what `strip_value` needs of the columns from j on, and return what `write_ends` does."""
+    """Write what `strip_value` needs of the columns from j on; return their kinds, as `write_ends` does."""
     if exact is None:
         write_scales(row_max, ratio_scale(row_max, rates), rates, temperature, column, work, j, width)
     return write_ends(sums, row_max, rates, temperature, column, exact, work, j, width)

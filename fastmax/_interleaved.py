@@ -47,10 +47,10 @@ from fastmax._slice import (
 from fastmax._threads import Kernel, each_task
 from fastmax._tiles import (
     FIELDS,
-    are_plain,
     first_rate,
     lane_rates,
-    merge_pass,
+    merge_chunks,
+    merge_tiles,
     part_of,
     pitch,
     place,
@@ -253,7 +253,10 @@ def chunk_passes(team, parts, x, mask, temperature, exact, out):
     for step in range(2 if out is None else 3):
         arguments = step, x, mask, temperature, rate, exact, out, numbers
         each_task(pass_over_tile, team, parts, outer * tiles, arguments)
-        merge_pass(step, partial, tiles, chunks, inner, maxima, sums, exact)
+        if step == 0:
+            merge_tiles(partial, tiles, maxima)
+        elif step == 1:
+            merge_chunks(partial, chunks, inner, exact, sums)
     return maxima, sums
 
 
@@ -318,9 +321,10 @@ def sum_chunks(x, mask, i, first, rows, count, temperature, maxima, exact, parti
 def write_pattern(i, inner, temperature, rate, maxima, sums, exact, work, width, own):
     """Write what `strip_value` needs of the columns of as many vectors as there are neighbours.
 
-    Return whether they are plain, and what `write_ends` returns.
+    Return their kinds, as `write_ends` does.
     """
-    lanes, plain, shown = lane_count(work), True, True
+    lanes = lane_count(work)
+    plain = unmasked = True
     beside, total, error = i * 4 * inner, FIELDS * width + lanes, FIELDS * width + 2 * lanes
     for j in range(0, width, lanes):
         for lane in range(lanes):
@@ -332,21 +336,21 @@ def write_pattern(i, inner, temperature, rate, maxima, sums, exact, work, width,
         row_max, own_sums = load(work, FIELDS * width), (load(work, total), load(work, error))
         temperatures = temperature if len(temperature) == 1 else own
         rates = lane_rates(temperatures, 0, lanes, rate, work)
-        shown = write_fields(row_max, own_sums, rates, temperatures, 0, exact, work, j, width) and shown
-        plain = are_plain(row_max, rates) and plain
-    return plain, shown
+        kinds = write_fields(row_max, own_sums, rates, temperatures, 0, exact, work, j, width)
+        plain, unmasked = kinds[0] and plain, kinds[1] and unmasked
+    return plain, unmasked
 
 
 @jit
 def write_as_they_lie(x, start, size, out, to, work, width, kinds, exact):
     """Write the results of some entries, from where the pattern of columns begins."""
-    lanes, zero, (plain, shown) = lane_count(work), spread(0.0, work), kinds
+    lanes, zero, (plain, unmasked) = lane_count(work), spread(0.0, work), kinds
     absent = absent_value(zero, exact)
     for i in range(0, size, width):
         for j in range(0, min(width, size - i), lanes):
             at, count = start + i + j, size - i - j
             value = strip_value(read(x, at, count, zero), work, j, width, plain, exact)
-            if not shown:
+            if not unmasked:
                 value = present(x, at, count, value, absent)
             write(out, to + i + j, count, value)
 

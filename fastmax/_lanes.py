@@ -866,7 +866,7 @@ def load(typingctx, array, index):
 
 @intrinsic
 def load_first(typingctx, array, index, count, filler):
-    """As `load`, but only the first ``count`` lanes; the others hold ``filler``."""
+    """As `load`, but only the first ``count`` lanes, at least one; the others hold ``filler``."""
     lanes = _lanes_of(array)
 
     def codegen(context, builder, sig, args):
@@ -1000,7 +1000,7 @@ def is_as_wide(array):
 
 @intrinsic
 def present(typingctx, array, index, count, value, absent):
-    """``value``, or ``absent`` in those of the first ``count`` lanes that a mask leaves out."""
+    """``value``, or ``absent`` in those of the first ``count`` lanes, one or more, that a mask leaves out."""
 
     def codegen(context, builder, sig, args):
         array, index, count, value, absent = args
@@ -1068,9 +1068,9 @@ def read_pieces(typingctx, x, start, step, rows, columns, work, to, wide):
     def codegen(context, builder, sig, args):
         x, start, step, rows, columns, work, to, _ = args
 
-        def copy(numbers, own):
+        def copy(numbers, size):
             indices = [builder.add(start, builder.mul(number, step)) for number in numbers]
-            pieces = [_read(context, builder, sig.args[0], x, index, piece, own) for index in indices]
+            pieces = [_read(context, builder, sig.args[0], x, index, piece, size) for index in indices]
             registers = [_joined(builder, pieces[i :: piece.count]) for i in range(piece.count)]
             for j, column in enumerate(_transposed(builder, registers)):
                 at = builder.add(to, _SIZE(j * lanes.count))
@@ -1107,12 +1107,12 @@ def write_pieces(typingctx, work, at, out, start, step, rows, columns, x, absent
         parts = [_parted(builder, row, piece.count) for row in _transposed(builder, registers)]
         pieces = [parts[i % piece.count][i // piece.count] for i in range(count)]
 
-        def copy(i, own):
+        def copy(i, size):
             index, value = builder.add(start, builder.mul(_SIZE(i), step)), pieces[i]
             if _is_pair(sig.args[7]):
-                mask = _mask(context, builder, sig.args[7], x, index, piece.count, own)
+                mask = _mask(context, builder, sig.args[7], x, index, piece.count, size)
                 value = builder.select(mask, value, _splat(builder, absent, piece))
-            _write(context, builder, sig.args[2], out, index, value, own)
+            _write(context, builder, sig.args[2], out, index, value, size)
 
         with builder.if_else(_lie_within(builder, count, rows, columns, step, piece)) as (whole, part):
             with whole:
@@ -1168,7 +1168,7 @@ def _stored_type(array_type, llvm_type):
 
 
 def _read(context, builder, array_type: Any, array, index, llvm_type, count=None):
-    """Lanes from an index on; if ``count`` is given, only the first so many, 0 in the others."""
+    """Lanes from an index on; if ``count`` is given, only the first so many; others hold anything."""
     if _is_pair(array_type):
         mask = _mask(context, builder, array_type, array, index, llvm_type.count, count)
         entries = builder.extract_value(array, 0)

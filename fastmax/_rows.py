@@ -85,7 +85,8 @@ from fastmax._tiles import (
     is_far,
     lane_rates,
     load_all,
-    merged_sums,
+    merge_chunks,
+    merge_tiles,
     mixed_scales,
     padded_size,
     part_of,
@@ -100,7 +101,7 @@ from fastmax._tiles import (
     value_beside,
     workspaces,
     write_beside,
-    write_gaps,
+    write_ends,
 )
 from fastmax._tracing import traced
 
@@ -614,8 +615,7 @@ def log_softmax_narrow_group(group, part, x, mask, temperature, rate, out, new, 
     row_max, sums, rates, plain = pack_and_sum(
         entries, temperature, rate, first, n, step, count, exact, w, soon
     )
-    log_sum = spread(log_of_sum(row_max, sums_apart(sums, row_max, rates, exact)), row_max)
-    write_gaps(row_max, rates, log_sum, temperature, first, w, 0, lanes)
+    write_ends(sums, row_max, rates, temperature, first, exact, w, 0, lanes)
     gap, guard = read_gap(w, 0, lanes), read_guard(w, 0, lanes)
     for i in range(tile, tile + n * lanes, lanes):
         if plain:
@@ -790,8 +790,7 @@ def long_maxima(team, parts, x, mask):
     chunks = chunk_count(x.shape[1], like)
     partial, maxima = workspace(rows * chunks, like), workspace(rows, like)
     each_task(chunk_maximum, team, parts, rows * chunks, (x, mask, partial))
-    for row in range(rows):
-        maxima[row] = _slice.maximum(partial, row * chunks, (row + 1) * chunks)
+    merge_tiles(partial, chunks, maxima)
     return maxima
 
 
@@ -812,8 +811,7 @@ def long_sums(team, parts, x, mask, temperature, maxima, exact):
     arguments = x, mask, temperature, maxima, exact, partial
     each_task(chunk_sums, team, parts, rows * chunks, arguments)
     sums = workspace(rows * 4, like)
-    for row in range(rows):
-        put_sums(sums, 4 * row, 1, merged_sums(partial, row, chunks, exact))
+    merge_chunks(partial, chunks, 1, exact, sums)
     return sums
 
 

