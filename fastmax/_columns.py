@@ -297,10 +297,10 @@ def write_tile(task, part, tiles, x, mask, temperature, rate, exact, out, work):
         sums = tile_sums(w, at, n, row_max, temperature, number, rates, exact, stored, j, width, soon)
         own = write_ends(sums, row_max, rates, temperature, number, exact, w, j, width)
         plain, unmasked = own[0] and plain, own[1] and unmasked
+    kinds = plain, unmasked
     for k in range(n):
         row, at = tile.base + k * inner, at_first + k * lanes
         ahead = row + min(tile.further, n - 1 - k) * inner
-        kinds = plain, unmasked
         write_row(entries, results, row, w, at, n, tile.count, width, kinds, exact, ahead, tiles.far)
     if tiles.far:
         settle()
