@@ -364,17 +364,17 @@ def _transformed(operation, x, temperature, axis, where, out) -> Any:
             result = np.empty_like(x) if out is None else out
             if ndim == 1 and size <= _SMALL:
                 fits = operation.vector[dtype](x, temperature, result)
-            elif ndim == 2 and size <= _FEW[0] and axis % 2 and x.shape[1] * x.itemsize < _FEW[1]:
-                fits = operation.few_rows[dtype](x, temperature, result)
-            elif ndim == 2 and not axis % 2 and _are_few_columns(x):
-                fits = operation.few_columns[dtype](x, temperature, result)
-            elif fits := out is None or (out.shape == x.shape and not _overlaps_in_part(out, x)):
-                one = _as_array_of_one(temperature)
-                if ndim == 2 and axis % 2:
-                    operation.schedule(x, None, one, result)
-                else:
-                    shape = _around(x.shape, axis)
-                    operation.schedule(x.reshape(shape), None, one, result.reshape(shape))
+            else:
+                shape = x.shape
+                kernel, blocks = _way(operation, shape, axis, dtype)
+                if kernel is not None and shape == blocks:
+                    fits = kernel(x, temperature, result)
+                elif fits := out is None or (out.shape == shape and not _overlaps_in_part(out, x)):
+                    entries, results = x.reshape(blocks), result.reshape(blocks)
+                    if kernel is not None:
+                        kernel(entries, temperature, results)
+                    else:
+                        operation.schedule(entries, None, _as_array_of_one(temperature), results)
             if fits:
                 return result
         elif _is_short_apart(x, temperature, axis) and (out is None or _can_take(out, x)):
@@ -384,10 +384,16 @@ def _transformed(operation, x, temperature, axis, where, out) -> Any:
     return _evaluate(operation, x, temperature, axis, where, out)
 
 
-def _are_few_columns(x):
-    """Whether the columns of an array of two axes are few; those that have no neighbours are rows."""
-    least, enough = _FEW_COLUMNS
-    return x.size <= _FEW[0] and x.shape[1] > 1 and (x.size < least or x.shape[1] * x.itemsize >= enough)
+@functools.lru_cache(maxsize=256)
+def _way(operation, shape, axis, dtype):
+    """Kernel for a few rows or columns, None where the schedule has them, and the shape that either takes."""
+    outer, n, *inner = blocks = _around(shape, axis)
+    size, (least, enough) = math.prod(shape), _FEW_COLUMNS
+    if size <= _FEW[0] and not inner and n * dtype.itemsize < _FEW[1]:
+        return operation.few_rows[dtype], blocks
+    if size <= _FEW[0] and inner and outer == 1 and (size < least or inner[0] * dtype.itemsize >= enough):
+        return operation.few_columns[dtype], blocks[1:]
+    return None, blocks
 
 
 def _is_short_masked(x, temperature, axis, where, out):
@@ -541,14 +547,12 @@ def _reduce_plain(operation, x, temperature, axis, shape, out) -> Any:
         out[...] = value
         return out
     values = np.empty(shape, x.dtype) if out is None else out
-    if x.ndim == 2 and axis % 2 and x.size <= _FEW[0] and x.shape[1] * x.itemsize < _FEW[1]:
-        operation.few_rows[x.dtype](x, temperature, values.reshape(-1))
-    elif x.ndim == 2 and not axis % 2 and _are_few_columns(x):
-        operation.few_columns[x.dtype](x, temperature, values.reshape(-1))
+    kernel, blocks = _way(operation, x.shape, axis, x.dtype)
+    entries = x.reshape(blocks)
+    if kernel is not None:
+        kernel(entries, temperature, values.reshape(-1))
     else:
-        around = _around(x.shape, axis)
-        one = _as_array_of_one(temperature)
-        operation.schedule(x.reshape(around), None, one, values.reshape(around[::2]))
+        operation.schedule(entries, None, _as_array_of_one(temperature), values.reshape(blocks[::2]))
     return values[()] if out is None else out
 
 

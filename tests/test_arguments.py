@@ -529,31 +529,42 @@ def test_ways_of_few_steps_have_the_results_of_the_long_one(function, case, dtyp
     assert_same(function(read_only(x), temperature, **keywords), found)
 
 
-# On both sides of the numbers of entries and neighbours up to which columns are a few.
-FEW_COLUMNS = [
-    (2, 5),
-    (10, 32),
-    (341, 3),
-    (342, 3),
-    (64, 15),
-    (128, 16),
-    (512, 16),
-    (513, 16),
-    (4, 8, 16),
-    (60, 9, 2),
+# On both sides of the numbers of entries and neighbours up to which columns are a few, and of entries up to
+# which rows are; with more axes than two, these are made two.
+FEW = [
+    ((2, 5), 0),
+    ((10, 32), 0),
+    ((341, 3), 0),
+    ((342, 3), 0),
+    ((64, 15), 0),
+    ((128, 16), 0),
+    ((512, 16), 0),
+    ((513, 16), 0),
+    ((4, 8, 16), 0),
+    ((4, 8, 16), 1),
+    ((4, 8, 16), 2),
+    ((60, 9, 2), -2),
+    ((60, 9, 2), -3),
+    ((2, 3, 37, 36), -1),
+    ((2, 3, 38, 36), -1),
+    ((3, 4, 79), -1),
+    ((3, 4, 80), -1),
 ]
 
 
 @every
-@pytest.mark.parametrize("shape", FEW_COLUMNS)
+@pytest.mark.parametrize(("shape", "axis"), FEW)
 @pytest.mark.parametrize("dtype", [np.float32, *nightly(np.float64)])
 @pytest.mark.parametrize("temperature", [0.7, 1e-300, *nightly(0.0, np.inf)])
-def test_few_columns_have_the_bits_of_many(function, shape, dtype, temperature):
+def test_few_slices_have_the_bits_of_many(function, shape, axis, dtype, temperature):
     x = np.random.default_rng(shape).normal(scale=4.0, size=shape).astype(dtype)
-    x[..., 1] = np.inf
-    axis = len(shape) - 2
+    x.reshape(-1)[1] = np.inf
     found = function(x, temperature, axis=axis)
-    expected = function(np.tile(x, 70), temperature, axis=axis)[..., : shape[-1]]
+    last = axis % len(shape) == len(shape) - 1
+    copies = [1 for _ in shape]
+    copies[0 if last else -1] = 70
+    expected = function(np.tile(x, copies), temperature, axis=axis)
+    expected = expected[: shape[0]] if last else expected[..., : shape[-1]]
     np.testing.assert_array_equal(found, expected)
     if function in ELEMENTWISE:
         memory = np.concatenate([x.reshape(-1), x.reshape(-1)[:3]])
@@ -561,8 +572,9 @@ def test_few_columns_have_the_bits_of_many(function, shape, dtype, temperature):
             function(memory[: x.size].reshape(shape), axis=axis, out=memory[3:].reshape(shape))
         assert function(x, temperature, axis=axis, out=x) is x
         np.testing.assert_array_equal(x, expected)
+        swapped = shape[1], shape[0], *shape[2:]
         with pytest.raises(ValueError, match="out must have the shape"):
-            function(x, temperature, axis=axis, out=np.empty(shape[::-1], dtype))
+            function(x, temperature, axis=axis, out=np.empty(swapped, dtype))
 
 
 # --- out ----------------------------------------------------------------------------------------
