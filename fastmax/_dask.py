@@ -146,7 +146,7 @@ def _evaluate_whole(operation, x, mask, temperature, reduced, batch_ndim, dtype)
         labels,
         arrays,
         dtype,
-        name=f"fastmax-{operation.name}",
+        token=f"fastmax-{operation.name}",
         operation=operation.name,
         reduced=reduced,
     )

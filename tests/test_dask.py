@@ -309,3 +309,32 @@ def test_masked_arguments_are_refused():
 def test_same_work_has_the_same_name(name):
     x = da.ones((4, 6), chunks=2)
     assert getattr(fastmax, name)(x).name == getattr(fastmax, name)(x).name
+
+
+@every
+@pytest.mark.parametrize("chunks", [(2, 6), (2, 2)], ids=["whole", "split"])
+def test_other_work_has_another_name(name, chunks):
+    """All in one graph: were a name shared, one result would stand for others."""
+    function = getattr(fastmax, name)
+    first, second = np.random.default_rng(3).normal(size=(2, 4, 6))
+    mask = first > 0
+    calls = [
+        (first, {}),
+        (second, {}),
+        (first, {"temperature": 0.5}),
+        (first, {"temperature": np.array([0.0, 1.0, 2.0, np.inf])}),
+        (first, {"where": mask}),
+        (first, {"where": ~mask}),
+        (first, {"axis": 0}),
+    ]
+    results = [function(da.from_array(x, chunks=chunks), **{"axis": 1, **keywords}) for x, keywords in calls]
+    assert len({result.name for result in results}) == len(calls)
+    for result, (x, keywords) in zip(dask.compute(*results), calls, strict=True):
+        np.testing.assert_allclose(result, function(x, **{"axis": 1, **keywords}), rtol=1e-14)
+
+
+@pytest.mark.parametrize("chunks", [(2, 6), (2, 2)], ids=["whole", "split"])
+def test_results_may_be_used_again(chunks):
+    x = np.random.default_rng(4).normal(size=(4, 6))
+    lazy = fastmax.softmax(fastmax.softmax(da.from_array(x, chunks=chunks), axis=1), axis=1)
+    np.testing.assert_allclose(lazy, fastmax.softmax(fastmax.softmax(x, axis=1), axis=1), rtol=1e-14)
