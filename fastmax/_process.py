@@ -5,6 +5,8 @@ started; workqueue aborts the process when two threads launch work at once. Wher
 would compete with others for the same cores, a call stays on its own thread; its result has the same bits.
 """
 
+import contextlib
+import functools
 import importlib
 import os
 import sys
@@ -19,7 +21,7 @@ from numba.np.ufunc import parallel
 from numba.np.ufunc.parallel import threading_layer
 
 # Held by the one call that runs on all threads; calls from other threads meanwhile keep to their own.
-all_threads = threading.RLock()
+all_threads = threading.Lock()
 
 _safe = True
 _forked_in_peace = True
@@ -87,14 +89,35 @@ def _has_gnu_openmp():
 def _before_fork():
     """Wait until no other thread imports or compiles kernels, or starts or uses all threads.
 
-    A child would inherit them half done, and locked for good.
+    A child would inherit them half done, and locked for good. Python forks even if this is interrupted, and
+    only tells of that: locks come first.
     """
     global _forked_in_peace
-    global_compiler_lock.acquire()
-    held = all_threads.acquire(timeout=1.0)
+    interrupts = []
+    _insist(_await_set_up, interrupts)
+    _insist(global_compiler_lock.acquire, interrupts)
+    held = _insist(functools.partial(all_threads.acquire, timeout=1.0), interrupts)
     _forked_in_peace = held and threading.active_count() == 1
     if held:
         _held.append(all_threads)
+    if interrupts:
+        raise interrupts[0]
+
+
+def _insist(function, interrupts):
+    """Call a function until it is not interrupted."""
+    while True:
+        try:
+            return function()
+        except BaseException as interrupt:
+            interrupts.append(interrupt)
+
+
+def _await_set_up():
+    """Wait for another thread that may be in `_set_up_compiler`; what fails there fails in a call, too."""
+    if threading.active_count() > 1:
+        with contextlib.suppress(Exception):
+            uninterrupted(_set_up_compiler)
 
 
 def _after_fork_in_parent():
@@ -105,9 +128,6 @@ def _after_fork_in_parent():
 
 def _after_fork_in_child():
     global all_threads, _safe
-    _held.clear()
-    all_threads = threading.RLock()
-    global_compiler_lock.release()
     layer = _launched()
     if layer is None:
         _safe = _safe and not _has_gnu_openmp()
@@ -115,6 +135,9 @@ def _after_fork_in_child():
         _safe = False
     elif layer == "tbb":  # it cannot end the part that another thread has in it
         _safe = _safe and _forked_in_peace
+    _held.clear()
+    all_threads = threading.Lock()
+    global_compiler_lock.release()
 
 
 if hasattr(os, "register_at_fork"):
@@ -126,10 +149,19 @@ if hasattr(os, "register_at_fork"):
         _safe = _has_threads() and not _is_child()
 
 
+def _set_up_compiler():
+    """Have Numba set up what it compiles with.
+
+    It has a lock of its own for that, and then takes the compiler's: a thread that holds the latter already
+    would wait for one that makes its first jitted function, and that one for it.
+    """
+    cpu_target.target_context  # noqa: B018
+
+
 def imported(name):
     """A module; a fork waits until it is there, and with it what Numba sets up when it is first called."""
+    _set_up_compiler()
     with global_compiler_lock:
-        cpu_target.target_context  # noqa: B018
         importlib.import_module("numpy.ma")
         return importlib.import_module(name)
 

@@ -39,11 +39,10 @@ class Kernel:
         self._kernel = kernel(function, nogil=True)
 
     def __call__(self, parts, *arguments):
-        if parts > 1 and (lock := _process.all_threads).acquire(blocking=False):
-            try:
+        # An interrupt between acquiring the lock and ``try`` would leave it locked; ``with`` has no between.
+        if parts > 1 and not (lock := _process.all_threads).locked():
+            with lock:
                 return self._kernel(_team(), parts, *arguments)
-            finally:
-                lock.release()
         return self._kernel(0, 1, *arguments)
 
 

@@ -355,6 +355,113 @@ thread.join()
 """)
 
 
+# Another thread that is at the first `njit` of the process, and about to ask for the compiler's lock.
+FIRST_JIT = """
+import signal, time
+from numba.core.base import BaseContext
+
+usual, entered = BaseContext.__init__, threading.Event()
+
+def slowly(self, *arguments):
+    entered.set()
+    time.sleep(0.5)
+    usual(self, *arguments)
+
+BaseContext.__init__ = slowly
+signal.alarm(60)
+thread = threading.Thread(target=numba.njit, args=(lambda a: a,))
+thread.start()
+assert entered.wait(60.0)
+"""
+
+
+def test_a_first_call_beside_the_first_jitted_function_of_another_thread():
+    """Each of Numba's two locks is waited for by a thread that does not hold the other."""
+    run(FIRST_JIT + "fastmax.softmax([1.0, 2.0, 3.0])")
+
+
+@forks
+def test_fork_during_the_first_jitted_function_of_another_thread():
+    run(
+        FIRST_JIT
+        + """
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    # It takes the place of the thread above, and with it what the lock knows its owner by.
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    fastmax.softmax([1.0, 2.0, 3.0])
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    )
+
+
+@forks
+@pytest.mark.parametrize("first", ["softmax(x)", "softmax([1.0, 2.0])"], ids=["threads", "no threads"])
+def test_fork_that_is_interrupted_while_it_waits(first):
+    """Python forks all the same, and the child must find nothing locked, nor use what it cannot."""
+    finished = start(f"""
+import signal, time
+from numba.core.compiler_lock import global_compiler_lock
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+def compile():
+    with global_compiler_lock:
+        compiling.set()
+        time.sleep(1.0)
+
+fastmax.{first}
+expected = fastmax.softmax(x).tobytes() if "x" in {first!r} else None
+compiling = threading.Event()
+thread = threading.Thread(target=compile)
+thread.start()
+assert compiling.wait(60.0)
+signal.signal(signal.SIGALRM, interrupt)
+signal.setitimer(signal.ITIMER_REAL, 0.3)
+child = os.fork()
+signal.signal(signal.SIGALRM, signal.SIG_DFL)
+signal.alarm(60)
+if child == 0:
+    assert expected is None or fastmax.softmax(x).tobytes() == expected
+    fastmax.softmax(x.astype(np.float32), axis=1)  # which is compiled
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+thread.join()
+""")
+    assert finished.returncode == 0, finished.stderr
+    assert "KeyboardInterrupt" in finished.stderr  # and is not lost without a word
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_an_interrupt_leaves_all_threads_to_other_calls(moment):
+    """Right after each function in C that a call on all threads has called."""
+    run(f"""
+from fastmax import _process, _threads
+
+expected, code = results(), _threads.Kernel.__call__.__code__
+left = {moment}
+
+def profile(frame, event, argument):
+    global left
+    if event == "c_return" and frame.f_code is code:
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+
+sys.setprofile(profile)
+try:
+    fastmax.softmax(x, axis=1)
+except KeyboardInterrupt:
+    pass
+sys.setprofile(None)
+assert not _process.all_threads.locked()
+assert results() == expected
+""")
+
+
 @forks
 @pytest.mark.parametrize("delay", [0.001, 0.01, 0.05])
 def test_fork_after_an_interrupted_first_call(delay):
