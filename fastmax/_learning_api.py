@@ -545,16 +545,17 @@ def _vjp(probs, cotangent, temperature, axis, out, log):
     _check_broadcast(
         temperature, tuple(probs.shape[i] for i in _kept(axes, range(probs.ndim))), "temperature"
     )
+    target = None
     if out is not None:
-        _check_out(out, probs.shape, dtype, probs)
-        _check_out(out, probs.shape, dtype, cotangent)
-        temperature = _unless_shared(temperature, out)
+        target = _check_out(out, probs.shape, dtype, probs, "probs")
+        _check_out(out, probs.shape, dtype, cotangent, "cotangent")
+        temperature = _unless_shared(temperature, target)
     probs, order = _as_packed(probs, dtype, axes)
     blocks = _blocks(probs.shape, axes, order)
     cotangent = cotangent.astype(dtype, copy=False)
     if not _is_packed(cotangent, order):
         cotangent = np.ascontiguousarray(cotangent.transpose(order)).transpose(np.argsort(order))
-    result = out if out is not None and _is_packed(out, order) else np.empty_like(probs)
+    result = target if target is not None and _is_packed(target, order) else np.empty_like(probs)
     if probs.size:
         _learning.vjp(
             _block(probs, order, blocks),
@@ -563,8 +564,8 @@ def _vjp(probs, cotangent, temperature, axis, out, log):
             _block(result, order, blocks),
             log,
         )
-    if out is None:
+    if target is None:
         return result[()]
-    if result is not out:
-        np.copyto(out, result)
+    if result is not target:
+        np.copyto(target, result)
     return out

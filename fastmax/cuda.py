@@ -313,13 +313,13 @@ def _empty(x, shape, dtype, device):
     return _empty_of_numba(shape, dtype, device, _stream(x, device))
 
 
-def _empty_of_numba(shape, dtype, device, stream):
+def _empty_of_numba(shape, dtype, device, stream, strides=None):
     from numba import cuda
 
     kind: Any = np.dtype(dtype)
     gpus: Any = cuda.gpus
     with gpus[device]:
-        return cuda.device_array(shape, kind, stream=_stream_of_numba(cuda, stream))
+        return cuda.device_array(shape, kind, strides, stream=_stream_of_numba(cuda, stream))
 
 
 def _stream_of_numba(cuda, stream):
@@ -399,7 +399,10 @@ def _evaluate_ready(operation, x, temperature, axis, keepdims, out):
         else:
             result = sys.modules["cupy"].empty(shape, x.dtype)
             to = result.data.ptr
-    elif out is not x:
+    elif out is x:
+        if x.shape != shape:
+            return None
+    else:
         apart = to + out.nbytes <= address or address + x.nbytes <= to
         if not apart or target[0] != device or tuple(out.shape) != shape or out.dtype != x.dtype:
             return None
@@ -592,9 +595,16 @@ def _empty_in(x, shape, place, order):
     """New array whose axes lie in memory in the given order, or in C order."""
     if order is None or order == sorted(order):
         return _empty(x, shape, place.dtype, place.device)
+    if (library := _library_of(x)) not in ("torch", "cupy"):  # arrays of Numba's own have no view like that
+        strides, step = {}, _cuda_plan.ITEMSIZE[place.dtype]
+        for i in reversed(order):
+            strides[i] = step
+            step *= shape[i]
+        strides = tuple(strides[i] for i in range(len(shape)))
+        return _empty_of_numba(shape, place.dtype, place.device, _stream(x, place.device), strides)
     array = _empty(x, tuple(shape[i] for i in order), place.dtype, place.device)
     back = np.argsort(order).tolist()
-    return array.permute(back) if _library_of(x) == "torch" else array.transpose(back)
+    return array.permute(back) if library == "torch" else array.transpose(back)
 
 
 def _filled(x, shape, place, value, out):

@@ -600,10 +600,10 @@ class Array:
         self.address = memory.ctypes.data if address is None else address
 
     @classmethod
-    def empty(cls, shape, dtype):
+    def empty(cls, shape, dtype, strides=None):
         dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
         address = allocate(max(int(np.prod(shape)) * dtype.itemsize, 1))
-        return cls(_allocations[address][: int(np.prod(shape)) * dtype.itemsize].view(dtype).reshape(shape))
+        return cls(np.ndarray(shape, dtype, _allocations[address], 0, strides))
 
     @classmethod
     def like(cls, array):
@@ -630,9 +630,6 @@ class Array:
 
     class device:
         id = 0
-
-    def transpose(self, order):
-        return Array(self.memory.transpose(order))
 
     def copy_to_device(self, array):
         self.memory[...] = array
@@ -689,7 +686,9 @@ def install(monkeypatch, gpu=GPU):
     monkeypatch.setattr(_cuda_launch, "most_blocks", lambda spec, device, shared: gpu.multiprocessors)
     monkeypatch.setattr(_cuda_launch, "most_clusters", lambda *_: 1)
     monkeypatch.setattr(
-        cuda, "_empty_of_numba", lambda shape, dtype, device, stream: Array.empty(shape, dtype)
+        cuda,
+        "_empty_of_numba",
+        lambda shape, dtype, device, stream, strides=None: Array.empty(shape, dtype, strides),
     )
 
 

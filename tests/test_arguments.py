@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import warnings
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,15 +151,25 @@ def test_axis_out_of_range(function, axis):
 
 @every
 def test_axis_given_twice(function):
-    with pytest.raises(ValueError, match="axis"):
+    with pytest.raises(ValueError, match=r"axis must not have an axis twice, got \(0, -3\)"):
         function(CUBE, axis=(0, -3))
 
 
 @every
-@pytest.mark.parametrize("axis", [1.0, "0"])
+@pytest.mark.parametrize("axis", [1.0, "0", (0, 1.5), np.array([0, 1]), True, (0, True)])
 def test_axis_that_is_no_integer(function, axis):
-    with pytest.raises(TypeError):
+    with pytest.raises(
+        TypeError, match=re.escape(f"axis must be an integer, a tuple of integers or None, got {axis!r}")
+    ):
         function(CUBE, axis=axis)
+
+
+@every
+@pytest.mark.parametrize("axis", [np.int64(-2), np.array(1), (1,), [1]])
+@pytest.mark.parametrize("dtype", [np.float64, np.int64])
+def test_axis_of_any_kind_of_integer(function, axis, dtype):
+    x = (4.0 * CUBE).astype(dtype)
+    assert function(x, 0.7, axis=axis).tobytes() == function(x, 0.7, axis=1).tobytes()
 
 
 @reductions
@@ -275,7 +287,9 @@ def test_temperature_is_checked_when_there_is_nothing_to_do(function, shape):
 
 
 @every
-@pytest.mark.parametrize("temperature", ["1", 1j, None, [1.0, "a"], [1.0, None]])
+@pytest.mark.parametrize(
+    "temperature", ["1", 1j, None, [1.0, "a"], [1.0, None], np.array(["1"], object), np.array([b"1"], object)]
+)
 def test_temperature_that_is_no_number(function, temperature):
     with pytest.raises(TypeError, match="temperature must be real, got"):
         function([1.0, 2.0], temperature)
@@ -374,11 +388,27 @@ def test_masked_arrays_are_pointed_to_where(function, mask):
 @every
 def test_masked_arrays_in_a_sequence_are_no_less_masked(function):
     masked = np.ma.masked_array([1.0, 2.0], mask=[False, True])
-    for x in [masked, masked], [[1.0, 2.0], (masked, [3.0, 4.0])], [1.0, np.ma.masked]:
+    for x in (
+        [masked, masked],
+        [[1.0, 2.0], (masked, [3.0, 4.0])],
+        [1.0, np.ma.masked],
+        deque([[1.0], masked]),
+    ):
         with pytest.raises(TypeError, match="x must not be a masked array"):
             function(x)
     with pytest.raises(TypeError, match="temperature must not be a masked array"):
         function([1.0, 2.0], [np.ma.masked])
+
+
+@every
+def test_ragged_sequences_are_named(function):
+    ragged = [[1.0, 2.0], [3.0]]
+    with pytest.raises(ValueError, match=r"x must make an array: .*inhomogeneous"):
+        function(ragged)
+    with pytest.raises(ValueError, match="temperature must make an array: "):
+        function([1.0, 2.0], ragged)
+    with pytest.raises(ValueError, match="where must make an array: "):
+        function([1.0, 2.0], where=[[True, False], [True]])
 
 
 # --- what counts as an array --------------------------------------------------------------------
@@ -610,6 +640,25 @@ def test_out_of_any_layout(function, layout, axis):
     assert_same(out, expected)
 
 
+@elementwise
+@pytest.mark.parametrize("shape", [(40, 3), (2000, 3), (3, 40)])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("temperature", [0.7, "of each"])
+def test_out_that_is_a_matrix(function, shape, axis, temperature):
+    """It keeps two axes, however it is reshaped."""
+    x = np.random.default_rng(shape).normal(size=shape)
+    if temperature == "of each":
+        temperature = np.linspace(0.0, 2.0, shape[1 - axis])
+    expected = function(x, temperature, axis=axis)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PendingDeprecationWarning)
+        out, given = np.asmatrix(np.full(shape, 7.0)), np.asmatrix(x)
+    assert function(x, temperature, axis=axis, out=out) is out
+    np.testing.assert_array_equal(np.asarray(out), expected)
+    assert function(given, temperature, axis=axis, out=given) is given
+    np.testing.assert_array_equal(np.asarray(given), expected)
+
+
 @every
 def test_out_leaves_its_surroundings_alone(function):
     expected = function(CUBE)
@@ -676,6 +725,8 @@ def test_out_of_reductions_may_not_be_a_part_of_x(function):
 def test_a_temperature_beyond_the_floats_is_named(function):
     with pytest.raises(ValueError, match="temperature"):
         function(CUBE, 10**400)
+    with pytest.raises(ValueError, match="temperature must fit a float64"):
+        function(CUBE, [1.0, 10**5000])  # more digits than Python shows
     with pytest.raises(ValueError, match="-1"):
         function(CUBE, -1)
 

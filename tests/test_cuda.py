@@ -317,6 +317,8 @@ def test_results_are_of_the_kind_of_x_and_keep_its_layout():
     result = cuda.softmax(x, axis=0)
     assert isinstance(result, Array)
     assert result.memory.flags.f_contiguous
+    turned = Array.like(np.ones((3, 4, 2), np.float32).transpose(2, 0, 1))
+    assert cuda.softmax(turned, axis=1).memory.strides == turned.memory.strides
     assert cuda.logsumexp(x, axis=0, keepdims=True).memory.shape == (1, 4)
     assert cuda.evaluate("entropy", x, 1.0, None, None, None).memory.shape == ()
 

@@ -412,6 +412,16 @@ def test_slices_that_the_cache_cannot_hold_together_come_in_waves(notes, cupy, m
     assert [launch[0][:2] for launch in notes.launches[:3]] == [[49, 3], [1, 1], [49, 3]]
 
 
+@pytest.mark.parametrize("name", ["logsumexp", "entropy"])
+def test_values_may_not_replace_the_entries(notes, cupy, name):
+    """Nor when a launch for such calls is ready."""
+    function, x = getattr(cuda, name), aligned((4, 8))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="out must have the shape"):
+            function(x, 1.0, axis=1, out=x)
+        function(x, 1.0, axis=1)
+
+
 # --- arrays of other libraries ----------------------------------------------------------------------
 
 
@@ -427,13 +437,20 @@ def test_numba_arrays_are_made_on_the_device_and_the_stream_of_x(monkeypatch):
         gpus=Gpus(),
         external_stream=lambda pointer: f"stream {pointer}",
         per_thread_default_stream=lambda: "thread's stream",
-        device_array=lambda shape, dtype, stream: made.append((shape, stream)),
+        device_array=lambda shape, dtype, strides, stream: made.append((shape, strides, stream)),
     )
     monkeypatch.setattr("numba.cuda", stand_in, raising=False)
     for stream in (0, 1, 2, 77):
         cuda._empty_of_numba((3,), "float32", 1, stream)
-    assert made == [((3,), 0), ((3,), 0), ((3,), "thread's stream"), ((3,), "stream 77")]
-    assert devices == [1] * 4
+    cuda._empty_of_numba((3, 2), "float32", 1, 0, (4, 12))
+    assert made == [
+        ((3,), None, 0),
+        ((3,), None, 0),
+        ((3,), None, "thread's stream"),
+        ((3,), None, "stream 77"),
+        ((3, 2), (4, 12), 0),
+    ]
+    assert devices == [1] * 5
 
 
 def test_temperatures_are_copied_before_they_are_sent(notes, cupy, monkeypatch):
