@@ -27,6 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from drawing import add_output_options, make_output_folder, report, save, use_style
 from matplotlib.figure import Figure
+from options import positive_number
 from tables import header, show_table, write_table
 
 import fastmax
@@ -415,18 +416,18 @@ def main() -> None:
     parser.add_argument("--check-only", action="store_true", help="compare with the CPU, time nothing")
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=positive_number,
         default=270.0,
         help="time after which no further case is begun (default: 270)",
     )
     options = parser.parse_args()
-    make_output_folder(parser, options.output)
     if not cuda.is_available():
         parser.exit(
             1, "There is no NVIDIA GPU here, or no driver for it: nothing was checked and nothing timed.\n"
         )
     if importlib.util.find_spec("torch") is None:
         parser.exit(1, "PyTorch is needed to time fastmax beside it: pip install torch\n")
+    make_output_folder(parser, options.output)
     torch = importlib.import_module("torch")
     start = time.perf_counter()
 

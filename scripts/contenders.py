@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numba
 import numpy as np
+from numba.core import config
+from options import positive_number, whole_number
 
 import fastmax
 from fastmax import reference
@@ -306,32 +308,17 @@ CONTENDERS = {
 # --- Timing ---------------------------------------------------------------------------------------
 
 
-def count_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def whole_number(text: str) -> int:
-    """Read an integer from 1."""
-    value = int(text) if text.replace("_", "").isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer from 1, got {text}")
-    return value
+def count_threads() -> int:
+    """Return the number of cores that this process may use, or of Numba's threads if they are fewer."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(cores, config.NUMBA_NUM_THREADS)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def number_of_threads(text: str) -> int:
     """Read a number of threads, at most one per core."""
-    value, cores = whole_number(text), count_cores()
-    if value > cores:
-        raise argparse.ArgumentTypeError(f"must be at most {cores}, the number of cores, got {text}")
-    return value
-
-
-def number_of_seconds(text: str) -> float:
-    """Read a time."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+    value, most = whole_number(text), count_threads()
+    if value > most:
+        raise argparse.ArgumentTypeError(f"must be at most {most}, as many as there are cores, got {text}")
     return value
 
 
@@ -340,7 +327,7 @@ def add_timing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads",
         type=number_of_threads,
-        default=count_cores(),
+        default=count_threads(),
         metavar="N",
         help="how many threads each library gets (default: one per core)",
     )
@@ -353,7 +340,7 @@ def add_timing_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--duration",
-        type=number_of_seconds,
+        type=positive_number,
         default=0.05,
         metavar="SECONDS",
         help="how long the calls of one measurement last together, at least one call (default: 0.05)",

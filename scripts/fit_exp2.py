@@ -36,6 +36,7 @@ import mpmath
 import numba
 import numpy as np
 from mpmath import mp, mpf
+from options import seed, whole_number
 
 from fastmax._lanes import fma
 
@@ -372,9 +373,13 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--samples", type=int, default=10_000_000, help="random f measured (%(default)s)")
-    parser.add_argument("--checks", type=int, default=20_000, help="f checked by mpmath (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random f (%(default)s)")
+    parser.add_argument(
+        "--samples", type=whole_number, default=10_000_000, help="random f measured (%(default)s)"
+    )
+    parser.add_argument(
+        "--checks", type=whole_number, default=20_000, help="f checked by mpmath (%(default)s)"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of the random f (%(default)s)")
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
     with mp.workdps(DIGITS):

@@ -28,12 +28,12 @@ from contenders import (
     seconds_per_call,
     show_case,
     show_shape,
-    whole_number,
 )
 from drawing import add_output_options, make_output_folder, report, save, use_style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from options import whole_number
 from tables import header, show_table, write_table
 from tqdm import tqdm
 

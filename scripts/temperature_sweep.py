@@ -8,6 +8,7 @@ simplex, from its centre at T = inf to a vertex, or to the middle of an edge for
 
 import argparse
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -281,6 +282,8 @@ def draw_simplex(sweeps: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) ->
 def make_parser() -> argparse.ArgumentParser:
     """Describe the options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    # argparse takes -1e3 for an option: it knows no exponents.
+    parser._negative_number_matcher = re.compile(r"-\.?\d")
     parser.add_argument(
         "--vector",
         nargs="+",

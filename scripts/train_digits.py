@@ -19,6 +19,7 @@ import numpy as np
 from drawing import add_output_options, make_output_folder, report, save, use_style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from options import seed, whole_number
 from sklearn.datasets import load_digits
 from tables import header, show_table, write_table
 from tqdm import tqdm
@@ -253,13 +254,6 @@ def tabulate(name: str, temperature: float, reliability: Reliability) -> list[Ro
     ]
 
 
-def whole_number(text: str) -> int:
-    """Read an integer from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer from 1, got {text}")
-    return int(text)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Describe the options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -270,7 +264,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--splits", type=whole_number, default=4, metavar="N", help="how many divisions (default: 4)"
     )
     parser.add_argument(
-        "--seed", type=int, default=1, metavar="N", help="seed of the divisions and the weights (default: 1)"
+        "--seed", type=seed, default=1, metavar="N", help="seed of the divisions and the weights (default: 1)"
     )
     add_output_options(parser)
     return parser

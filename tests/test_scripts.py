@@ -20,10 +20,10 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 RUNNABLE = sorted(path.name for path in SCRIPTS.glob("*.py") if "__main__" in path.read_text())
 
 
-def start(script, *arguments):
+def start(script, *arguments, **environment):
     return subprocess.run(
         [sys.executable, str(SCRIPTS / script), *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)},
+        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)} | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -127,6 +127,13 @@ def test_sweep_refuses_bad_arguments(ends_at_once, tmp_path, arguments, named):
     assert files(tmp_path) == {}
 
 
+def test_sweep_takes_numbers_with_exponents(tmp_path):
+    run(*SWEEP, "--vector", "1e2", "-1e1", "-.5", "--output", tmp_path, "--format", "svg")
+    (path,) = tmp_path.glob("*.csv")
+    table = np.loadtxt(path, delimiter=",", skiprows=1)
+    np.testing.assert_array_equal(table[0], [0, 1, 0, 0])
+
+
 # --- accuracy.py ----------------------------------------------------------------------------------
 
 
@@ -207,10 +214,13 @@ def test_scaling_sweeps_lengths_threads_and_sizes(tmp_path):
         ("scaling_cpu.py", ["--duration", "0"]),
         ("scaling_cpu.py", ["--lengths", "1.5"]),
         ("scaling_cpu.py", ["--output", __file__]),
+        ("train_digits.py", ["--seed", "-1"]),
+        ("train_digits.py", ["--epochs", "0"]),
+        ("benchmark_cuda.py", ["--seconds", "nan"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
-def test_benchmarks_refuse_bad_arguments(ends_at_once, tmp_path, script, arguments):
+def test_scripts_refuse_bad_arguments(ends_at_once, tmp_path, script, arguments):
     output = [] if "--output" in arguments else ["--output", tmp_path]
     status, _, error = ends_at_once(script, *arguments, *output)
     assert status == 2
@@ -218,6 +228,55 @@ def test_benchmarks_refuse_bad_arguments(ends_at_once, tmp_path, script, argumen
     assert arguments[-2] in last
     assert arguments[-1] in last
     assert files(tmp_path) == {}
+
+
+def test_no_more_threads_are_asked_for_than_numba_has(tmp_path):
+    sweeps = ("--lengths", 3, "--total", 1024, *BRIEFLY, "--output", tmp_path)
+    finished = start("scaling_cpu.py", *sweeps, NUMBA_NUM_THREADS="1")
+    assert finished.returncode == 0, finished.stderr
+    _, rows = read_table(files(tmp_path)["scaling_cpu.csv"])
+    assert {row["threads"] for row in rows} == {"1"}
+
+
+# --- outofcore_dask.py ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("axis", "temperature", "dtype"),
+    [(0, 0.01, None), (-1, 0, None), (0, 1, np.float64), (1, "inf", np.int64)],
+    ids=["random", "T = 0", "large", "integers"],
+)
+def test_softmax_from_disk_to_disk(tmp_path, axis, temperature, dtype):
+    dask = pytest.importorskip("dask.array")
+    source = ["--times", 0.001, "--chunk", "1MB"]
+    if dtype is not None:
+        x = np.random.default_rng(0).normal(scale=1000.0, size=(40, 60)).astype(dtype)
+        dask.from_array(x, chunks=(20, 30)).to_zarr(str(tmp_path / "input"))
+        source = ["--input", tmp_path / "input"]
+    options = ["--threads", "--axis", axis, "--temperature", temperature, "--output", tmp_path / "output"]
+    finished = start("outofcore_dask.py", *source, *options)
+    assert finished.returncode == 0, finished.stderr
+    result = dask.from_zarr(str(tmp_path / "output")).compute()
+    np.testing.assert_allclose(result.sum(axis=axis, dtype=np.float64), 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--axis", "2"],
+        ["--temperature", "-1"],
+        ["--temperature", "nan"],
+        ["--times", "-1"],
+        ["--workers", "0"],
+    ],
+    ids=" ".join,
+)
+def test_disk_to_disk_refuses_bad_arguments(ends_at_once, arguments):
+    """Before anything is written."""
+    status, _, error = ends_at_once("outofcore_dask.py", *arguments)
+    assert status == 2
+    assert arguments[0] in error.splitlines()[-1]
+    assert arguments[1] in error.splitlines()[-1]
 
 
 # --- learning ------------------------------------------------------------------------------------
