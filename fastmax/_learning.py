@@ -457,19 +457,19 @@ def cross_entropy_rows(team, parts, x, classes, probs, temperature, samples, los
 def kept_row_losses(first, stop, part, x, classes, probs, temperature, samples, losses, out, work):
     """`row_losses` from stored terms."""
     stored = pointer(part_of(work, part))
-    row_losses(first, stop, part, x, classes, probs, temperature, samples, losses, out, stored, None)
+    row_losses(first, stop, part, x, classes, probs, temperature, samples, losses, out, stored)
 
 
 @Kernel
 def cross_entropy_long_rows(team, parts, x, classes, probs, temperature, samples, losses, out):
     """Losses of rows and, unless out is None, gradients; for these, terms are computed twice."""
-    arguments = x, classes, probs, temperature, samples, losses, out, None, True
+    arguments = x, classes, probs, temperature, samples, losses, out, None
     each_span(row_losses, team, parts, len(x), arguments)
 
 
 @jit
-def row_losses(first, stop, part, x, classes, probs, temperature, samples, losses, out, stored, anew):
-    """Losses and gradients of some rows, from stored terms unless these are computed anew."""
+def row_losses(first, stop, part, x, classes, probs, temperature, samples, losses, out, stored):
+    """Losses and gradients of some rows, from stored terms, or, if ``stored`` is None, computed anew."""
     n = x.shape[1]
     entries = pointer(x)
     like = get(entries, 0)
@@ -480,15 +480,15 @@ def row_losses(first, stop, part, x, classes, probs, temperature, samples, losse
         row_max = _slice.maximum(entries, i * n, i * n + n)
         if is_plain(row_max, rate):
             scale = plain_scale(row_max, rate)
-            loss = row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, own, scale, None)
+            loss = row_loss(x, classes, probs, samples, out, i, stored, row_max, own, scale, None)
         else:
             scale, guard = guarded_scale(row_max, own)
-            loss = row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, own, scale, guard)
+            loss = row_loss(x, classes, probs, samples, out, i, stored, row_max, own, scale, guard)
         losses[i] = loss
 
 
 @jit
-def row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, temperature, scale, guard):
+def row_loss(x, classes, probs, samples, out, i, stored, row_max, temperature, scale, guard):
     """Loss of row i; its gradient is written to out, unless that is None."""
     n = x.shape[1]
     entries, start, stop, lanes = pointer(x), i * n, i * n + n, lane_count(x)
@@ -530,7 +530,7 @@ def row_loss(x, classes, probs, samples, out, i, stored, anew, row_max, temperat
             write_gradient(
                 entries, stored, 0, labels, start, stop, lanes, lanes, None, None, mass, results, 0
             )
-        if anew is not None:
+        else:
             write_gradient(
                 entries, None, 0, labels, start, stop, lanes, lanes, scale, guard, mass, results, 0
             )
@@ -640,7 +640,7 @@ def tile_losses(task, part, tiles, x, classes, probs, shape, temperature, sample
         kept = unless_none(out, w)
         vector_losses(
             w, at, lanes, lanes, n, classes, labels, temperature, samples, losses, number, present,
-            kept, None, kept, w, soon,
+            kept, kept, w, soon,
         )  # fmt: skip
     if out is not None:
         unpack(w, tile, shape, count, pointer(out), base)
@@ -668,14 +668,14 @@ def tall_losses(task, part, x, classes, probs, shape, temperature, samples, loss
     results = pointer_to(out)
     vector_losses(
         entries, start, inner, present, n, classes, labels, temperature, samples, losses, number, present,
-        None, results, results, w, None,
+        None, results, w, None,
     )  # fmt: skip
 
 
 @jit
 def vector_losses(
     x, start, step, width, n, classes, labels, temperature, samples, losses, number, count,
-    stored, anew, out, w, soon,
+    stored, out, w, soon,
 ):  # fmt: skip
     """Losses of a vector of samples, of which ``count`` are there; gradients are written unless out is None.
 
@@ -716,12 +716,11 @@ def vector_losses(
             store(w, _LABEL * lanes, label_gradient(others, share, before, after, row_max))
         if stored is not None:
             write_gradient(x, stored, start, labels, start, stop, step, width, None, None, mass, out, 0)
-        if anew is not None:
-            if plain:
-                write_gradient(x, None, 0, labels, start, stop, step, width, plain_scales, None, mass, out, 0)
-            else:
-                scale, guard = read_scale(w, 0, lanes), read_guard(w, 0, lanes)
-                write_gradient(x, None, 0, labels, start, stop, step, width, scale, guard, mass, out, 0)
+        elif plain:
+            write_gradient(x, None, 0, labels, start, stop, step, width, plain_scales, None, mass, out, 0)
+        else:
+            scale, guard = read_scale(w, 0, lanes), read_guard(w, 0, lanes)
+            write_gradient(x, None, 0, labels, start, stop, step, width, scale, guard, mass, out, 0)
         if labels is None:
             for k in range(count):
                 put(out, start + classes[number + k] * step + k, get(w, _LABEL * lanes + k))

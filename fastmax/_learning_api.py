@@ -12,6 +12,7 @@ from fastmax._api import (
     _as_axes,
     _as_stored,
     _as_temperature,
+    _asarray,
     _blocks,
     _check_out,
     _imported,
@@ -255,9 +256,9 @@ def fit_temperature(logits, labels, *, axis: int = 0) -> float:
     IndexError, TypeError, numpy.exceptions.AxisError
         As `cross_entropy` does.
     ValueError
-        As `cross_entropy` does; also if a probability is negative, and if there is no sample, or one whose
-        loss is NaN or infinite at every temperature: one with NaN, with nothing but -inf, or with the label
-        at -inf.
+        As `cross_entropy` does; also if a probability is negative or not finite, and if there is no sample,
+        or one whose loss is NaN or infinite at every temperature: one with NaN, with nothing but -inf, or
+        with the label at -inf.
 
     Notes
     -----
@@ -287,9 +288,10 @@ def fit_temperature(logits, labels, *, axis: int = 0) -> float:
     classes, probs = _as_labels(labels, x, dtype, np.float64, position, blocks, order, shape)
     if probs is not None:
         array = np.asarray(labels)
-        if (array < 0).any():
-            index = tuple(int(i) for i in np.argwhere(array < 0)[0])
-            raise ValueError(f"labels must not be negative, got {array[index]} at {index}")
+        invalid = ~((array >= 0) & (array < np.inf))
+        if invalid.any():
+            index = tuple(int(i) for i in np.argwhere(invalid)[0])
+            raise ValueError(f"labels must be finite and not negative, got {array[index]} at {index}")
     if math.prod(shape) == 0:
         raise ValueError(f"logits must have at least one sample, got shape {x.shape}")
     if x.size == 0:
@@ -298,7 +300,8 @@ def fit_temperature(logits, labels, *, axis: int = 0) -> float:
     if temperature is None:
         index = _position(sample, shape, position, order)
         raise ValueError(
-            f"logits must give a finite loss at some temperature, got NaN or inf at all for sample {index}"
+            "logits and labels must give a finite loss at some temperature, got NaN or inf at all "
+            f"for sample {index}"
         )
     return temperature
 
@@ -389,7 +392,7 @@ def solve_temperature(x, *, entropy: ArrayLike, axis=0) -> Any:
 
 def _cross_entropy(logits, labels, temperature, axis, reduction, gradient):
     _learning = _imported("_learning")
-    if reduction not in _REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
     x, dtype, position, blocks, order, shape = _as_samples(logits, axis)
     temperature = _as_temperature(temperature)
@@ -414,11 +417,12 @@ def _cross_entropy(logits, labels, temperature, axis, reduction, gradient):
     if reduction == "none":
         kept = [i for i in order if i != position]
         losses = losses.reshape([x.shape[i] for i in kept]).transpose(np.argsort(kept))
-    elif reduction == "sum" or samples:
-        with np.errstate(all="ignore"):
-            losses = losses.sum() / (samples if reduction == "mean" else 1)
     else:
-        losses = np.float64(np.nan)
+        with np.errstate(all="ignore"):
+            total = losses.sum()
+            if reduction == "mean":  # NaN over no sample; the sum alone may overflow
+                total = total / samples if abs(total) < math.inf else (losses / samples).sum()
+        losses = total
     with np.errstate(all="ignore"):
         losses = np.asarray(losses).astype(dtype, copy=False)[()]
     return losses, out
@@ -428,6 +432,8 @@ def _as_samples(logits, axis):
     """Return the logits, packed in some order of axes; what else says where a sample lies; samples' shape."""
     x, dtype = _as_array(logits, "logits", "")
     try:
+        if isinstance(axis, bool):
+            raise TypeError
         axis = operator.index(axis)
     except TypeError:
         raise TypeError(f"axis must be an integer, got {axis!r}") from None
@@ -464,7 +470,7 @@ def _as_labels(labels, x, dtype, other, position, blocks, order, shape):
     """
     if _is_masked(labels):
         raise TypeError("labels must not be a masked array")
-    array = np.asarray(labels)
+    array = _asarray(labels, "labels")
     if array.dtype.kind in "iu" or (array.dtype.kind == "f" and array.size == 0 and array.shape == shape):
         if array.shape != shape:
             raise ValueError(
@@ -517,7 +523,7 @@ def _check_broadcast(array, shape, name):
 
 def _as_entropies(entropy):
     """Return entropies as a float64 array, and by how much, relative, a limit may be off in their dtype."""
-    array = np.asarray(entropy)
+    array = _asarray(entropy, "entropy")
     is_float = array.dtype.kind == "f" or array.dtype.name == "bfloat16"
     if _is_masked(entropy) or not (is_float or array.dtype.kind in "biu"):
         raise TypeError(f"entropy must be real, got {entropy!r}")

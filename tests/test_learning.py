@@ -170,6 +170,21 @@ def test_reductions(dtype, n):
     assert fastmax.cross_entropy(x, labels, axis=1) == loss
 
 
+def test_out_that_overlaps_is_told_by_name():
+    memory = np.ones(40)
+    with pytest.raises(ValueError, match="out must be cotangent itself or not overlap it"):
+        fastmax.softmax_vjp(memory[:8], memory[20:28], out=memory[24:32])
+    with pytest.raises(ValueError, match="out must be probs itself or not overlap it"):
+        fastmax.softmax_vjp(memory[:8], memory[20:28], out=memory[4:12])
+
+
+def test_a_mean_whose_sum_overflows():
+    logits = np.array([[0.0, 1.7e308], [0.0, 1.6e308]])
+    assert fastmax.cross_entropy(logits, [0, 0], axis=1) == pytest.approx(1.65e308, rel=1e-15)
+    assert fastmax.cross_entropy(logits, [0, 0], axis=1, reduction="sum") == np.inf
+    assert np.isnan(fastmax.cross_entropy(np.zeros((0, 2)), np.zeros(0, int), axis=1))
+
+
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 @pytest.mark.parametrize("n", [10, 300])
 def test_16_bits_are_the_float32_result_rounded(dtype, n):
@@ -747,10 +762,21 @@ def test_fit_takes_probabilities_as_they_are():
 
 
 def test_fit_errors():
-    with pytest.raises(ValueError, match=r"labels must not be negative, got -0.5 at \(1, 0\)"):
+    with pytest.raises(ValueError, match=r"labels must be finite and not negative, got -0.5 at \(1, 0\)"):
         fastmax.fit_temperature([[1.0, 0.0], [2.0, 1.0]], [[1.0, 0.0], [-0.5, -0.25]], axis=1)
+    for label in (np.nan, np.inf):
+        with pytest.raises(
+            ValueError, match=rf"labels must be finite and not negative, got {label} at \(0, 1\)"
+        ):
+            fastmax.fit_temperature([[1.0, 2.0]], [[1.0, label]], axis=1)
     with pytest.raises(IndexError, match="labels must be in"):
         fastmax.fit_temperature(BATCH, [0, 1, 4])
+    with pytest.raises(ValueError, match="labels must make an array"):
+        fastmax.fit_temperature(BATCH, [[0.5, 0.5], [1.0]])
+    with pytest.raises(TypeError, match="axis must be an integer, got None"):
+        fastmax.fit_temperature(BATCH, [0, 1, 4], axis=None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"reduction must be one of none, sum, mean, got array"):
+        fastmax.cross_entropy(BATCH, [0, 1, 4], reduction=np.array(["a", "b"]))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"labels .* shape"):
         fastmax.fit_temperature(BATCH, [0, 1])
     with pytest.raises(ValueError, match="at least one sample"):
