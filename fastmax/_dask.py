@@ -83,7 +83,10 @@ def _as_dask(array, name):
         raise TypeError(f"{name} must not be a masked array")
     if isinstance(array, da.Array):
         return array
-    return da.from_array(np.asarray(array), chunks="auto")
+    array = _api._asarray(array, name)
+    if array.dtype.hasobject:
+        raise TypeError(f"{name} must be of numbers, got dtype {array.dtype}")
+    return da.from_array(array, chunks="auto")
 
 
 def _batch_shape(x, temperature, axes):

@@ -344,9 +344,9 @@ def kernel(function, **options) -> Any:
     return dispatcher
 
 
-def _compile(compile_for_args, *arguments):
+def _compile(function, *arguments):
     with _enabled():
-        return compile_for_args(*arguments)
+        return function(*arguments)
 
 
 def compiled_address(dispatcher, signature):
@@ -393,20 +393,15 @@ def _njit(function, dispatcher, compiler, **options) -> Any:
 
 def gufunc(function, layout, signature):
     """``numba.guvectorize`` with this package's cache, which Numba has no option to choose."""
-    return uninterrupted(_build_gufunc, function, layout, signature)
-
-
-def _build_gufunc(function, layout, signature):
-    with _enabled():
-        return _gufunc(function, layout, signature)
+    return uninterrupted(_gufunc, function, layout, signature)
 
 
 def _gufunc(function, layout, signature):
-    if not CACHED:
-        return numba.guvectorize([signature], layout)(function)
-    result: Any = numba.guvectorize(layout, cache=True)(function)
-    result.gufunc_builder.nb_func.cache = _KernelCache(function)
-    with global_compiler_lock:
+    with _enabled():
+        if not CACHED:
+            return numba.guvectorize([signature], layout)(function)
+        result: Any = numba.guvectorize(layout, cache=True)(function)
+        result.gufunc_builder.nb_func.cache = _KernelCache(function)
         result.add(signature)
         result.disable_compile()
         (compiled,) = result.gufunc_builder.nb_func.overloads.values()

@@ -696,10 +696,14 @@ def _run_packed(task, x, out, count, n, inner, x_pitch, out_pitch, laws):
     )
     gpu = driver.gpu(task.device)
     specs = _cuda_plan.plan(*how, gpu)
-    for cluster in (_cuda_plan.CLUSTER_AT_ANY_RATE, 1):
-        if specs[0].team != "cluster" or _fits(task, specs[0], n):
+    for cluster, multiprocessors in (
+        (_cuda_plan.CLUSTER_AT_ANY_RATE, gpu.multiprocessors),
+        (1, gpu.multiprocessors),
+        (1, 0),
+    ):
+        if _fits(task, specs[0], n):
             break
-        specs = _cuda_plan.plan(*how, gpu._replace(cluster=cluster))
+        specs = _cuda_plan.plan(*how, gpu._replace(cluster=cluster, multiprocessors=multiprocessors))
     spec, *others = specs
     if others:
         _run_split(task, specs, x, out, count, n, inner, x_pitch, out_pitch, laws)
@@ -714,8 +718,12 @@ def _run_packed(task, x, out, count, n, inner, x_pitch, out_pitch, laws):
 
 
 def _fits(task, spec, n):
-    """Whether a device has room for a cluster; a part of one may have none for many blocks."""
+    """Whether a device runs all blocks of a team at once; a part of one may have no room for many."""
+    if spec.team not in ("cluster", "grid"):
+        return True
     blocks = _cuda_plan.blocks_needed(spec, n)
+    if spec.team == "grid":
+        return driver.most_blocks(spec, task.device, spec.tile) >= blocks
     _, shared = _cuda_plan.shares(spec, n, blocks)
     return driver.most_clusters(spec, task.device, shared, blocks) > 0
 

@@ -124,6 +124,22 @@ def test_launch_hands_over_grid_stream_and_arguments(notes):
     assert notes.contexts == []
 
 
+def test_teams_that_a_device_has_no_room_for_are_split(notes, cupy):
+    """As where processes share it: blocks of a team would wait for those that cannot begin."""
+
+    def one_at_a_time(found, function, threads, shared):
+        found._obj.value = 1
+        return 0
+
+    x = aligned((1, 2 * HOPPER.multiprocessors * 18_000))
+    cuda.softmax(x, 1.0, axis=1)
+    assert len(notes.launches) == 1
+    notes.cuOccupancyMaxActiveBlocksPerMultiprocessor = one_at_a_time
+    _cuda_launch.most_blocks.cache_clear()
+    cuda.softmax(x, 2.0, axis=1)
+    assert len(notes.launches) == 4
+
+
 def test_teams_are_as_large_as_all_multiprocessors_can_be_kept_busy(notes, cupy):
     cuda.softmax(aligned((300, 100_000)), axis=1)
     ((grid, _, _, _, values),) = notes.launches

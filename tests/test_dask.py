@@ -305,6 +305,15 @@ def test_masked_arguments_are_refused():
         fastmax.softmax(x, da.ma.masked_array(x[0], x[0] > 2))
 
 
+def test_arguments_of_objects_are_named():
+    with pytest.raises(TypeError, match="x must be of numbers, got dtype object"):
+        fastmax.softmax([None, 1.0], da.ones(()))
+    with pytest.raises(TypeError, match="where must be of numbers, got dtype object"):
+        fastmax.softmax(da.ones(3), where=[None, True, False])
+    with pytest.raises(ValueError, match="where must make an array"):
+        fastmax.softmax(da.ones(3), where=[[True], [True, False]])
+
+
 @pytest.mark.parametrize("name", ["softmax", "logsumexp"])
 def test_same_work_has_the_same_name(name):
     x = da.ones((4, 6), chunks=2)
