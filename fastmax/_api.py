@@ -372,7 +372,9 @@ def _transformed(operation, x, temperature, axis, where, out) -> Any:
                 if kernel is not None and shape == blocks:
                     fits = kernel(x, temperature, result)
                 elif fits := out is None or (out.shape == shape and not _overlaps_in_part(out, x)):
-                    entries, results = x.reshape(blocks), result.reshape(blocks)
+                    entries, results = x, result
+                    if shape != blocks:
+                        entries, results = x.reshape(blocks), result.reshape(blocks)
                     if kernel is not None:
                         kernel(entries, temperature, results)
                     else:
