@@ -39,6 +39,7 @@ from contenders import (
     add_timing_options,
     compare_with_copy,
     median_ratio,
+    prepare,
     serve,
     show_case,
     show_shape,
@@ -46,7 +47,7 @@ from contenders import (
 from drawing import add_output_options, make_output_folder, report, save, use_style
 from learners import CASES as LEARNING_CASES
 from learners import ERRORS, LEARNERS
-from learners import serve as serve_learning
+from learners import prepare as prepare_learning
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tables import header, show_table, write_table
@@ -107,7 +108,7 @@ def is_installed(contender: Contender) -> bool:
 
 @contextlib.contextmanager
 def workers(
-    names: Sequence[str], threads: int, duration: float, serve: Callable[..., None] = serve
+    names: Sequence[str], threads: int, duration: float, prepare: Callable[..., Any] = prepare
 ) -> Iterator[dict[str, Connection]]:
     """Start a process per contender, and end them all when the work is done."""
     os.environ.update(dict.fromkeys(VARIABLES, str(threads)))
@@ -116,7 +117,9 @@ def workers(
     try:
         for name in names:
             connections[name], theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs, name, threads, duration), daemon=True)
+            process = context.Process(
+                target=serve, args=(theirs, name, threads, duration, prepare), daemon=True
+            )
             process.start()
             theirs.close()
             processes.append(process)
@@ -336,7 +339,7 @@ def run_learning(arguments: argparse.Namespace) -> None:
     functions = arguments.learning or list(ERRORS)
     cases = [case for case in LEARNING_CASES if case.function in functions]
     names = [name for name in LEARNERS if is_installed(LEARNERS[name])]
-    with workers(names, arguments.threads, arguments.duration, serve_learning) as connections:
+    with workers(names, arguments.threads, arguments.duration, prepare_learning) as connections:
         rows = measure_learning(cases, connections, arguments.rounds)
     show_table("Times in seconds, and fastmax's as a share of them (medians)", rows, show_number)
     packages = sorted({package for name in names for package in LEARNERS[name].packages})
@@ -352,6 +355,9 @@ def main() -> None:
     arguments = parser.parse_args()
     make_output_folder(parser, arguments.output)
     if arguments.learning is not None:
+        for option in ("functions", "shapes", "dtypes", "contenders"):
+            if (given := getattr(arguments, option)) != parser.get_default(option):
+                parser.error(f"argument --{option}: {' '.join(given)} has no part in --learning")
         run_learning(arguments)
         return
     use_style()

@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import itertools
 import math
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -359,15 +360,9 @@ def specs_needed(dtypes: Sequence[str], gpu: Any) -> list[Any]:
 
 def compile_all(jobs: Sequence[Any]) -> list[str]:
     """Compile kernels on all cores; return what went wrong."""
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing_context()) as pool:
+    context = multiprocessing.get_context("spawn")  # whose processes know nothing of this one's GPU
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
         return [fault for fault in pool.map(build, jobs) if fault]
-
-
-def multiprocessing_context() -> Any:
-    """Return the context whose processes know nothing of this one's GPU."""
-    import multiprocessing
-
-    return multiprocessing.get_context("spawn")
 
 
 # -- figure ---------------------------------------------------------------------------------------------

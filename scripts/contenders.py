@@ -78,7 +78,7 @@ class Contender(NamedTuple):
 
     title: str
     packages: tuple[str, ...]
-    make_call: Callable[[Task], Call]
+    make_call: Callable[..., Call]  # of a Task, or of what `learners` has
     functions: tuple[str, ...] = FUNCTIONS
     dtypes: tuple[str, ...] = WIDE
     variants: tuple[str, ...] = (PLAIN, PER_ROW)
@@ -347,8 +347,8 @@ def add_timing_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def prepare(name: str, case: Case, threads: int) -> Call:
-    """Return the call of a contender for a case, after a first call whose result is right."""
+def prepare(name: str, case: Case, threads: int) -> tuple[Call, None]:
+    """Return the call of a contender for a case, after a first call whose result is right; and no answer."""
     contender = CONTENDERS[name]
     task = make_task(case, threads)
     if name in COPIES:
@@ -359,7 +359,7 @@ def prepare(name: str, case: Case, threads: int) -> Call:
         check_copy(task)
     else:
         check(task, task.out if contender.has_out else np.asarray(returned))
-    return call
+    return call, None
 
 
 def count_calls(call: Call, duration: float) -> int:
@@ -372,8 +372,9 @@ def count_calls(call: Call, duration: float) -> int:
 
 
 def seconds_per_call(call: Call, calls: int) -> float:
-    """Return the mean time of some calls, after one to warm up the caches."""
-    call()
+    """Return the mean time of some calls, if they are several after one to warm up the caches."""
+    if calls > 1:
+        call()
     return timeit.Timer(call).timeit(calls) / calls
 
 
@@ -392,10 +393,16 @@ def idle() -> None:
     """Hold no arrays: what a process calls before its first case and between two."""
 
 
-def serve(connection: Connection, name: str, threads: int, duration: float) -> None:
+def serve(
+    connection: Connection,
+    name: str,
+    threads: int,
+    duration: float,
+    prepare: Callable[[str, Case, int], tuple[Call, Any]] = prepare,
+) -> None:
     """Answer for one contender, until the process is ended.
 
-    A case that is not yet its turn is made ready, and answered with the number of calls; its turn is
+    A case that is not yet its turn is prepared, and answered with what comes with its call; its turn is
     answered with the seconds per call, and what goes wrong with an error.
     """
     # Ctrl-C is for the process that asks.
@@ -409,8 +416,8 @@ def serve(connection: Connection, name: str, threads: int, duration: float) -> N
             else:
                 # The arrays of the last case go before those of the next come.
                 call = idle
-                call = prepare(name, case, threads)
-                answer = calls = count_calls(call, duration)
+                call, answer = prepare(name, case, threads)
+                calls = count_calls(call, duration)
         except Exception as error:
             answer = RuntimeError(f"{name}, {show_case(case)}: {error!r}")
         connection.send(answer)

@@ -6,16 +6,12 @@ against the definition in float64, and what it is off by is kept.
 
 import importlib
 import math
-import signal
-import timeit
-from collections.abc import Callable
 from functools import partial
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numba
 import numpy as np
-from contenders import SEED, Call, Case, Contender, count_calls, idle, seconds_per_call, show_case
+from contenders import SEED, Call, Case, Contender
 
 import fastmax
 
@@ -161,49 +157,24 @@ def call_sklearn(case: Case, x: np.ndarray, labels: np.ndarray, threads: int) ->
     return partial(module._binary_search_perplexity, -x, PERPLEXITY, 0)
 
 
-Maker = Callable[[Case, np.ndarray, np.ndarray, int], Call]
 CHECKS = {LOSS: gradient_error, FIT: fit_error, SOLVE: solve_error}
 # More than this, in the unit of `ERRORS`, is wrong; PyTorch and Optax round more than once.
 LARGEST_ERROR = {LOSS: 1e4, FIT: 1e-4, SOLVE: 1e-3}
 
 
-def make(maker: Maker) -> Any:
-    """Let a maker of calls stand where `Contender` has one."""
-    return maker
-
-
 LEARNERS = {
-    "fastmax": Contender("fastmax", ("numba",), make(call_fastmax), (LOSS, FIT, SOLVE)),
-    "torch": Contender("PyTorch", ("torch",), make(call_torch), (LOSS, FIT)),
-    "optax": Contender("JAX with Optax", ("jax", "optax"), make(call_optax), (LOSS,)),
-    "scikit-learn": Contender("scikit-learn", ("sklearn",), make(call_sklearn), (FIT, SOLVE)),
+    "fastmax": Contender("fastmax", ("numba",), call_fastmax, (LOSS, FIT, SOLVE)),
+    "torch": Contender("PyTorch", ("torch",), call_torch, (LOSS, FIT)),
+    "optax": Contender("JAX with Optax", ("jax", "optax"), call_optax, (LOSS,)),
+    "scikit-learn": Contender("scikit-learn", ("sklearn",), call_sklearn, (FIT, SOLVE)),
 }
 
 
 def prepare(name: str, case: Case, threads: int) -> tuple[Call, float]:
     """Return the call of a library for a case, and the error of a first call."""
     x, labels = draw(case)
-    maker: Any = LEARNERS[name].make_call
-    call = maker(case, x, labels, threads)
+    call = LEARNERS[name].make_call(case, x, labels, threads)
     error = CHECKS[case.function](case, x, labels, call())
     if not error <= LARGEST_ERROR[case.function]:
         raise ArithmeticError(f"{ERRORS[case.function]}: wrong by {error:.3g}")
     return call, error
-
-
-def serve(connection: Connection, name: str, threads: int, duration: float) -> None:
-    """Answer for one library as `contenders.serve` does, but for a case that is made ready with its error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    call, calls = idle, 0
-    while True:
-        case, turn = connection.recv()
-        try:
-            if turn:
-                answer = seconds_per_call(call, calls) if calls > 1 else timeit.timeit(call, number=1)
-            else:
-                call = idle
-                call, answer = prepare(name, case, threads)
-                calls = count_calls(call, duration)
-        except Exception as error:
-            answer = RuntimeError(f"{name}, {show_case(case)}: {error!r}")
-        connection.send(answer)

@@ -210,6 +210,7 @@ def test_scaling_sweeps_lengths_threads_and_sizes(tmp_path):
         ("benchmark_cpu.py", ["--shapes", "3", "--dtypes", "float16"]),
         ("benchmark_cpu.py", ["--contenders", "tensorflow"]),
         ("benchmark_cpu.py", ["--rounds", "0"]),
+        ("benchmark_cpu.py", ["--learning", "fit_temperature", "--dtypes", "float64"]),
         ("scaling_cpu.py", ["--threads", "1000000"]),
         ("scaling_cpu.py", ["--duration", "0"]),
         ("scaling_cpu.py", ["--lengths", "1.5"]),
