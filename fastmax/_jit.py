@@ -165,7 +165,9 @@ class _QuickLoad(Cache):
 
     def save_overload(self, sig, data):
         with contextlib.suppress(OSError):  # a full disk, or a place that is gone
-            super().save_overload(sig, data)
+            # Modules that were imported after an upgrade are not those of the state that this process has.
+            if _package_digest.__wrapped__() == _package_digest():
+                super().save_overload(sig, data)
 
 
 class _KernelCache(_QuickLoad, FunctionCache):

@@ -130,6 +130,22 @@ def kernels(directory):
     return {path: path.stat().st_mtime_ns for path in directory.rglob("*.nb[ci]")}
 
 
+def test_nothing_is_kept_of_a_package_that_has_changed_in_a_running_process(package):
+    """What is imported later is new code, and a process of the old package would find its kernels."""
+    program = """
+import fastmax
+from pathlib import Path
+
+print(fastmax.softmax([1.0, 3.0, 3.0], 0))
+with Path(fastmax.__file__).with_name("_columns.py").open("a") as file:
+    file.write("# changed")
+print(fastmax.softmax([[1.0, 3.0], [3.0, 3.0]], 0))
+"""
+    printed = run(program, package)
+    assert printed.split() == "[0. 0.5 0.5] [[0. 0.5] [1. 0.5]]".split()
+    assert [path.name.split("-")[0] for path in kernels(package)] == ["_slice.softmax_vector"]
+
+
 def test_kernels_from_the_cache_give_the_same_bits(package):
     compiled = run(EVERY_KIND, package)
     written = kernels(package)
