@@ -215,7 +215,8 @@ def _library_of(x):
 
 @functools.cache
 def _package_of(kind):
-    return kind.__module__.partition(".")[0]
+    packages = [base.__module__.partition(".")[0] for base in kind.__mro__]  # a user's own kind comes first
+    return next((package for package in packages if package in ("torch", "cupy")), packages[0])
 
 
 class _Place(NamedTuple):
@@ -275,6 +276,8 @@ def _place(x, name):
         if device is None:
             device = driver.device_of(address) if address else 0
         place = _Place(address, shape, tuple(strides), dtype, device)
+    if place.address % _cuda_plan.ITEMSIZE.get(place.dtype, 1):
+        raise ValueError(f"{name} must begin at a multiple of its itemsize, got address {place.address:#x}")
     return place
 
 

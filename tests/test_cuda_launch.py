@@ -441,6 +441,23 @@ def test_values_may_not_replace_the_entries(notes, cupy, name):
 # --- arrays of other libraries ----------------------------------------------------------------------
 
 
+def test_a_kind_of_array_derived_from_a_librarys_is_taken_as_that():
+    class Tensor:
+        __module__ = "torch"
+
+    class Mine(Tensor):
+        pass
+
+    assert cuda._package_of(Mine) == "torch"
+    assert cuda._package_of(np.ndarray) == "numpy"
+
+
+def test_arrays_that_begin_between_entries_are_refused(notes, cupy):
+    x = np.zeros(36, np.uint8)[1:33].view(np.float32).reshape(2, 4).view(ndarray)
+    with pytest.raises(ValueError, match="x must begin at a multiple of its itemsize"):
+        cuda.softmax(x, 1.0, axis=1)
+
+
 def test_numba_arrays_are_made_on_the_device_and_the_stream_of_x(monkeypatch):
     made, devices = [], []
 
