@@ -757,8 +757,7 @@ def _reduce(operation, x, mask, temperature, axes, batch):
             _one_per_slice(temperature, x.shape, axes, order),
             _as_stored(values),
         )
-        kept = _kept(axes, order)
-        values = values.reshape([x.shape[i] for i in kept]).transpose(np.argsort(kept))
+        values = _as_batch(values.reshape(-1), x.shape, axes, order)
     else:
         values = np.empty(batch, x.dtype) if as_given else None
         if values is None or not _run_strided(operation, x, mask, temperature, axes, values):
@@ -955,6 +954,13 @@ def _one_per_slice(temperature, shape, axes, order):
     kept = sorted(axes_kept := _kept(axes, order))
     full = np.broadcast_to(temperature, [shape[i] for i in kept])
     return _flat(full.transpose([kept.index(i) for i in axes_kept]))
+
+
+def _as_batch(values, shape, axes, order):
+    """Values of slices that come in an order of axes, in the shape of the batch; more axes may follow."""
+    kept = _kept(axes, order)
+    values = values.reshape([shape[i] for i in kept] + list(values.shape[1:]))
+    return values.transpose([*np.argsort(kept), *range(len(kept), values.ndim)])
 
 
 def _flat(temperature):

@@ -245,20 +245,13 @@ class _Chunk:
         is_one = values.size <= 1 or (values == first).all()
         return _api._flat(first if is_one else self.per_slice(np.broadcast_to(values, self.batch)))
 
-    def per_batch(self, values):
-        """Values in the order of slices (more axes may follow) as an array of the batch's shape."""
-        kept = _api._kept(self.axes, self.order)
-        values = values.reshape([self.shape[i] for i in kept] + list(values.shape[1:]))
-        rest = range(len(kept), values.ndim)
-        return values.transpose([*np.argsort(kept), *rest])
-
     def states(self, temperature, exact):
         """States of the slices, in the order of the batch."""
         sums_of = sums_of_rows if self.x.ndim == 2 else functools.partial(_columns.tall_sums, 1)
         maxima, sums = sums_of(self.x, self.mask, temperature, exact)
         states = np.empty((len(maxima), _FIELDS))
         write_states(maxima, sums, _inner(self.x), temperature, exact, states)
-        return self.per_batch(states)
+        return _api._as_batch(states, self.shape, self.axes, self.order)
 
 
 def _inner(blocks):

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from fastmax._api import (
     _as_array,
     _as_axes,
+    _as_batch,
     _as_stored,
     _as_temperature,
     _asarray,
@@ -371,12 +372,7 @@ def solve_temperature(x, *, entropy: ArrayLike, axis=0) -> Any:
     temperatures, found = np.empty(count), np.empty(count, np.int8)
     entropies = _one_per_slice(targets, x.shape, axes, order)
     _learning.solve(_block(x, order, blocks), entropies, at_limit, temperatures, found)
-    kept = _kept(axes, order)
-
-    def restore(values):
-        return values.reshape([x.shape[i] for i in kept]).transpose(np.argsort(kept))
-
-    temperatures, found = restore(temperatures), restore(found)
+    temperatures, found = (_as_batch(values, x.shape, axes, order) for values in (temperatures, found))
     if found.any():
         index = tuple(int(i) for i in np.unravel_index(int((found != 0).argmax()), shape))
         value = np.broadcast_to(targets, shape)[index]
@@ -403,8 +399,8 @@ def _cross_entropy(logits, labels, temperature, axis, reduction, gradient):
     samples = math.prod(shape)
     losses = np.full(samples, 0.0 if probs is not None else np.nan)
     out = np.empty_like(x) if gradient else None
+    axes = () if position is None else (position,)
     if x.size:
-        axes = () if position is None else (position,)
         _learning.cross_entropy(
             _block(x, order, blocks),
             classes,
@@ -415,8 +411,7 @@ def _cross_entropy(logits, labels, temperature, axis, reduction, gradient):
             None if out is None else _block(out, order, blocks),
         )
     if reduction == "none":
-        kept = [i for i in order if i != position]
-        losses = losses.reshape([x.shape[i] for i in kept]).transpose(np.argsort(kept))
+        losses = _as_batch(losses, x.shape, axes, order)
     else:
         with np.errstate(all="ignore"):
             total = losses.sum()
