@@ -213,7 +213,9 @@ def log_softmax(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, out=N
 
     Notes
     -----
-    The error is at most 4 ulp in float32 and float64. At T = 0 the entries below the maximum are -inf, and
+    The error is at most 4 ulp in float32 and float64, in all that was drawn at random; a search for the worst
+    came to 8 where one probability is within 1e-6 (float32) or 1e-15 of 1, for whose logarithm terms are
+    added that are faint beside the largest. At T = 0 the entries below the maximum are -inf, and
     the others minus the logarithm of their number. An entry -inf stays -inf. Slices with NaN, or that are
     -inf throughout, are NaN. Entries where `where` is False are -inf.
 
@@ -261,7 +263,9 @@ def logsumexp(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, keepdim
 
     Notes
     -----
-    The error is at most 4 ulp of the largest of abs(max(x)), abs(T log(sum)) and the result. The value at
+    The error is at most 4 ulp of the largest of abs(max(x)), abs(T log(sum)) and the result, in all that was
+    drawn at random; a search for the worst came to 8 for results as small as the terms that are faint beside
+    the largest, where the maximum is near 0. The value at
     T = 0 is the maximum; at T = inf it is +inf, or the entry itself if only one is not -inf. With an entry
     +inf it is +inf, with NaN it is NaN, with nothing but -inf, or with nothing at all, it is -inf.
 
@@ -1048,9 +1052,12 @@ def _as_array(x, name="x", advice="; pass x.data with where=~np.ma.getmaskarray(
 def _asarray(x, name):
     """What NumPy makes of an argument."""
     try:
-        return np.asarray(x)
+        array = np.asanyarray(x)
     except ValueError as error:
         raise ValueError(f"{name} must make an array: {error}") from None
+    if type(array) is not _ARRAY and _is_masked(array):
+        raise TypeError(f"{name} must not be a masked array")
+    return np.asarray(array)
 
 
 def _kernel_dtype(dtype):
@@ -1138,13 +1145,23 @@ def _as_axes(axis, ndim):
     return tuple(given[i] for i in order), tuple(axes[i] for i in order)
 
 
+def _broadcast(shape, other):
+    """As `numpy.broadcast_shapes`, which knows no more than 32 axes."""
+    sizes = []
+    for n, m in itertools.zip_longest(reversed(shape), reversed(other), fillvalue=1):
+        if n != m and 1 not in (n, m):
+            raise ValueError(f"shapes {shape} and {other} do not broadcast")
+        sizes.append(m if n == 1 else n)
+    return tuple(reversed(sizes))
+
+
 def _batch_shape(x, temperature, axes):
     """Shape of the slices: that of x without its reduced axes, broadcast with the temperature."""
     kept = tuple(x.shape[i] for i in _kept(axes, range(x.ndim)))
     if temperature.ndim == 0:
         return kept
     try:
-        return np.broadcast_shapes(kept, temperature.shape)
+        return _broadcast(kept, temperature.shape)
     except ValueError:
         raise ValueError(
             f"temperature of shape {temperature.shape} does not broadcast against "

@@ -8,6 +8,7 @@ Arrays come as (outer, n, inner), see `_cpu`. Schedules:
 - long columns: too long for a tile; each is taken chunk by chunk, and threads share them.
 """
 
+import functools
 import math
 from collections import namedtuple
 
@@ -675,7 +676,7 @@ def strip_value(x, work, j, width, plain, exact):
     return normalized(term_of(power, excess), work, j, width)
 
 
-@kernel
+@functools.partial(kernel, nogil=True)
 def tall_values(x, mask, temperature, maxima, sums, out, weighted):
     """Logsumexp of each column from its sums, or entropy unless ``weighted`` is None."""
     outer, n, inner = x.shape

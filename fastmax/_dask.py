@@ -94,7 +94,7 @@ def _batch_shape(x, temperature, axes):
     kept = tuple(_UNKNOWN if math.isnan(x.shape[i]) else x.shape[i] for i in _api._kept(axes, range(x.ndim)))
     given = tuple(_UNKNOWN if math.isnan(n) else n for n in temperature.shape)
     try:
-        batch = np.broadcast_shapes(kept, given)
+        batch = _api._broadcast(kept, given)
     except ValueError:
         raise ValueError(
             f"temperature of shape {temperature.shape} does not broadcast against the shape {x.shape} of x "
@@ -197,6 +197,8 @@ def _evaluate_split(operation, x, mask, temperature, reduced, batch_ndim, dtype)
     values = _blocks(
         _values, batch, [(states, (*batch, last))], dtype, operation=operation.name, result_dtype=dtype
     )
+    if mask is None and any(math.isnan(n) for n in x.shape[x.ndim - reduced :]):
+        mask = da.ones_like(x, dtype=bool)  # there may be no entry at all
     if mask is not None:
         present = mask.any(axis=tuple(range(-reduced, 0)))
         values = da.where(present, values, np.asarray(operation.absent, dtype))
@@ -279,7 +281,7 @@ def _exact(operation):
 def _states(x, temperature, mask, reduced, operation):
     """States of the slices of a chunk, with an axis of one for each reduced axis."""
     temperature = _api._as_temperature(temperature)
-    batch = np.broadcast_shapes(x.shape[: x.ndim - reduced], temperature.shape)
+    batch = _api._broadcast(x.shape[: x.ndim - reduced], temperature.shape)
     if x.size and 0 not in batch:
         chunk = _Chunk(x, mask, reduced, batch)
         states = chunk.states(chunk.temperatures(temperature), _exact(operation))

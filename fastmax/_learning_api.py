@@ -15,6 +15,7 @@ from fastmax._api import (
     _as_temperature,
     _asarray,
     _blocks,
+    _broadcast,
     _check_out,
     _imported,
     _is_masked,
@@ -509,7 +510,7 @@ def _position(sample, shape, position, order):
 def _check_broadcast(array, shape, name):
     """Raise an error if an array does not broadcast to the shape of samples."""
     try:
-        fits = np.broadcast_shapes(array.shape, shape) == shape
+        fits = _broadcast(array.shape, shape) == shape
     except ValueError:
         fits = False
     if not fits:

@@ -103,8 +103,10 @@ ULP_OF_2 = (2.0**-22, 2.0**-51)
 # Largest |max c| of a plain slice: x times the low part of c is then at most 2**-8 or 2**-12.
 LARGEST_PRODUCT = (2.0**15, 2.0**40)
 
-# Range of c in which high and low are far from the ends of the exponent range.
-LARGEST_MULTIPLIER = (2.0**100, 2.0**900)
+# Range of c in which high and low are far from the ends of the exponent range. LARGEST_PRODUCT times its
+# largest reciprocal, the largest maximum of a plain slice, is less than half an ulp of the largest float, so
+# that x - max does not overflow.
+LARGEST_MULTIPLIER = (2.0**87, 2.0**900)
 # A rest of the terms below this, beside a single maximum, may miss some that lie below DEPTH.
 FAINT_REST = (2.0**-100, 2.0**-900)
 HUGE_TEMPERATURE = 2.0**1000

@@ -33,7 +33,8 @@ def usable_threads():
     others = threading.active_count() - 1
     caller = threading.current_thread()
     if others > 0:  # threads that Python did not start stay on its list when they have ended
-        running = sys._current_frames()
+        # Not the frames, of which this is one: they would keep what all callers have until it is collected.
+        running = set(sys._current_frames())
         others = sum(thread.ident in running for thread in threading.enumerate()) - 1
     if caller is not threading.main_thread():
         # A thread beside further ones shares the cores with them; one that Python did not start may be
@@ -173,8 +174,9 @@ def uninterrupted(function, *arguments) -> Any:
     thread, the only one that is interrupted, has it done in another; if it is interrupted waiting, the other
     thread brings its work to an end.
     """
-    if threading.current_thread() is not threading.main_thread() or global_compiler_lock.is_locked():
-        # Where the main thread itself compiles, another one would wait for it.
+    is_main = threading.current_thread() is threading.main_thread()
+    # Where the main thread itself compiles, another one would wait for it; none runs when the process ends.
+    if not is_main or global_compiler_lock.is_locked() or sys.is_finalizing():
         return function(*arguments)
     outcome = []
 
@@ -193,5 +195,8 @@ def uninterrupted(function, *arguments) -> Any:
         thread.join(0.1)  # without a limit, Windows would not let it be interrupted
     result, error = outcome.pop()
     if error is not None:
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # its traceback has this frame, and those of all callers
     return result

@@ -8,6 +8,7 @@ Arrays come as (outer, n), see `_cpu`. Schedules:
 - long rows: too long for a core's cache, or too few to keep the threads busy; all threads share each row.
 """
 
+import functools
 import math
 
 from fastmax import _slice
@@ -842,7 +843,7 @@ def write_chunk(task, part, x, mask, temperature, maxima, sums, exact, out):
     _slice.write_slice(entries, start, stop, maxima[row], rate, own, exact, results, shift, far, soon)
 
 
-@kernel
+@functools.partial(kernel, nogil=True)
 def long_values(x, mask, temperature, maxima, sums, out, weighted):
     """Logsumexp of each row from its sums, or entropy unless ``weighted`` is None."""
     rows, n = x.shape

@@ -401,6 +401,25 @@ def test_masked_arrays_in_a_sequence_are_no_less_masked(function):
 
 
 @every
+def test_a_mask_that_comes_from_an_array_protocol_is_not_dropped(function):
+    class Duck:
+        def __array__(self, dtype=None, copy=None):
+            return np.ma.masked_array([1.0, 2.0], mask=[False, True])
+
+    with pytest.raises(TypeError, match="x must not be a masked array"):
+        function(Duck())
+
+
+@every
+@pytest.mark.parametrize("ndim", [33, 64])
+def test_as_many_axes_as_arrays_have(function, ndim):
+    """NumPy broadcasts no more than 32 shapes' axes by name."""
+    x = np.array([0.5, 2.0]).reshape((1,) * (ndim - 1) + (2,))
+    found = function(x, np.array([0.7]), axis=-1)
+    assert found.tobytes() == function(x, 0.7, axis=-1).tobytes()
+
+
+@every
 def test_ragged_sequences_are_named(function):
     ragged = [[1.0, 2.0], [3.0]]
     with pytest.raises(ValueError, match=r"x must make an array: .*inhomogeneous"):

@@ -305,6 +305,14 @@ def test_masked_arguments_are_refused():
         fastmax.softmax(x, da.ma.masked_array(x[0], x[0] > 2))
 
 
+@every
+@pytest.mark.parametrize("chunks", [(4, 3), (2, 3)], ids=["whole", "split"])
+def test_nothing_is_left_along_an_axis_of_unknown_size(name, chunks):
+    function, x = getattr(fastmax, name), da.from_array(np.zeros((4, 3)), chunks=chunks)
+    found = function(x[x[:, 0] > 1], axis=0).compute()
+    np.testing.assert_array_equal(found, function(np.empty((0, 3)), axis=0))
+
+
 def test_arguments_of_objects_are_named():
     with pytest.raises(TypeError, match="x must be of numbers, got dtype object"):
         fastmax.softmax([None, 1.0], da.ones(()))

@@ -70,6 +70,7 @@ def start(program, *, before="", **environment):
         capture_output=True,
         text=True,
         check=False,
+        timeout=240,
     )
 
 
@@ -154,6 +155,36 @@ time.sleep(0.1)
 with ThreadPoolExecutor(1) as pool:  # it alone is at work
     assert pool.submit(_process.usable_threads).result() == 4
 """)
+
+
+def test_no_call_beside_another_thread_keeps_what_its_callers_have():
+    """Not even until garbage is collected: a server would hold many results."""
+    run("""
+import gc, weakref
+
+results()
+gc.disable()
+stop = threading.Event()
+thread = threading.Thread(target=stop.wait)
+thread.start()
+dropped = weakref.ref(fastmax.softmax(x, axis=1))
+stop.set()
+thread.join()
+assert dropped() is None
+""")
+
+
+def test_a_first_call_at_the_end_of_the_process():
+    """No thread runs then; without one Numba, half torn down, raises an error that Python ignores."""
+    finished = start("""
+class Late:
+    def __del__(self, x=x[:4, :4].copy(), softmax=fastmax.softmax):
+        softmax(x, axis=1)
+
+fastmax.softmax([1.0, 2.0])
+late = Late()
+""")
+    assert finished.returncode == 0, finished.stderr
 
 
 def test_threads_of_a_pool_share_the_cores():

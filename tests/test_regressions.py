@@ -37,6 +37,18 @@ def test_out_in_another_order_with_axes_unsorted(function):
     assert np.array_equal(out, function(x, axis=None))
 
 
+@pytest.mark.parametrize(
+    ("x", "temperature"), [([1.5e31, -3.4028235e38], 1e27), ([2.0**113, -3.4028235e38], 2.0**99)]
+)
+def test_a_gap_near_the_largest_float_does_not_overflow(x, temperature):
+    """The logarithm of the lesser probability was -inf."""
+    x = np.array(x, np.float32)
+    exact = (x.astype(np.float64) - x.max()) / temperature
+    for layout in (x, np.tile(x, (40, 1)).T):
+        found = fastmax.log_softmax(layout, temperature)
+        np.testing.assert_allclose(found, np.broadcast_to(exact, found.T.shape).T, rtol=4e-7)
+
+
 def test_sign_of_a_zero_maximum_does_not_depend_on_its_place():
     x = np.full(70_000, -0.0)
     x[:16384] = 0.0
