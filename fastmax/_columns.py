@@ -5,7 +5,7 @@ Arrays come as (outer, n, inner), see `_cpu`. Schedules:
 - columns: neighbouring slices lie side by side, a thread takes a tile of them, one per lane;
 - shallow columns: so few rows that softmax reads and writes one vector of columns after the other;
 - a few columns: on one thread at one temperature, which is a shorter way;
-- long columns: too long for a tile; each is taken chunk by chunk, and threads share them.
+- tall columns: too tall for a tile; each is taken chunk by chunk, and threads share them.
 """
 
 import functools

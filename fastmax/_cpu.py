@@ -76,7 +76,8 @@ from fastmax._tracing import traced
 # stream, too many for a processor to foresee: 1.3.
 SHALLOW = BLOCK
 
-# Entries of a column from which it is tall: a vector of such columns takes half a tile.
+# Entries of a column above which it is tall: a vector of such columns takes half a tile, or a quarter where a
+# second cache has 2 MB.
 TALL = 2**11
 
 

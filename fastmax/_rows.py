@@ -3,8 +3,8 @@
 Arrays come as (outer, n), see `_cpu`. Schedules:
 
 - narrow rows: a thread takes as many as there are lanes, and gives each lane one;
-- rows: a thread takes whole slices, several short ones at a time; one row may meet many
-  temperatures;
+- rows: a thread takes whole slices of at most a chunk, several short ones at a time;
+- wide rows: a thread takes whole slices of more than a chunk; one row may meet many temperatures;
 - long rows: too long for a core's cache, or too few to keep the threads busy; all threads share each row.
 """
 
