@@ -1138,6 +1138,9 @@ def _as_axes(axis, ndim):
         given = axis if isinstance(axis, tuple) else (axis,)
     if ndim == 0 and given in ((0,), (-1,)):
         given = ()
+    for i in given:  # NumPy would not take such an integer
+        if abs(i) >= 2**31:
+            raise np.exceptions.AxisError(i, ndim)
     axes = normalize_axis_tuple(given, ndim, "axis", allow_duplicate=True)
     if len(set(axes)) < len(axes):
         raise ValueError(f"axis must not have an axis twice, got {axis}")

@@ -143,7 +143,7 @@ def test_0d_has_one_axis_at_most(function, axis):
 
 
 @every
-@pytest.mark.parametrize("axis", [3, -4, (0, 3), (0, -4)])
+@pytest.mark.parametrize("axis", [3, -4, (0, 3), (0, -4), 10**30, (0, -(10**30))])
 def test_axis_out_of_range(function, axis):
     with pytest.raises(AxisError):
         function(CUBE, axis=axis)
