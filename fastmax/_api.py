@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.lib.array_utils import normalize_axis_tuple
 from numpy.typing import ArrayLike
 
 from fastmax._layout import has_rows, layout_of, step_of
@@ -1034,9 +1033,7 @@ def _holds(x, kind):
 
 def _as_array(x, name="x", advice="; pass x.data with where=~np.ma.getmaskarray(x)"):
     """Return x as an array, and the dtype of its result."""
-    if _is_masked(x):
-        raise TypeError(f"{name} must not be a masked array{advice}")
-    array = _asarray(x, name)
+    array = _asarray(x, name, advice)
     dtype = array.dtype
     if dtype.kind in "biu":
         return array, _FLOAT64
@@ -1049,14 +1046,16 @@ def _as_array(x, name="x", advice="; pass x.data with where=~np.ma.getmaskarray(
     )
 
 
-def _asarray(x, name):
-    """What NumPy makes of an argument."""
+def _asarray(x, name, advice=""):
+    """What NumPy makes of an argument that is not masked."""
+    if _is_masked(x):
+        raise TypeError(f"{name} must not be a masked array{advice}")
     try:
         array = np.asanyarray(x)
     except ValueError as error:
         raise ValueError(f"{name} must make an array: {error}") from None
-    if type(array) is not _ARRAY and _is_masked(array):
-        raise TypeError(f"{name} must not be a masked array")
+    if type(array) is not _ARRAY and _is_masked(array):  # made by x itself
+        raise TypeError(f"{name} must not be a masked array{advice}")
     return np.asarray(array)
 
 
@@ -1092,8 +1091,6 @@ def _with_absent(x, mask):
 
 def _as_temperature(temperature):
     """Return the temperature as a float64 array in [0, inf]."""
-    if _is_masked(temperature):
-        raise TypeError("temperature must not be a masked array")
     array = _asarray(temperature, "temperature")
     if array.dtype.kind in "cSUMmT":
         raise TypeError(f"temperature must be real, got dtype {array.dtype}")
@@ -1115,15 +1112,20 @@ def _as_temperature(temperature):
     return array
 
 
+def _as_integer(i):
+    """Return a number of an axis as an int; True is none."""
+    if isinstance(i, bool):
+        raise TypeError
+    return operator.index(i)
+
+
 def _as_axis(axis):
     """Return the axis as an int, a tuple of several or of none, or None."""
     if axis is None or type(axis) is int:
         return axis
     given = axis if isinstance(axis, tuple | list) else (axis,)
     try:
-        if any(isinstance(i, bool) for i in given):
-            raise TypeError
-        axes = tuple(operator.index(i) for i in given)
+        axes = tuple(map(_as_integer, given))
     except TypeError:
         raise TypeError(f"axis must be an integer, a tuple of integers or None, got {axis!r}") from None
     return axes[0] if len(axes) == 1 else axes
@@ -1138,10 +1140,10 @@ def _as_axes(axis, ndim):
         given = axis if isinstance(axis, tuple) else (axis,)
     if ndim == 0 and given in ((0,), (-1,)):
         given = ()
-    for i in given:  # NumPy would not take such an integer
-        if abs(i) >= 2**31:
-            raise np.exceptions.AxisError(i, ndim)
-    axes = normalize_axis_tuple(given, ndim, "axis", allow_duplicate=True)
+    for i in given:
+        if not -ndim <= i < ndim:
+            raise np.exceptions.AxisError(i, ndim, "axis")
+    axes = tuple(i % ndim for i in given)
     if len(set(axes)) < len(axes):
         raise ValueError(f"axis must not have an axis twice, got {axis}")
     order = sorted(range(len(axes)), key=axes.__getitem__)
@@ -1186,8 +1188,6 @@ def _with_axes(batch, places, sizes):
 
 
 def _as_mask(where, shape):
-    if _is_masked(where):
-        raise TypeError("where must not be a masked array")
     mask = _asarray(where, "where")
     if mask.dtype != np.bool_:
         raise TypeError(f"where must be boolean, got dtype {mask.dtype}")

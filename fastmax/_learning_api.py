@@ -1,7 +1,6 @@
 """Public functions for learning with temperature: arguments are checked here, as in `_api`."""
 
 import math
-import operator
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from fastmax._api import (
     _as_array,
     _as_axes,
     _as_batch,
+    _as_integer,
     _as_stored,
     _as_temperature,
     _asarray,
@@ -428,9 +428,7 @@ def _as_samples(logits, axis):
     """Return the logits, packed in some order of axes; what else says where a sample lies; samples' shape."""
     x, dtype = _as_array(logits, "logits", "")
     try:
-        if isinstance(axis, bool):
-            raise TypeError
-        axis = operator.index(axis)
+        axis = _as_integer(axis)
     except TypeError:
         raise TypeError(f"axis must be an integer, got {axis!r}") from None
     _, axes = _as_axes(axis, x.ndim)
@@ -464,8 +462,6 @@ def _as_labels(labels, x, dtype, other, position, blocks, order, shape):
 
     Probabilities of another dtype than that of x, the first one given, come as the second.
     """
-    if _is_masked(labels):
-        raise TypeError("labels must not be a masked array")
     array = _asarray(labels, "labels")
     if array.dtype.kind in "iu" or (array.dtype.kind == "f" and array.size == 0 and array.shape == shape):
         if array.shape != shape:

@@ -110,6 +110,8 @@ def _insist(function, interrupts):
     while True:
         try:
             return function()
+        except (RecursionError, MemoryError):  # which would come again
+            raise
         except BaseException as interrupt:
             interrupts.append(interrupt)
 

@@ -402,11 +402,8 @@ def _evaluate_ready(operation, x, temperature, axis, keepdims, out):
         else:
             result = sys.modules["cupy"].empty(shape, x.dtype)
             to = result.data.ptr
-    elif out is x:
-        if x.shape != shape:
-            return None
     else:
-        apart = to + out.nbytes <= address or address + x.nbytes <= to
+        apart = out is x or to + out.nbytes <= address or address + x.nbytes <= to
         if not apart or target[0] != device or tuple(out.shape) != shape or out.dtype != x.dtype:
             return None
     stream = _stream(x, device)

@@ -10,6 +10,7 @@ import pytest
 from marks import nightly
 
 import fastmax
+from fastmax import _process
 
 ROOT = str(Path(fastmax.__file__).parents[1])
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
@@ -464,6 +465,14 @@ thread.join()
 """)
     assert finished.returncode == 0, finished.stderr
     assert "KeyboardInterrupt" in finished.stderr  # and is not lost without a word
+
+
+def test_what_fails_each_time_is_not_insisted_on():
+    def fail():
+        raise RecursionError
+
+    with pytest.raises(RecursionError):
+        _process._insist(fail, [])
 
 
 @pytest.mark.parametrize("moment", range(4))
