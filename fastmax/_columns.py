@@ -40,9 +40,9 @@ from fastmax._lanes import (
 from fastmax._math import (
     add_sums,
     closed,
-    first_of,
     larger,
     normalizer,
+    opened,
     probability,
     rate_of,
     ratio_scale,
@@ -353,7 +353,7 @@ def softmax_shallow_tile(task, part, tiles, x, mask, temperature, rate, out, wor
                 fetch(soon, k)
                 sums, term = add_terms(sums, load(w, at + k * lanes), 0, scale, None, None)
                 store(w, at + k * lanes, term)
-            total, error = end_of_sums(sums, zero, zero, None)
+            total, error = end_of_sums(sums)
         else:
             scale, guard = mixed_scales(row_max, scale, rates, temperature, number, w, 0, lanes)
             total, error = column_sums(w, at, n, scale, guard, None, w, soon)
@@ -607,7 +607,7 @@ def strip_sums(task, part, x, mask, temperature, rate, maxima, partial, exact, w
 def merge_strips(partial, i, chunks, inner, exact, sums):
     """Merge the sums of all chunks of some columns."""
     for j in range(0, inner, lane_count(sums)):
-        merged = first_of(no_sums(spread(0.0, sums), exact))
+        merged = opened(no_sums(spread(0.0, sums), exact))
         for chunk in range(chunks):
             part = read_sums(partial, (i * chunks + chunk) * 4 * inner + j, inner, exact)
             merged = add_sums(merged, part)

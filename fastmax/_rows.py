@@ -41,11 +41,11 @@ from fastmax._lanes import (
 from fastmax._math import (
     Gap,
     Scale,
+    closed,
     guarded_gap,
     guarded_scale,
     log_of_sum,
     log_terms,
-    merge,
     normalizer,
     plain_gap,
     probability,
@@ -55,20 +55,20 @@ from fastmax._math import (
 from fastmax._slice import (
     AHEAD,
     CHUNK,
-    EXACT_BLOCK,
+    LANE_QUANTITIES,
     Soon,
     add_terms,
     end_of_sums,
     fetch,
     further_on,
     get_sums,
-    has_moments,
     is_new,
     kept_terms,
     lane_maxima,
     lane_sums,
+    load_all,
     maxima_of,
-    next_block,
+    merge_sums,
     register_maxima,
     scale_of,
     start_of_sums,
@@ -80,12 +80,10 @@ from fastmax._slice import (
 from fastmax._threads import Kernel, each_span, each_task
 from fastmax._tiles import (
     FIELDS,
-    SUMS,
     are_plain,
     first_rate,
     is_far,
     lane_rates,
-    load_all,
     merge_chunks,
     merge_tiles,
     mixed_scales,
@@ -143,7 +141,7 @@ def group_count(rows, n, work):
 def row_work_size(n, like):
     """Entries of working memory for a group of rows: vectors, sums of each row, and terms."""
     lanes = lane_count(like)
-    return (_VECTORS + SUMS * lanes // REGISTERS) * lanes + max(padded_size(n, like), GROUP)
+    return (_VECTORS + LANE_QUANTITIES * lanes // REGISTERS) * lanes + max(padded_size(n, like), GROUP)
 
 
 @traced
@@ -202,7 +200,7 @@ def group_sums(x, n, step, first, count, further, temperature, exact, work, stor
     Terms are written, too, unless ``stored`` is None: else it is the working memory.
     """
     lanes = lane_count(work)
-    zero, terms = register_zeros(work), sums_at(work, SUMS)
+    zero, terms = register_zeros(work), sums_at(work, LANE_QUANTITIES)
     for r in range(count):
         row = (first + r) * step
         soon = Soon(x, row + further * step, lanes, results, (first + r) * n, lanes)
@@ -215,15 +213,13 @@ def group_sums(x, n, step, first, count, further, temperature, exact, work, stor
             sums = lane_sums(x, row, row + n, scale, guard, exact, stored, terms, soon, zero)
         terms += padded_size(n, work)
         store_all(work, sums_at(work, 0) + r * lanes // REGISTERS, sums_at(work, 1) - sums_at(work, 0), sums)
-    sums_of(work, sums_at(work, 0), sums_at(work, 1), count)
-    if has_moments(exact):
-        sums_of(work, sums_at(work, 2), sums_at(work, 3), count)
+    sums_of(work, sums_at(work, 0), sums_at(work, 1) - sums_at(work, 0), count, exact)
 
 
 @traced
-def lane_sums_at(work, exact):
+def sums_of_group(work, exact):
     """Sums of all rows of a group, one in each lane."""
-    return load_all(work, sums_at(work, 0), sums_at(work, 1) - sums_at(work, 0), exact)
+    return closed(load_all(work, sums_at(work, 0), sums_at(work, 1) - sums_at(work, 0), exact))
 
 
 @Kernel
@@ -255,7 +251,7 @@ def softmax_groups(first, stop, part, x, mask, temperature, rate, out, work):
         high, low = normalizer(load(w, sums_at(w, 0)), load(w, sums_at(w, 1)))
         store(w, _HIGH * lanes, high)
         store(w, _LOW * lanes, low)
-        terms = sums_at(w, SUMS)
+        terms = sums_at(w, LANE_QUANTITIES)
         for r in range(count):
             row = (start + r) * step
             high, low = get(w, _HIGH * lanes + r), get(w, _LOW * lanes + r)
@@ -295,7 +291,7 @@ def log_softmax_groups(first, stop, part, x, mask, temperature, rate, out, work)
         put_row_scales(ratio_scale(row_max, rates), rates, w)
         further = min(size, stop - start - count)
         group_sums(entries, n, step, start, count, further, temperature, (None,), w, None, results)
-        sums = sums_apart(lane_sums_at(w, (None,)), row_max, rates, (None,))
+        sums = sums_apart(sums_of_group(w, (None,)), row_max, rates, (None,))
         gaps = plain_gap(row_max, rates, log_of_sum(row_max, sums))
         store(w, _HIGH * lanes, gaps.inverse)
         store(w, _LOW * lanes, gaps.summand)
@@ -334,7 +330,7 @@ def value_groups(first, stop, part, x, mask, temperature, rate, out, weighted, w
         put_row_scales(scale_of(row_max, rates, exact), rates, w)
         further = min(size, stop - start - count)
         group_sums(entries, n, step, start, count, further, temperature, exact, w, None, None)
-        sums = sums_apart(lane_sums_at(w, exact), row_max, rates, exact)
+        sums = sums_apart(sums_of_group(w, exact), row_max, rates, exact)
         if are_plain(row_max, rates) and shows_all(row_max, rates.temperature, sums, weighted):
             write(pointer(out), start, count, plain_value(row_max, rates.temperature, sums, weighted))
             continue
@@ -350,14 +346,14 @@ def value_groups(first, stop, part, x, mask, temperature, rate, out, weighted, w
 # the two transpositions are 5 and the sums 19, and 166 as a row of `softmax_rows`. Entries are summed in
 # chains, which are the lanes there, and chains are merged by halves.
 
-# Vectors of working memory beside the tile: fields of the rows, and for each chain sums as `SUMS` says.
+# Vectors of working memory beside the tile: fields of the rows, and for each chain `LANE_QUANTITIES`.
 
 
 @traced
 def narrow_work_size(n, like):
     """Entries of working memory for as many rows as there are lanes."""
     lanes = lane_count(like)
-    return (FIELDS + SUMS * chain_count(n, like) + n + piece_size(like)) * lanes
+    return (FIELDS + LANE_QUANTITIES * chain_count(n, like) + n + piece_size(like)) * lanes
 
 
 @traced
@@ -467,45 +463,36 @@ def narrow_sums(work, at, n, scale, guard, exact, stored, soon):
 
     Terms take the place of the entries, unless ``stored`` is None: else it is the working memory.
     """
-    lanes, totals, zero = lane_count(work), chain_sums_at(n, work), spread(0.0, work)
-    chains, whole = chain_count(n, work), n // lane_count(work) * lane_count(work)
-    size = chains * lanes
+    lanes, zero = lane_count(work), spread(0.0, work)
+    first, chains = chain_sums_at(n, work), chain_count(n, work)
+    step = chains * lanes
     fetched = 0
     for chain in range(chains):
-        sums, earlier, lost = start_of_sums(zero, exact), zero, zero
-        entry, added = chain, 0
+        sums, entry = start_of_sums(zero, exact), chain
         while entry < n:
             fetch(soon, fetched)
             fetched += 1
-            if exact is not None:
-                if added == EXACT_BLOCK and entry < whole:
-                    sums, earlier, lost = next_block(sums, earlier, lost, exact)
-                    added = 0
-                added += 1
             i = at + entry * lanes
             sums, term = add_terms(sums, load(work, i), 0, scale, guard, exact)
             if stored is not None:
                 store(stored, i, term)
             entry = next_entry(entry, chain, n, work)
-        store_all(work, totals + chain * lanes, size, end_of_sums(sums, earlier, lost, exact))
-    merge_chains(work, totals, totals + size, n)
-    if has_moments(exact):
-        merge_chains(work, totals + 2 * size, totals + 3 * size, n)
-    return load_all(work, totals, size, exact)
+        store_all(work, first + chain * lanes, step, end_of_sums(sums))
+    merge_chains(work, first, step, n, exact)
+    return closed(load_all(work, first, step, exact))
 
 
 @jit
-def merge_chains(work, totals, errors, n):
-    """Merge the sums of the chains of n entries into those of the first."""
+def merge_chains(work, first, step, n, exact):
+    """Merge the sums of the chains of n entries into those of the first, in the order of `sum_all_lanes`."""
     lanes, count = lane_count(work), chain_count(n, work)
     half = sum_lane_count(n, work) // 2
     while half > 0:
         for chain in range(half, count):
-            at, to = totals + chain * lanes, errors + chain * lanes
-            total, error = load(work, at - half * lanes), load(work, to - half * lanes)
-            total, error = merge(total, error, load(work, at), load(work, to))
-            store(work, at - half * lanes, total)
-            store(work, to - half * lanes, error)
+            at = first + chain * lanes
+            sums = load_all(work, at - half * lanes, step, exact)
+            sums = merge_sums(sums, load_all(work, at, step, exact))
+            store_all(work, at - half * lanes, step, sums)
         half, count = half // 2, min(half, count)
 
 

@@ -57,14 +57,13 @@ from fastmax._lanes import (
 )
 from fastmax._math import (
     add,
-    add_smaller,
+    add_faint,
     add_sums,
     apart,
     closed,
     entropy_value,
     exact_ratio_terms,
     exact_terms,
-    first_of,
     guarded_gap,
     guarded_scale,
     is_plain,
@@ -75,6 +74,7 @@ from fastmax._math import (
     merge,
     misses_faint_terms,
     normalizer,
+    opened,
     plain_gap,
     plain_scale,
     probability,
@@ -83,6 +83,7 @@ from fastmax._math import (
     ratio_terms,
     settled,
     start_of_sum,
+    sum_with_smaller,
     term_of,
     terms,
     top_term,
@@ -93,12 +94,9 @@ from fastmax._tracing import kind_of, traced
 
 # Vectors whose sum is one link of the chain, enough to make a task for a thread.
 CHUNK = 512
-# Terms in a lane of a sum whose errors are summed plainly: many that are each below half an ulp of the total
-# would otherwise be rounded one way, by 22 ulp of their sum for 2**20. Where it is to be exact beside the
-# maximum, too, such a logarithm of random entries was off by 5.3 ulp with blocks of 16, by 3.3 with 8, and by
-# 2.6 with 4. A search for the worst finds 8 ulp (float32, 40 entries): a block has the terms of several
-# registers, and pairs are merged with their errors rounded.
-BLOCK, EXACT_BLOCK = 16, 4
+# Terms in a lane of a sum for softmax whose errors are summed plainly: many that are each below half an ulp
+# of the total would otherwise be rounded one way, by 22 ulp of their sum for 2**20.
+BLOCK = 16
 
 
 Soon = namedtuple("Soon", "x at step out to out_step")
@@ -156,7 +154,7 @@ def last_lanes(x, start, stop):
 
 @jit
 def lane_sums(x, start, stop, scale, guard, exact, stored, at, soon, zero):
-    """Sums of the terms in each lane of ``zero``: (total, error), or with (moment, moment_error) as well.
+    """Sums of the terms in each lane of ``zero``: (total, error), or open ones, see `opened`.
 
     For softmax ``exact`` is None. Else sums are exact beside the maximum, too, see `apart`, and it is a
     tuple: (None,), or (True,) for moments, which are sums of the terms times (x - max) c. Unless ``stored``
@@ -164,16 +162,15 @@ def lane_sums(x, start, stop, scale, guard, exact, stored, at, soon, zero):
     Sums start from a number that no term exceeds, for which `add_smaller` does.
     """
     lanes = lane_count(x)
-    block = (BLOCK if exact is None else EXACT_BLOCK) * lane_count(zero)
-    sums, earlier, lost = start_of_sums(zero, exact), zero, zero
+    sums = start_of_sums(zero, exact)
     # Read before ``stored`` is written, which may be x.
     last, first = last_lanes(x, start, stop), max(start, stop - lanes)
     at -= start
-    i, pause = start, start + block
+    i, pause = start, start + BLOCK * lane_count(zero)
     while i <= stop - lanes:
-        if i == pause:  # and not before a last part, as in `narrow_sums`
-            sums, earlier, lost = next_block(sums, earlier, lost, exact)
-            pause += block
+        if exact is None and i == pause:
+            sums = next_block(sums)
+            pause += BLOCK * lane_count(zero)
         fetch(soon, (i - start) // lanes)
         sums, term = add_terms(sums, load(x, i), 0, scale, guard, exact)
         if stored is not None:
@@ -184,7 +181,7 @@ def lane_sums(x, start, stop, scale, guard, exact, stored, at, soon, zero):
         sums, term = add_terms(sums, last, i - first, scale, guard, exact)
         if stored is not None:
             write(stored, at + first, stop - first, term)
-    return end_of_sums(sums, earlier, lost, exact)
+    return end_of_sums(sums)
 
 
 @traced
@@ -206,10 +203,26 @@ def quantities(exact):
 
 
 @traced
+def lane_quantities(exact):
+    """Numbers of the quantities that `lane_sums` have, which are open if they are to be exact."""
+    return quantities(exact) if exact is None else range(len(quantities(exact)) + 1)
+
+
+# As many as there may be: total, error, what that has lost, moment and its error.
+LANE_QUANTITIES = 5
+
+
+@traced
 def store_all(work, at, step, sums):
     """Write sums to working memory, from one to the next so many entries apart."""
     for quantity, value in enumerate(sums):
         store(work, at + quantity * step, value)
+
+
+@traced
+def load_all(work, at, step, exact):
+    """`lane_sums` that `store_all` wrote."""
+    return tuple(load(work, at + quantity * step) for quantity in lane_quantities(exact))
 
 
 @traced
@@ -221,27 +234,20 @@ def get_sums(array, at, inner, exact):
 @traced
 def start_of_sums(zero, exact):
     """Sums of nothing."""
-    most = start_of_sum(zero)
-    return (most, zero, zero, zero) if has_moments(exact) else (most, zero)
+    none = no_sums(zero, exact)
+    return start_of_sum(zero), *(none if exact is None else opened(none))[1:]
 
 
 @traced
-def next_block(sums, earlier, lost, exact):
-    """Sums without their error, which is added to that of earlier blocks, and what is lost of it.
-
-    Unless they are to be exact, the total takes of the error what it can.
-    """
-    if exact is None:
-        return settled(*sums), earlier, lost
-    earlier, more = two_sum(earlier, sums[1])
-    return (sums[0], spread(0.0, earlier), *sums[2:]), earlier, lost + more
+def next_block(sums):
+    """Sums for softmax whose total takes of the error what it can; others as they are."""
+    return settled(*sums) if len(sums) == 2 else sums
 
 
 @traced
-def end_of_sums(sums, earlier, lost, exact):
-    """Sums with the errors of earlier blocks, and without what they started from."""
-    error = sums[1] if exact is None else (earlier + sums[1]) + lost
-    return sums[0] - start_of_sum(sums[0]), error, *sums[2:]
+def end_of_sums(sums):
+    """Sums without what they started from."""
+    return sums[0] - start_of_sum(sums[0]), *sums[1:]
 
 
 @traced
@@ -261,15 +267,18 @@ def add_terms(sums, x, counted, scale, guard, exact):
 
 @traced
 def add_in_turn(sums, power, excess, moment):
-    """`add_smaller` and `merge`, where sums of fewer lanes take the terms part by part."""
-    if kind_of(sums[0]) == kind_of(power):
-        sums = *add_smaller(sums[0], sums[1], power, excess), *sums[2:]
-        if moment is None:
-            return sums
-        return *sums[:2], *merge(sums[2], sums[3], moment, spread(0.0, moment))
-    for half in lower_half, upper_half:
-        sums = add_in_turn(sums, half(power), half(excess), None if moment is None else half(moment))
-    return sums
+    """Sums with terms, where sums of fewer lanes take the terms part by part."""
+    if kind_of(sums[0]) != kind_of(power):
+        for half in lower_half, upper_half:
+            sums = add_in_turn(sums, half(power), half(excess), None if moment is None else half(moment))
+        return sums
+    total, rounding = sum_with_smaller(sums[0], power, excess)
+    if len(sums) == 2:
+        return total, sums[1] + rounding
+    error, lost = add_faint(sums[1], sums[2], rounding)
+    if moment is None:
+        return total, error, lost
+    return total, error, lost, *merge(sums[3], sums[4], moment, spread(0.0, moment))
 
 
 @traced
@@ -407,10 +416,31 @@ def write_log_terms(x, start, stop, gap, guard, out, shift, far, soon):
 @traced
 def sum_lanes(total, error):
     """Merge the pairs of all lanes into one, by halves."""
-    if isinstance(kind_of(total), types.Float):
-        return total, error
-    upper, upper_error = upper_half(total), upper_half(error)
-    return sum_lanes(*merge(lower_half(total), lower_half(error), upper, upper_error))
+    return sum_all_lanes((total, error))
+
+
+@traced
+def sum_all_lanes(sums):
+    """`lane_sums` of all lanes as one."""
+    if isinstance(kind_of(sums[0]), types.Float):
+        return sums
+    lower, upper = (tuple(half(value) for value in sums) for half in (lower_half, upper_half))
+    return sum_all_lanes(merge_sums(lower, upper))
+
+
+@traced
+def merge_sums(sums, part):
+    """Add sums to those of other lanes, see `opened`."""
+    if len(sums) == 2:
+        return merge(*sums, *part)
+    # Totals below that of two maxima are multiples of one ulp, and so is their sum: beside it, what the
+    # rounding of a larger one leaves out is small.
+    total, rounding = two_sum(sums[0], part[0])
+    error, lost = two_sum(sums[1], part[1])
+    lost = (sums[2] + part[2]) + (lost + rounding)
+    if len(sums) == 3:
+        return total, error, lost
+    return total, error, lost, *merge(sums[3], sums[4], part[3], part[4])
 
 
 @traced
@@ -431,7 +461,7 @@ def later(soon, steps):
 def sum_terms(x, start, stop, scale, guard, exact, stored, at, soon):
     """`lane_sums` over all chunks of a slice, merged."""
     chunk = CHUNK * lane_count(x)
-    sums = first_of(no_sums(scale.row_max, exact))
+    sums = opened(no_sums(scale.row_max, exact))
     for first in range(start, stop, chunk):
         last = min(stop, first + chunk)
         to = at + first - start
@@ -441,7 +471,7 @@ def sum_terms(x, start, stop, scale, guard, exact, stored, at, soon):
             ahead, none = later(soon, (first - start) // lane_count(x)), register_zeros(x)
             own = lane_sums(x, first, last, scale, guard, exact, stored, to, ahead, none)
             part = sum_all_lanes(own)
-        sums = add_sums(sums, part)
+        sums = add_sums(sums, closed(part))
     return closed(sums)
 
 
@@ -460,15 +490,7 @@ def few_sums(x, start, stop, scale, guard, exact, stored, at):
     sums, term = add_terms(sums, entries, 0, scale, guard, exact)
     if stored is not None:
         write(stored, at, stop - start, term)
-    return end_of_sums(sums, zero, zero, exact)
-
-
-@traced
-def sum_all_lanes(sums):
-    """`lane_sums` of all lanes as one."""
-    if len(sums) == 2:
-        return sum_lanes(sums[0], sums[1])
-    return *sum_lanes(sums[0], sums[1]), *sum_lanes(sums[2], sums[3])
+    return end_of_sums(sums)
 
 
 @traced
@@ -500,22 +522,25 @@ def maxima_of(work, at, count):
 
 
 @jit
-def sums_of(work, totals, errors, count):
-    """Sums of up to as many slices as there are lanes, from one register of each; one per lane.
+def sums_of(work, at, step, count, exact):
+    """`lane_sums` of up to as many slices as there are lanes, from one register of each; one per lane.
 
-    Pairs are merged in the order of `sum_lanes`, which takes one slice and many more instructions.
+    They are merged in the order of `sum_all_lanes`, which takes one slice and many more instructions.
     """
     lanes = lane_count(work)
     group, count = lanes // REGISTERS, -(-count // REGISTERS)
     while group > 1:
         for i in range(0, count * lanes, 2 * lanes):
-            at, to = totals + i, errors + i
-            lower, upper = fold(load(work, at), load(work, at + lanes), group)
-            lower_error, upper_error = fold(load(work, to), load(work, to + lanes), group)
-            total, error = merge(lower, lower_error, upper, upper_error)
-            store(work, totals + i // 2, total)
-            store(work, errors + i // 2, error)
+            sums, others = load_all(work, at + i, step, exact), load_all(work, at + i + lanes, step, exact)
+            store_all(work, at + i // 2, step, merge_folded(sums, others, group))
         group, count = group // 2, (count + 1) // 2
+
+
+@traced
+def merge_folded(sums, others, group):
+    """Merge the halves of each group of lanes of two vectors, side by side."""
+    folded = [fold(value, other, group) for value, other in zip(sums, others, strict=True)]
+    return merge_sums(tuple(lower for lower, _ in folded), tuple(upper for _, upper in folded))
 
 
 # -- a whole slice: entries start to stop, or a 1-d array ----------------------------------------------
@@ -534,7 +559,7 @@ def softmax_of_few(x, start, count, rate, out, shift):
     else:
         scale, guard = guarded_scale(row_max, rate.temperature)
         sums, term = add_terms(sums, entries, 0, scale, guard, None)
-    total, error = sum_all_lanes(end_of_sums(sums, none, none, None))
+    total, error = sum_all_lanes(end_of_sums(sums))
     high, low = normalizer(total, error)
     value = probability(term, spread(high, x), spread(low, x))
     store_first(out, start + shift, count, present(x, start, count, value, zero))
@@ -776,13 +801,16 @@ def maximum_by_chunks(x, mask, work):
 
 @jit
 def sums_of_tile(work, start, stop, row_max, rate, exact, stored):
-    """`lane_sums` of the chunks of a tile, which terms replace unless ``stored`` is None: else it is work."""
+    """Sums of the chunks of a tile, one in each lane.
+
+    Terms take the place of the entries, unless ``stored`` is None: else it is the working memory.
+    """
     zero = spread(0.0, work)
     if is_plain(row_max, rate):
         scale = scale_of(row_max, rate, exact)
-        return lane_sums(work, start, stop, scale, None, exact, stored, start, None, zero)
+        return closed(lane_sums(work, start, stop, scale, None, exact, stored, start, None, zero))
     scale, guard = guarded_scale(row_max, rate.temperature)
-    return lane_sums(work, start, stop, scale, guard, exact, stored, start, None, zero)
+    return closed(lane_sums(work, start, stop, scale, guard, exact, stored, start, None, zero))
 
 
 @jit
@@ -791,7 +819,7 @@ def sums_by_chunks(x, mask, work, row_max, rate, exact):
     w = pointer(work)
     lanes = lane_count(w)
     beside = len(work) - 4 * lanes
-    sums = first_of(no_sums(row_max, exact))
+    sums = opened(no_sums(row_max, exact))
     for tile in range(chunk_tile_count(len(x), w)):
         start, stop = packed_chunks(x, mask, tile, w)
         own = sums_of_tile(w, start, stop, row_max, rate, exact, kept_terms(w, exact))

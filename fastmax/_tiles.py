@@ -34,7 +34,6 @@ from fastmax._math import (
     bounded_scale,
     closed,
     entropy_value,
-    first_of,
     gap_of,
     guard_of,
     larger,
@@ -42,6 +41,7 @@ from fastmax._math import (
     log_terms,
     misses_faint_terms,
     normalizer,
+    opened,
     plain_gap,
     plain_logsumexp,
     probability,
@@ -65,8 +65,6 @@ from fastmax._tracing import traced
 
 # Bytes of the results of long rows from which they are written past the caches.
 FAR_BYTES = 2**24
-# Sums: total and error, moment and its error.
-SUMS = 4
 
 
 @traced
@@ -92,12 +90,6 @@ def part_of(work, part):
     """Share of one part in its `workspaces`, from where a line begins: rows take 0.97 of the time for it."""
     own = work[part]
     return own[to_stream(own, 0) :]
-
-
-@traced
-def load_all(work, at, step, exact):
-    """Sums that `store_all` wrote."""
-    return tuple(load(work, at + quantity * step) for quantity in quantities(exact))
 
 
 @jit
@@ -165,7 +157,7 @@ def put_sums(array, at, inner, sums):
 @jit
 def merged_sums(partial, number, chunks, exact):
     """Sums of a slice, merged from those of its chunks, which stand as `put_sums` writes them, by slices."""
-    merged = first_of(no_sums(partial[0], exact))
+    merged = opened(no_sums(partial[0], exact))
     for chunk in range(number * chunks, (number + 1) * chunks):
         merged = add_sums(merged, get_sums(partial, 4 * chunk, 1, exact))
     return closed(merged)
@@ -377,12 +369,12 @@ def column_sums(work, at, n, scale, guard, exact, stored, soon):
     """
     lanes = lane_count(work)
     zero = spread(0.0, work)
-    sums = first_of(no_sums(zero, exact))
+    sums = opened(no_sums(zero, exact))
     for start in range(0, n, CHUNK):
         first, last = at + start * lanes, at + min(n, start + CHUNK) * lanes
         ahead = later(soon, start)
         part = lane_sums(work, first, last, scale, guard, exact, stored, first, ahead, zero)
-        sums = add_sums(sums, part)
+        sums = add_sums(sums, closed(part))
     return closed(sums)
 
 
