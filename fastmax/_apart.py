@@ -39,6 +39,7 @@ from fastmax._slice import (
     CHUNK,
     KEPT,
     PIECE,
+    QUANTITIES,
     absent_value,
     chunk_tile,
     chunk_tile_count,
@@ -370,8 +371,8 @@ def long_passes(team, parts, x, mask, layout, temperature, exact, out):
     n, count, like = layout[-1, SIZE], slice_count(layout), pointer(x)
     chunks, tiles = -(-n // CHUNK), chunk_tile_count(n, like)
     work = workspaces(parts, chunk_work_size(n, like), like)
-    maxima, sums = workspace(count, like), workspace(count * 4, like)
-    partial = workspace(count * chunks * 4, like)
+    maxima, sums = workspace(count, like), workspace(count * QUANTITIES, like)
+    partial = workspace(count * chunks * QUANTITIES, like)
     for step in range(2 if out is None else 3):
         arguments = step, x, mask, layout, temperature, maxima, sums, partial, exact, out, work
         each_task(pass_over_tile, team, parts, count * tiles, arguments)
@@ -399,9 +400,9 @@ def pass_over_tile(task, part, step, x, mask, layout, temperature, maxima, sums,
         beside, to = CHUNK * lane_count(w), number * -(-n // CHUNK) + first // CHUNK
         store_all(w, beside, lane_count(w), sums_of_tile(w, start, stop, row_max, rate, exact, None))
         for k in range(count):
-            put_sums(partial, 4 * (to + k), 1, get_sums(w, beside + k, lane_count(w), exact))
+            put_sums(partial, QUANTITIES * (to + k), 1, get_sums(w, beside + k, lane_count(w), exact))
     elif out is not None:
-        own, absent = get_sums(sums, 4 * number, 1, None), absent_value(row_max, exact)
+        own, absent = get_sums(sums, QUANTITIES * number, 1, exact), absent_value(row_max, exact)
         _slice.write_slice(w, start, stop, row_max, rate, own, exact, w, 0, False, None)
         unpack_chunks(w, start, tile, masked, absent, view_of(out, layout, number, OF_OUT))
 
@@ -425,7 +426,7 @@ def value_long(team, parts, x, mask, layout, temperature, out, weighted):
     n = layout[-1, SIZE]
     for number in range(slice_count(layout)):
         own, top = temperature_at(temperature, number), maxima[number]
-        beside = get_sums(sums, 4 * number, 1, (weighted,))
+        beside = get_sums(sums, QUANTITIES * number, 1, (weighted,))
         beside = sums_apart(beside, top, rate_of(own, top), (weighted,))
         entries = with_mask(view_of(x, layout, number, OF_X), mask_view(mask, layout, number))
         value = _slice.value_of_sums(entries, 0, 1, n, top, own, beside, weighted)

@@ -39,10 +39,8 @@ from fastmax._lanes import (
 )
 from fastmax._math import (
     add_sums,
-    closed,
     larger,
     normalizer,
-    opened,
     probability,
     rate_of,
     ratio_scale,
@@ -51,6 +49,7 @@ from fastmax._math import (
 )
 from fastmax._slice import (
     CHUNK,
+    QUANTITIES,
     Soon,
     add_terms,
     end_of_sums,
@@ -60,9 +59,10 @@ from fastmax._slice import (
     kept_terms,
     lane_maxima,
     needs_no_mask,
-    no_sums,
+    open_sums,
     start_of_sums,
     sums_apart,
+    sums_of_all,
 )
 from fastmax._threads import Kernel, each_task
 from fastmax._tiles import (
@@ -537,8 +537,8 @@ def tall_passes(team, parts, x, mask, temperature, exact, out):
     outer, n, inner = x.shape
     like, chunks = pointer(x), -(-n // CHUNK)
     width = strip_width(inner, like)
-    partial = workspace(outer * chunks * 4 * inner, like)
-    maxima, sums = workspace(outer * inner, like), workspace(outer * 4 * inner, like)
+    partial = workspace(outer * chunks * QUANTITIES * inner, like)
+    maxima, sums = workspace(outer * inner, like), workspace(outer * QUANTITIES * inner, like)
     work = workspaces(parts, (FIELDS + CHUNK) * width, like)
     rate, count = first_rate(temperature, like), strip_count(x.shape, width)
     numbers = maxima, sums, partial, width, work
@@ -567,7 +567,7 @@ def tall_log_softmax(team, parts, x, mask, temperature, out):
 
 @Kernel
 def tall_sums(team, parts, x, mask, temperature, exact):
-    """Maxima, an array (outer, inner), and sums, (outer, 4, inner), of columns; both flat."""
+    """Maxima, an array (outer, inner), and sums, (outer, QUANTITIES, inner), of columns; both flat."""
     return tall_passes(team, parts, x, mask, temperature, exact, None)
 
 
@@ -599,7 +599,7 @@ def strip_sums(task, part, x, mask, temperature, rate, maxima, partial, exact, w
         row_max = read(pointer(maxima), column, count - j, zero)
         rates = lane_rates(temperature, column, count - j, rate, w)
         sums = tile_sums(w, at, rows, row_max, temperature, column, rates, exact, None, j, width, None)
-        to = (i * -(-n // CHUNK) + chunk) * 4 * inner + first + j
+        to = (i * -(-n // CHUNK) + chunk) * QUANTITIES * inner + first + j
         write_sums(partial, to, inner, count - j, sums)
 
 
@@ -607,11 +607,11 @@ def strip_sums(task, part, x, mask, temperature, rate, maxima, partial, exact, w
 def merge_strips(partial, i, chunks, inner, exact, sums):
     """Merge the sums of all chunks of some columns."""
     for j in range(0, inner, lane_count(sums)):
-        merged = opened(no_sums(spread(0.0, sums), exact))
+        merged = open_sums(spread(0.0, sums), exact)
         for chunk in range(chunks):
-            part = read_sums(partial, (i * chunks + chunk) * 4 * inner + j, inner, exact)
+            part = read_sums(partial, (i * chunks + chunk) * QUANTITIES * inner + j, inner, exact)
             merged = add_sums(merged, part)
-        write_sums(sums, i * 4 * inner + j, inner, inner - j, closed(merged))
+        write_sums(sums, i * QUANTITIES * inner + j, inner, inner - j, sums_of_all(merged, exact))
 
 
 @Kernel
@@ -638,7 +638,7 @@ def write_strip(task, part, x, mask, temperature, rate, maxima, sums, exact, out
     for j in range(0, count, lanes):
         column = i * inner + first + j
         row_max = read(pointer(maxima), column, count - j, zero)
-        own = read_sums(sums, i * 4 * inner + first + j, inner, None)
+        own = read_sums(sums, i * QUANTITIES * inner + first + j, inner, exact)
         rates = lane_rates(temperature, column, count - j, rate, w)
         kinds = write_fields(row_max, own, rates, temperature, column, exact, w, j, width)
         plain, unmasked = kinds[0] and plain, kinds[1] and unmasked
@@ -684,7 +684,7 @@ def tall_values(x, mask, temperature, maxima, sums, out, weighted):
     for column in range(outer * inner):
         i, k = column // inner, column % inner
         own, top = temperature_at(temperature, column), maxima[column]
-        beside = get_sums(sums, i * 4 * inner + k, inner, (weighted,))
+        beside = get_sums(sums, i * QUANTITIES * inner + k, inner, (weighted,))
         beside = sums_apart(beside, top, rate_of(own, top), (weighted,))
         value = _slice.value_of_sums(entries, place(x, i, 0, k), pitch(x, 1), n, top, own, beside, weighted)
         put(pointer(out), column, value)

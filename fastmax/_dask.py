@@ -37,7 +37,7 @@ from fastmax._math import (
     top_term,
     unit_of,
 )
-from fastmax._slice import sums_apart
+from fastmax._slice import QUANTITIES, sums_apart
 from fastmax._tracing import traced
 
 _FIELDS = 7
@@ -81,12 +81,14 @@ def evaluate(operation, x, temperature, axis, where, out, keepdims):
 def _as_dask(array, name):
     if _api._is_masked(getattr(array, "_meta", array)):
         raise TypeError(f"{name} must not be a masked array")
-    if isinstance(array, da.Array):
-        return array
-    array = _api._asarray(array, name)
-    if array.dtype.hasobject:
-        raise TypeError(f"{name} must be of numbers, got dtype {array.dtype}")
-    return da.from_array(array, chunks="auto")
+    if not isinstance(array, da.Array):
+        array = _api._asarray(array, name)
+        if array.dtype.hasobject:
+            raise TypeError(f"{name} must be of numbers, got dtype {array.dtype}")
+        return da.from_array(array, chunks="auto")
+    # An axis of one entry with empty chunks, as a filter leaves it, `blockwise` would take for one to repeat.
+    chunks: Any = {i: -1 for i, n in enumerate(array.shape) if n == 1 and array.numblocks[i] > 1}
+    return array.rechunk(chunks) if chunks else array
 
 
 def _batch_shape(x, temperature, axes):
@@ -338,9 +340,9 @@ def _write(x, states, mask, reduced, operation):
         own = chunk.temperatures(states[..., 6])
         ordered = chunk.per_slice(states)
         maxima = ordered[:, 0].astype(chunk.dtype)
-        sums = np.zeros((len(ordered), 4), chunk.dtype)
+        sums = np.zeros((len(ordered), QUANTITIES), chunk.dtype)
         sums_of_kernels(ordered, maxima, own, sums)
-        sums = sums.reshape(-1, _inner(chunk.x), 4).transpose(0, 2, 1).reshape(-1)
+        sums = sums.reshape(-1, _inner(chunk.x), QUANTITIES).transpose(0, 2, 1).reshape(-1)
         write = write_rows if chunk.x.ndim == 2 else functools.partial(_columns.tall_write, 1)
         write(chunk.x, chunk.mask, own, maxima, sums, _exact(operation), out)
     out = out.view(chunk.result_dtype).reshape([chunk.shape[i] for i in chunk.order])
@@ -373,10 +375,10 @@ def soon_in_chunk(x, row, rows, n, pitch):
 
 @_serial
 def sums_of_rows(x, mask, temperature, exact):
-    """Maxima of rows, and their sums, four for each."""
+    """Maxima of rows, and their sums, `QUANTITIES` for each."""
     rows, n = x.shape
     entries, pitch = entries_of(x, mask), _tiles.pitch(x, 0)
-    maxima, sums = workspace(rows, pointer(x)), workspace(rows * 4, pointer(x))
+    maxima, sums = workspace(rows, pointer(x)), workspace(rows * QUANTITIES, pointer(x))
     rate = _tiles.first_rate(temperature, pointer(x))
     for row in range(rows):
         start, stop = row * pitch, row * pitch + n
@@ -385,7 +387,7 @@ def sums_of_rows(x, mask, temperature, exact):
             rate = _tiles.rate_at(temperature, row, maxima[row])
         soon = soon_in_chunk(entries, row, rows, n, pitch)
         own = _slice.sums_of_slice(entries, start, stop, maxima[row], rate, exact, None, 0, soon)
-        _tiles.put_sums(sums, 4 * row, 1, own)
+        _tiles.put_sums(sums, QUANTITIES * row, 1, own)
     return maxima, sums
 
 
@@ -396,7 +398,7 @@ def write_rows(x, mask, temperature, maxima, sums, exact, out):
     entries, pitch, results = entries_of(x, mask), _tiles.pitch(x, 0), pointer(out)
     for row in range(rows):
         start, stop, shift = row * pitch, row * pitch + n, row * (n - pitch)
-        top, own = maxima[row], _slice.get_sums(sums, 4 * row, 1, None)
+        top, own = maxima[row], _slice.get_sums(sums, QUANTITIES * row, 1, exact)
         rate, soon = _tiles.rate_at(temperature, row, top), soon_in_chunk(entries, row, rows, n, pitch)
         _slice.write_slice(entries, start, stop, top, rate, own, exact, results, shift, False, soon)
 
@@ -413,7 +415,7 @@ def write_states(maxima, sums, inner, temperature, exact, states):
     for i in range(len(maxima)):
         if len(temperature) > 1:
             rate = _tiles.rate_at(temperature, i, maxima[i])
-        own = _slice.get_sums(sums, i // inner * 4 * inner + i % inner, inner, exact)
+        own = _slice.get_sums(sums, i // inner * QUANTITIES * inner + i % inner, inner, exact)
         own = sums_apart(own, maxima[i], rate, exact)
         rest, error, moment, moment_error = in_units(own, units)
         states[i, 0] = states[i, 1] = maxima[i]

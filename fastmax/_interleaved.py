@@ -35,12 +35,14 @@ from fastmax._math import larger
 from fastmax._rows import narrow_group_count, pack_rows, soon_for_group, unpack_rows
 from fastmax._slice import (
     CHUNK,
+    QUANTITIES,
     absent_value,
     chunk_tile,
     chunk_tile_count,
     get_sums,
     is_new,
     later,
+    load_all,
     store_all,
     sums_of_tile,
 )
@@ -237,8 +239,8 @@ def value_group(group, part, x, mask, temperature, rate, out, weighted, work, ow
 
 # -- interleaved chunks: as many chunks of a column as there are lanes ---------------------------------
 # Maxima and results need no order, and are taken as memory lies: in every ``inner``-th vector lanes belong to
-# the same columns. Numbers for each column are arrays (outer, inner, tiles) or (outer, inner, chunks, 4), and
-# merged as in `_columns`.
+# the same columns. Numbers for each column are arrays (outer, inner, tiles) or (outer, inner, chunks,
+# QUANTITIES), and merged as in `_columns`.
 
 
 @jit(inline="always")
@@ -247,8 +249,8 @@ def chunk_passes(team, parts, x, mask, temperature, exact, out):
     (outer, n, inner), like = x.shape, pointer(x)
     chunks, tiles = -(-n // CHUNK), chunk_tile_count(n, like)
     work = workspaces(parts, CHUNK * (inner + 1) * lane_count(like) + run_size(like), like)
-    maxima, sums = workspace(outer * inner, like), workspace(outer * 4 * inner, like)
-    partial, own = workspace(outer * inner * chunks * 4, like), np.empty((parts, lane_count(like)))
+    maxima, sums = workspace(outer * inner, like), workspace(outer * QUANTITIES * inner, like)
+    partial, own = workspace(outer * inner * chunks * QUANTITIES, like), np.empty((parts, lane_count(like)))
     rate, numbers = first_rate(temperature, like), (maxima, sums, partial, work, own)
     for step in range(2 if out is None else 3):
         arguments = step, x, mask, temperature, rate, exact, out, numbers
@@ -314,7 +316,7 @@ def sum_chunks(x, mask, i, first, rows, count, temperature, maxima, exact, parti
         rate = rate_at(temperature, number, top)
         store_all(work, stop, lanes, sums_of_tile(work, start, stop, top, rate, exact, None))
         for k in range(count):
-            put_sums(partial, 4 * (to + k), 1, get_sums(work, stop + k, lanes, exact))
+            put_sums(partial, QUANTITIES * (to + k), 1, get_sums(work, stop + k, lanes, exact))
 
 
 @jit
@@ -325,15 +327,14 @@ def write_pattern(i, inner, temperature, rate, maxima, sums, exact, work, width,
     """
     lanes = lane_count(work)
     plain = unmasked = True
-    beside, total, error = i * 4 * inner, FIELDS * width + lanes, FIELDS * width + 2 * lanes
+    beside, to = i * QUANTITIES * inner, FIELDS * width + lanes
     for j in range(0, width, lanes):
         for lane in range(lanes):
             column = (j + lane) % inner
             put(work, FIELDS * width + lane, maxima[i * inner + column])
-            put(work, total + lane, get(sums, beside + column))
-            put(work, error + lane, get(sums, beside + inner + column))
+            put_sums(work, to + lane, lanes, get_sums(sums, beside + column, inner, exact))
             own[lane] = temperature_at(temperature, i * inner + column)
-        row_max, own_sums = load(work, FIELDS * width), (load(work, total), load(work, error))
+        row_max, own_sums = load(work, FIELDS * width), load_all(work, to, lanes, exact)
         temperatures = temperature if len(temperature) == 1 else own
         rates = lane_rates(temperatures, 0, lanes, rate, work)
         kinds = write_fields(row_max, own_sums, rates, temperatures, 0, exact, work, j, width)
@@ -369,7 +370,7 @@ def log_softmax_interleaved_chunks(team, parts, x, mask, temperature, out):
 
 @Kernel
 def interleaved_chunk_sums(team, parts, x, mask, temperature, exact):
-    """Maxima, an array (outer, inner), and sums, (outer, 4, inner), of columns; both flat."""
+    """Maxima, an array (outer, inner), and sums, (outer, QUANTITIES, inner), of columns; both flat."""
     return chunk_passes(team, parts, x, mask, temperature, exact, None)
 
 

@@ -305,12 +305,12 @@ def label_distance(row_max, logit, temperature):
 
 
 @traced
-def others_of(row_max, ties, rest, error):
-    """Sum of all terms but that of one maximum, in units of it; NaN if nothing is above -inf."""
+def others_of(row_max, ties, rest, error, factor):
+    """Sum of all terms but that of one maximum, in units of it, times a factor; NaN if all is -inf."""
     top = as_float64(row_max)
-    one = spread(1.0, top)
-    unit = one / as_float64(top_term(row_max))
-    others = (as_float64(ties) - one) + (as_float64(rest) * unit + as_float64(error) * unit)
+    one, factor = spread(1.0, top), spread(factor, top)
+    unit = factor / as_float64(top_term(row_max))
+    others = (as_float64(ties) - one) * factor + (as_float64(rest) * unit + as_float64(error) * unit)
     return select(top == -spread(math.inf, top), spread(math.nan, top), others)
 
 
@@ -412,11 +412,11 @@ def pair(high, low, like):
 
 
 @traced
-def label_gradient(others, share, before, after, like):
-    """Gradient at labels: minus the mass of the other classes, over T."""
+def label_gradient(others, raised, share, before, after, like):
+    """Gradient at labels: minus the mass of the other classes, over T; ``raised`` is others times before."""
     one = spread(1.0, others)
-    missed = select(share == one, others, (others + one) - share)
-    return spread(missed / (others + one) * before * -after, like)
+    missed = select(share == one, raised, ((others + one) - share) * before)
+    return spread(missed / (others + one) * -after, like)
 
 
 @traced
@@ -498,7 +498,7 @@ def row_loss(x, classes, probs, samples, out, i, stored, row_max, temperature, s
     sums = sum_rests(entries, start, stop, lanes, lanes, row_max, scale, guard, stored, 0, soon)
     ties, _ = sum_lanes(sums[0], spread(0.0, x))
     rest, error = sum_lanes(sums[1], sums[2])
-    others = others_of(row_max, ties, rest, error)
+    others = others_of(row_max, ties, rest, error, 1.0)
     log_sum = log_one_plus(others)
     weight, label = 1.0, start
     if probs is None:
@@ -536,7 +536,8 @@ def row_loss(x, classes, probs, samples, out, i, stored, row_max, temperature, s
             )
         if probs is None:
             share = share_of(get(entries, label), row_max, scale, guard)
-            put(results, label, label_gradient(others, share, before, after, row_max))
+            raised = others_of(row_max, ties, rest, error, before)
+            put(results, label, label_gradient(others, raised, share, before, after, row_max))
     return loss
 
 
@@ -701,7 +702,7 @@ def vector_losses(
         sums = sum_rests(x, start, stop, step, width, row_max, scale, guard, stored, start, soon)
         share = share_of(load(w, _LABEL * lanes), row_max, scale, guard)
     ties, rest, error = sums
-    others = others_of(row_max, ties, rest, error)
+    others = others_of(row_max, ties, rest, error, 1.0)
     log_sum = log_one_plus(others)
     if labels is None:
         value = log_sum + label_distance(row_max, load(w, _LABEL * lanes), rates.temperature)
@@ -713,7 +714,8 @@ def vector_losses(
         before, after, last = lane_factors(temperature, samples, number, w)
         mass = mass_of(row_max, ties, rest, error, weight, before, after, last)
         if labels is None:
-            store(w, _LABEL * lanes, label_gradient(others, share, before, after, row_max))
+            raised = others_of(row_max, ties, rest, error, before)
+            store(w, _LABEL * lanes, label_gradient(others, raised, share, before, after, row_max))
         if stored is not None:
             write_gradient(x, stored, start, labels, start, stop, step, width, None, None, mass, out, 0)
         elif plain:
@@ -1146,8 +1148,10 @@ def fit_vector(task, part, x, table, rate, moments, work):
         write_moments(moments, number + j, weight, total, error, first, first_error, second)
 
 
-# Sums of distances in this range need no factor; with the other, neither they nor squares of them overflow.
+# Sums of distances in this range need no factor, unless those to the labels are less: they may be subnormal.
+# With the other factor, neither they nor squares of them overflow.
 _LEAST_WIDTH, _MOST_WIDTH, _FACTOR_OF_HUGE = 2.0**-300, 2.0**300, 2.0**-560
+_LEAST_GAP = 2.0**-960
 _TINIEST = 2.0**-1074
 # Mean and labels' d that are equal to this, relative, are equal but for rounding.
 _EQUAL = 2.0**-48
@@ -1179,9 +1183,11 @@ def fit(x, classes, probs):
     table, (gap, mean, variance, log_count) = fit_start(parts, x, classes, probs, factor)
     # Without a factor no distance rounds to 0: these say whether a label, and an entry, is below its maximum.
     missed, width = gap != 0.0, table[_WIDTH].max()
+    if not missed and probs is not None:  # their products with the distances may
+        missed = bool(((probs > 0.0) & (x < x.max(axis=1, keepdims=True))).any())
     if not math.isfinite(gap + mean + variance):
         factor = _FACTOR_OF_HUGE
-    elif width > 0.0 and not _LEAST_WIDTH < width < _MOST_WIDTH:
+    elif width > 0.0 and (not _LEAST_WIDTH < width < _MOST_WIDTH or (missed and gap < _LEAST_GAP)):
         factor = 2.0 ** min(-math.frexp(width)[1], 1000)
     if factor != 1.0:
         table, (gap, mean, variance, log_count) = fit_start(parts, x, classes, probs, factor)

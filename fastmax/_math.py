@@ -642,7 +642,7 @@ def top_term(like):
 
 @traced
 def start_of_sum(like):
-    """A number that none of the `ratio_terms` exceeds: sums start from it, as `add_smaller` wants."""
+    """A number that none of the `ratio_terms` exceeds: sums start from it, as `sum_with_smaller` wants."""
     return spread(2.0, like) * top_term(like)
 
 
@@ -871,31 +871,24 @@ def merge(total, error, total2, error2):
     return result, error + lost + error2
 
 
-# Beside a term of 2**BIAS the error may be all there is of the others. While sums are open, what its
-# roundings lose is kept as well: (total, error, lost), or with a moment and its error after these.
-
-
-@traced
-def opened(sums):
-    """Sums (total, error), or with moment and moment_error as well, as open ones."""
-    return sums[0], sums[1], spread(0.0, sums[1]), *sums[2:]
+# Beside a term of 2**BIAS the error may be all there is of the others. What its own roundings lose is kept,
+# too, in open sums: (total, error, lost), or with a moment and its error after these. Those of softmax are
+# open while its chunks are added up.
 
 
 @traced
 def closed(sums):
-    """Sums as they are before they are `opened`, which they need not be."""
-    if len(sums) % 2 == 0:
-        return sums
-    return sums[0], sums[1] + sums[2], *sums[3:]
+    """Open sums as a pair."""
+    return sums[0], sums[1] + sums[2]
 
 
 @traced
 def add_faint(error, lost, part):
     """Add to an error, and to what that has lost, what a total leaves out of a term (fast two-sum, Dekker).
 
-    Where the part is larger than the error, what is lost is off by up to half an ulp of the part. As no part
-    is larger than its term, that is together half an ulp of all terms: a two-sum takes three additions more,
-    and log_softmax of 20000 float32 1.2 times as long.
+    Where the part is larger than the error, what is lost is off by up to half an ulp of the part, and no part
+    is larger than its term. A two-sum takes three additions more, and log_softmax of 20000 float32 1.2 times
+    as long.
     """
     result = error + part
     return result, lost + (part - (result - error))
@@ -903,14 +896,17 @@ def add_faint(error, lost, part):
 
 @traced
 def add_sums(sums, part):
-    """Add closed sums to open ones; the error may have 10**5 parts."""
+    """Add sums, open or a pair, to open ones; the error may have 10**5 parts."""
     total, lost = two_sum(sums[0], part[0])
     error, lost = two_sum(sums[1], lost)
     error, more = two_sum(error, part[1])
     lost = sums[2] + (lost + more)
     if len(part) == 2:
         return total, error, lost
-    return total, error, lost, *merge(sums[3], sums[4], part[2], part[3])
+    lost = lost + part[2]
+    if len(part) == 3:
+        return total, error, lost
+    return total, error, lost, *merge(sums[3], sums[4], part[3], part[4])
 
 
 @traced
@@ -971,13 +967,16 @@ def probability(term, high, low):
 
 @traced
 def apart(sums, unit):
-    """Sums without the term of one maximum, ``unit`` times 2**BIAS, in units of that: (rest, error, ...).
+    """Sums, open or a pair, without the term of one maximum, ``unit`` times 2**BIAS, in units of that.
 
-    Where the rest is faint, all of it is in the error: `over` would round that twice.
+    They are a pair (rest, error), or with a moment and its error. Where the rest is faint, all of it is in
+    the error before: `over` would round that twice.
     """
     rest, lost = two_sum(sums[0], -(unit * top_term(unit)))
     rest, error = two_sum(rest, sums[1])
-    return *over(rest, error + lost, unit), *sums[2:]
+    if len(sums) > 2:
+        lost = lost + sums[2]
+    return *over(rest, error + lost, unit), *sums[3:]
 
 
 @traced

@@ -41,7 +41,6 @@ from fastmax._lanes import (
 from fastmax._math import (
     Gap,
     Scale,
-    closed,
     guarded_gap,
     guarded_scale,
     log_of_sum,
@@ -55,7 +54,7 @@ from fastmax._math import (
 from fastmax._slice import (
     AHEAD,
     CHUNK,
-    LANE_QUANTITIES,
+    QUANTITIES,
     Soon,
     add_terms,
     end_of_sums,
@@ -141,7 +140,7 @@ def group_count(rows, n, work):
 def row_work_size(n, like):
     """Entries of working memory for a group of rows: vectors, sums of each row, and terms."""
     lanes = lane_count(like)
-    return (_VECTORS + LANE_QUANTITIES * lanes // REGISTERS) * lanes + max(padded_size(n, like), GROUP)
+    return (_VECTORS + QUANTITIES * lanes // REGISTERS) * lanes + max(padded_size(n, like), GROUP)
 
 
 @traced
@@ -200,7 +199,7 @@ def group_sums(x, n, step, first, count, further, temperature, exact, work, stor
     Terms are written, too, unless ``stored`` is None: else it is the working memory.
     """
     lanes = lane_count(work)
-    zero, terms = register_zeros(work), sums_at(work, LANE_QUANTITIES)
+    zero, terms = register_zeros(work), sums_at(work, QUANTITIES)
     for r in range(count):
         row = (first + r) * step
         soon = Soon(x, row + further * step, lanes, results, (first + r) * n, lanes)
@@ -219,7 +218,7 @@ def group_sums(x, n, step, first, count, further, temperature, exact, work, stor
 @traced
 def sums_of_group(work, exact):
     """Sums of all rows of a group, one in each lane."""
-    return closed(load_all(work, sums_at(work, 0), sums_at(work, 1) - sums_at(work, 0), exact))
+    return load_all(work, sums_at(work, 0), sums_at(work, 1) - sums_at(work, 0), exact)
 
 
 @Kernel
@@ -251,7 +250,7 @@ def softmax_groups(first, stop, part, x, mask, temperature, rate, out, work):
         high, low = normalizer(load(w, sums_at(w, 0)), load(w, sums_at(w, 1)))
         store(w, _HIGH * lanes, high)
         store(w, _LOW * lanes, low)
-        terms = sums_at(w, LANE_QUANTITIES)
+        terms = sums_at(w, QUANTITIES)
         for r in range(count):
             row = (start + r) * step
             high, low = get(w, _HIGH * lanes + r), get(w, _LOW * lanes + r)
@@ -346,14 +345,14 @@ def value_groups(first, stop, part, x, mask, temperature, rate, out, weighted, w
 # the two transpositions are 5 and the sums 19, and 166 as a row of `softmax_rows`. Entries are summed in
 # chains, which are the lanes there, and chains are merged by halves.
 
-# Vectors of working memory beside the tile: fields of the rows, and for each chain `LANE_QUANTITIES`.
+# Vectors of working memory beside the tile: fields of the rows, and for each chain `QUANTITIES`.
 
 
 @traced
 def narrow_work_size(n, like):
     """Entries of working memory for as many rows as there are lanes."""
     lanes = lane_count(like)
-    return (FIELDS + LANE_QUANTITIES * chain_count(n, like) + n + piece_size(like)) * lanes
+    return (FIELDS + QUANTITIES * chain_count(n, like) + n + piece_size(like)) * lanes
 
 
 @traced
@@ -479,7 +478,7 @@ def narrow_sums(work, at, n, scale, guard, exact, stored, soon):
             entry = next_entry(entry, chain, n, work)
         store_all(work, first + chain * lanes, step, end_of_sums(sums))
     merge_chains(work, first, step, n, exact)
-    return closed(load_all(work, first, step, exact))
+    return load_all(work, first, step, exact)
 
 
 @jit
@@ -795,10 +794,10 @@ def long_sums(team, parts, x, mask, temperature, maxima, exact):
     """Sums of each row."""
     like, rows = pointer(x), len(x)
     chunks = chunk_count(x.shape[1], like)
-    partial = workspace(rows * chunks * 4, like)
+    partial = workspace(rows * chunks * QUANTITIES, like)
     arguments = x, mask, temperature, maxima, exact, partial
     each_task(chunk_sums, team, parts, rows * chunks, arguments)
-    sums = workspace(rows * 4, like)
+    sums = workspace(rows * QUANTITIES, like)
     merge_chunks(partial, chunks, 1, exact, sums)
     return sums
 
@@ -810,7 +809,7 @@ def chunk_sums(task, part, x, mask, temperature, maxima, exact, partial):
     row, start, stop, soon = chunk_of(task, x, entries)
     rate = rate_at(temperature, row, maxima[row])
     sums = _slice.sums_of_slice(entries, start, stop, maxima[row], rate, exact, None, 0, soon)
-    put_sums(partial, 4 * task, 1, sums)
+    put_sums(partial, QUANTITIES * task, 1, sums)
 
 
 @Kernel
@@ -825,7 +824,8 @@ def write_chunk(task, part, x, mask, temperature, maxima, sums, exact, out):
     """Write a chunk."""
     entries, results = entries_of(x, mask), pointer(out)
     row, start, stop, soon = chunk_of(task, x, entries)
-    rate, far, own = rate_at(temperature, row, maxima[row]), is_far(x, out), get_sums(sums, 4 * row, 1, None)
+    rate, far = rate_at(temperature, row, maxima[row]), is_far(x, out)
+    own = get_sums(sums, QUANTITIES * row, 1, exact)
     shift = row * (x.shape[1] - row_step(x))
     _slice.write_slice(entries, start, stop, maxima[row], rate, own, exact, results, shift, far, soon)
 
@@ -836,7 +836,7 @@ def long_values(x, mask, temperature, maxima, sums, out, weighted):
     rows, n = x.shape
     for row in range(rows):
         own, entries = temperature_at(temperature, row), entries_of(x, mask)
-        beside = get_sums(sums, 4 * row, 1, (weighted,))
+        beside = get_sums(sums, QUANTITIES * row, 1, (weighted,))
         beside = sums_apart(beside, maxima[row], rate_of(own, maxima[row]), (weighted,))
         value = _slice.value_of_sums(entries, row * row_step(x), 1, n, maxima[row], own, beside, weighted)
         put(pointer(out), row, value)

@@ -74,7 +74,6 @@ from fastmax._math import (
     merge,
     misses_faint_terms,
     normalizer,
-    opened,
     plain_gap,
     plain_scale,
     probability,
@@ -154,12 +153,12 @@ def last_lanes(x, start, stop):
 
 @jit
 def lane_sums(x, start, stop, scale, guard, exact, stored, at, soon, zero):
-    """Sums of the terms in each lane of ``zero``: (total, error), or open ones, see `opened`.
+    """Sums of the terms in each lane of ``zero``: (total, error), or open ones, see `closed`.
 
     For softmax ``exact`` is None. Else sums are exact beside the maximum, too, see `apart`, and it is a
     tuple: (None,), or (True,) for moments, which are sums of the terms times (x - max) c. Unless ``stored``
     is None, terms are written to it from ``at`` on; ``soon`` is None or what to fetch from memory meanwhile.
-    Sums start from a number that no term exceeds, for which `add_smaller` does.
+    Sums start from a number that no term exceeds, for which `sum_with_smaller` does.
     """
     lanes = lane_count(x)
     sums = start_of_sums(zero, exact)
@@ -198,18 +197,12 @@ def has_moments(exact):
 
 @traced
 def quantities(exact):
-    """Numbers of the quantities that sums have: total and error, or moment and its error as well."""
-    return range(4 if has_moments(exact) else 2)
-
-
-@traced
-def lane_quantities(exact):
-    """Numbers of the quantities that `lane_sums` have, which are open if they are to be exact."""
-    return quantities(exact) if exact is None else range(len(quantities(exact)) + 1)
+    """Numbers of the quantities that sums have: (total, error) for softmax, or what is open."""
+    return range(2 if exact is None else QUANTITIES if has_moments(exact) else 3)
 
 
 # As many as there may be: total, error, what that has lost, moment and its error.
-LANE_QUANTITIES = 5
+QUANTITIES = 5
 
 
 @traced
@@ -221,8 +214,8 @@ def store_all(work, at, step, sums):
 
 @traced
 def load_all(work, at, step, exact):
-    """`lane_sums` that `store_all` wrote."""
-    return tuple(load(work, at + quantity * step) for quantity in lane_quantities(exact))
+    """Sums that `store_all` wrote."""
+    return tuple(load(work, at + quantity * step) for quantity in quantities(exact))
 
 
 @traced
@@ -234,13 +227,12 @@ def get_sums(array, at, inner, exact):
 @traced
 def start_of_sums(zero, exact):
     """Sums of nothing."""
-    none = no_sums(zero, exact)
-    return start_of_sum(zero), *(none if exact is None else opened(none))[1:]
+    return start_of_sum(zero), *(zero for _ in quantities(exact)[1:])
 
 
 @traced
 def next_block(sums):
-    """Sums for softmax whose total takes of the error what it can; others as they are."""
+    """Sums for softmax whose total takes of the error what it can; others, as Numba types them, too."""
     return settled(*sums) if len(sums) == 2 else sums
 
 
@@ -430,7 +422,7 @@ def sum_all_lanes(sums):
 
 @traced
 def merge_sums(sums, part):
-    """Add sums to those of other lanes, see `opened`."""
+    """Add sums to those of other lanes."""
     if len(sums) == 2:
         return merge(*sums, *part)
     # Totals below that of two maxima are multiples of one ulp, and so is their sum: beside it, what the
@@ -461,7 +453,7 @@ def later(soon, steps):
 def sum_terms(x, start, stop, scale, guard, exact, stored, at, soon):
     """`lane_sums` over all chunks of a slice, merged."""
     chunk = CHUNK * lane_count(x)
-    sums = opened(no_sums(scale.row_max, exact))
+    sums = open_sums(scale.row_max, exact)
     for first in range(start, stop, chunk):
         last = min(stop, first + chunk)
         to = at + first - start
@@ -471,15 +463,21 @@ def sum_terms(x, start, stop, scale, guard, exact, stored, at, soon):
             ahead, none = later(soon, (first - start) // lane_count(x)), register_zeros(x)
             own = lane_sums(x, first, last, scale, guard, exact, stored, to, ahead, none)
             part = sum_all_lanes(own)
-        sums = add_sums(sums, closed(part))
-    return closed(sums)
+        sums = add_sums(sums, part)
+    return sums_of_all(sums, exact)
 
 
 @traced
-def no_sums(like, exact):
-    """Sums of nothing, as they are in the end."""
+def open_sums(like, exact):
+    """Open sums of nothing, to which those of chunks are added."""
     zero = spread(0.0, like)
-    return (zero, zero, zero, zero) if has_moments(exact) else (zero, zero)
+    return tuple(zero for _ in range(3 if exact is None else len(quantities(exact))))
+
+
+@traced
+def sums_of_all(sums, exact):
+    """Sums of all chunks: for softmax they are closed again."""
+    return closed(sums) if exact is None else sums
 
 
 @traced
@@ -729,7 +727,7 @@ def chunk_tile(tile, n, like):
 def chunk_work_size(n, like):
     """Entries of working memory for the tiles of a slice that are kept, and for the sums of one tile."""
     tiles = chunk_tile_count(n, like) if n <= KEPT else 1
-    return (tiles * min(n, CHUNK) + 4) * lane_count(like)
+    return (tiles * min(n, CHUNK) + QUANTITIES) * lane_count(like)
 
 
 @jit
@@ -801,16 +799,16 @@ def maximum_by_chunks(x, mask, work):
 
 @jit
 def sums_of_tile(work, start, stop, row_max, rate, exact, stored):
-    """Sums of the chunks of a tile, one in each lane.
+    """`lane_sums` of the chunks of a tile.
 
     Terms take the place of the entries, unless ``stored`` is None: else it is the working memory.
     """
     zero = spread(0.0, work)
     if is_plain(row_max, rate):
         scale = scale_of(row_max, rate, exact)
-        return closed(lane_sums(work, start, stop, scale, None, exact, stored, start, None, zero))
+        return lane_sums(work, start, stop, scale, None, exact, stored, start, None, zero)
     scale, guard = guarded_scale(row_max, rate.temperature)
-    return closed(lane_sums(work, start, stop, scale, guard, exact, stored, start, None, zero))
+    return lane_sums(work, start, stop, scale, guard, exact, stored, start, None, zero)
 
 
 @jit
@@ -818,8 +816,8 @@ def sums_by_chunks(x, mask, work, row_max, rate, exact):
     """Sums of the terms of all chunks, merged in order."""
     w = pointer(work)
     lanes = lane_count(w)
-    beside = len(work) - 4 * lanes
-    sums = opened(no_sums(row_max, exact))
+    beside = len(work) - QUANTITIES * lanes
+    sums = open_sums(row_max, exact)
     for tile in range(chunk_tile_count(len(x), w)):
         start, stop = packed_chunks(x, mask, tile, w)
         own = sums_of_tile(w, start, stop, row_max, rate, exact, kept_terms(w, exact))
@@ -827,7 +825,7 @@ def sums_by_chunks(x, mask, work, row_max, rate, exact):
         _, _, count = chunk_tile(tile, len(x), w)
         for k in range(count):
             sums = add_sums(sums, get_sums(w, beside + k, lanes, exact))
-    return closed(sums)
+    return sums_of_all(sums, exact)
 
 
 @jit

@@ -32,7 +32,6 @@ from fastmax._math import (
     add_sums,
     bounded_gap,
     bounded_scale,
-    closed,
     entropy_value,
     gap_of,
     guard_of,
@@ -41,7 +40,6 @@ from fastmax._math import (
     log_terms,
     misses_faint_terms,
     normalizer,
-    opened,
     plain_gap,
     plain_logsumexp,
     probability,
@@ -49,16 +47,18 @@ from fastmax._math import (
 )
 from fastmax._slice import (
     CHUNK,
+    QUANTITIES,
     get_sums,
     kept_terms,
     lane_sums,
     later,
     maximum,
     needs_no_mask,
-    no_sums,
+    open_sums,
     quantities,
     scale_of,
     sums_apart,
+    sums_of_all,
     value_of_sums,
 )
 from fastmax._tracing import traced
@@ -130,7 +130,8 @@ def row_step(x):
     return pitch(x, 0) if len(x) > 1 else 0
 
 
-# Sums of slices are kept in arrays (outer, 4, inner), those of rows in (rows, 4): flat, as kernels take them.
+# Sums of slices are kept in arrays (outer, QUANTITIES, inner), those of rows in (rows, QUANTITIES): flat, as
+# kernels take them.
 
 
 @traced
@@ -157,10 +158,10 @@ def put_sums(array, at, inner, sums):
 @jit
 def merged_sums(partial, number, chunks, exact):
     """Sums of a slice, merged from those of its chunks, which stand as `put_sums` writes them, by slices."""
-    merged = opened(no_sums(partial[0], exact))
+    merged = open_sums(partial[0], exact)
     for chunk in range(number * chunks, (number + 1) * chunks):
-        merged = add_sums(merged, get_sums(partial, 4 * chunk, 1, exact))
-    return closed(merged)
+        merged = add_sums(merged, get_sums(partial, QUANTITIES * chunk, 1, exact))
+    return sums_of_all(merged, exact)
 
 
 @jit
@@ -173,8 +174,8 @@ def merge_tiles(partial, tiles, maxima):
 @jit
 def merge_chunks(partial, chunks, inner, exact, sums):
     """Merge the sums of each slice's chunks, of so many neighbours in an array of sums."""
-    for number in range(len(sums) // 4):
-        to = number // inner * 4 * inner + number % inner
+    for number in range(len(sums) // QUANTITIES):
+        to = number // inner * QUANTITIES * inner + number % inner
         put_sums(sums, to, inner, merged_sums(partial, number, chunks, exact))
 
 
@@ -369,13 +370,13 @@ def column_sums(work, at, n, scale, guard, exact, stored, soon):
     """
     lanes = lane_count(work)
     zero = spread(0.0, work)
-    sums = opened(no_sums(zero, exact))
+    sums = open_sums(zero, exact)
     for start in range(0, n, CHUNK):
         first, last = at + start * lanes, at + min(n, start + CHUNK) * lanes
         ahead = later(soon, start)
         part = lane_sums(work, first, last, scale, guard, exact, stored, first, ahead, zero)
-        sums = add_sums(sums, closed(part))
-    return closed(sums)
+        sums = add_sums(sums, part)
+    return sums_of_all(sums, exact)
 
 
 @jit(forceinline=True)
@@ -407,8 +408,8 @@ def write_beside(row_max, sums, work, j, width):
 @traced
 def value_beside(x, start, step, n, temperature, weighted, work, j, width):
     """Logsumexp, or entropy unless ``weighted`` is None, of a slice of which `write_beside` was called."""
-    top, sums = get(work, field(0, j, width)), get_sums(work, field(1, j, width), width, (weighted,))
-    return value_of_sums(x, start, step, n, top, temperature, sums, weighted)
+    values = tuple(get(work, field(i, j, width)) for i in range(3 if weighted is None else 5))
+    return value_of_sums(x, start, step, n, values[0], temperature, values[1:], weighted)
 
 
 @traced

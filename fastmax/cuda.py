@@ -474,7 +474,7 @@ class _Laws(NamedTuple):
 
 def evaluate(operation, x, temperature, axis, where, out, keepdims=False):
     """Check the arguments, run the operation, and return the result."""
-    keepdims = bool(keepdims)
+    keepdims = _api._as_flag(keepdims)
     simple = where is None and type(axis) is int and type(temperature) in _NUMBERS
     if simple:
         result = _evaluate_ready(operation, x, temperature, axis, keepdims, out)

@@ -11,7 +11,9 @@ from marks import SIXTEEN_BITS
 from paths import PATHS
 
 import fastmax
+from fastmax._lanes import LANE_BYTES, REGISTERS
 from fastmax._math import log_one_plus
+from fastmax._slice import CHUNK
 
 LENGTHS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 100, 1000, 16383, 16384, 16385, 100_003)
 LONG = (10**6, 10**7)
@@ -171,6 +173,37 @@ def test_entries_that_are_faint_beside_one(case):
     x = np.array(entries.split(), dtype=case.split()[1])
     paths = ["vector", "strided", "rows", "many rows", "columns", "many columns"]
     assert faults(x, temperature, paths) == []
+
+
+# The same for chunks whose sums were rounded to pairs before they were added: 4.4 and 4.8 ulp. The entries
+# stand first in a lane of each chunk.
+FAINT_IN_CHUNKS = {
+    "2 float32": (
+        (3, 3),
+        2.2788834894684644,
+        "-106.177055 18.656736 -118.471794 -118.86503 -80.880745 -101.794983",
+    ),
+    "3 float64": (
+        (4, 4, 2),
+        1.551497409782868,
+        "0.0 -86.11710502738626 -66.53443155262389 -71.17508112604011 -95.65436206118481 -63.34946128063832 "
+        "-56.66939144533405 -74.499545952941 -86.4313291092393 -89.41082099147759",
+    ),
+}
+
+
+@pytest.mark.parametrize("path", ["strided", "columns", "many columns", "vector", "rows"])
+@pytest.mark.parametrize("case", FAINT_IN_CHUNKS)
+def test_chunks_that_are_faint_beside_one(case, path):
+    counts, temperature, entries = FAINT_IN_CHUNKS[case]
+    entries = np.array(entries.split(), dtype=case.split()[1])
+    lanes, step = 1, 1
+    if path in ("vector", "rows"):
+        lanes, step = LANE_BYTES // entries.itemsize, LANE_BYTES // REGISTERS // entries.itemsize
+    places = [chunk * CHUNK * lanes + i * step for chunk, count in enumerate(counts) for i in range(count)]
+    x = np.full(places[-1] + 1000, -1e4, dtype=entries.dtype)
+    x[places] = entries
+    assert faults(x, temperature, [path]) == []
 
 
 @float_types

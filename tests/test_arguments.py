@@ -184,6 +184,19 @@ def test_keepdims(function, axis, shape):
 
 
 @reductions
+@pytest.mark.parametrize("keepdims", ["no", None, [], 1.5, np.ones(2)])
+def test_keepdims_that_is_no_bool(function, keepdims):
+    with pytest.raises(TypeError, match="keepdims must be a bool, got"):
+        function(CUBE, keepdims=keepdims)
+
+
+@reductions
+@pytest.mark.parametrize("keepdims", [np.True_, np.False_, 1, 0])
+def test_keepdims_of_any_kind_of_bool(function, keepdims):
+    assert function(CUBE, keepdims=keepdims).shape == ((1, 4, 5) if keepdims else (4, 5))
+
+
+@reductions
 def test_keepdims_of_0d(function):
     assert np.shape(function(2.5, axis=None, keepdims=True)) == ()
 
@@ -738,6 +751,24 @@ def test_out_of_reductions_may_not_be_a_part_of_x(function):
         function(x, axis=1, out=x[:, 0])
     with pytest.raises(ValueError, match="out"):
         function(x, axis=0, out=x[0])
+
+
+@every
+def test_a_temperature_with_fields(function):
+    with pytest.raises(TypeError, match="temperature must be real, got dtype"):
+        function(CUBE, np.array([(1.0,)], [("T", "f8")]))
+
+
+@every
+def test_what_does_not_become_an_array_is_named(function):
+    class Tensor:
+        def __array__(self, dtype=None, copy=None):
+            raise RuntimeError("it requires a gradient")
+
+    with pytest.raises(ValueError, match="x must make an array: it requires a gradient"):
+        function(Tensor())
+    with pytest.raises(ValueError, match="temperature must make an array: it requires a gradient"):
+        function(CUBE, Tensor())
 
 
 @every

@@ -181,6 +181,22 @@ def test_empty_arrays_and_chunks(name):
     assert ulps(chosen.compute(), getattr(fastmax, name)(X[0][X[0] >= least])) <= 2
 
 
+@every
+@pytest.mark.parametrize("axis", [0, 1, None])
+def test_one_slice_beside_empty_chunks(name, axis):
+    """As a filter leaves it: axes of one entry were taken for such as are repeated."""
+    function: Any = getattr(fastmax, name)
+    lazy = da.from_array(X[:4], chunks=(1, 40))
+    chosen = lazy[:, 0] == X[2, 0]
+    lazy, mask = (array[chosen].compute_chunk_sizes() for array in (lazy, lazy > 0.0))
+    assert lazy.numblocks[0] == 4
+    for where in (None, mask):
+        result = function(lazy, axis=axis, where=where).compute()
+        expected = function(X[2:3], axis=axis, where=None if where is None else X[2:3] > 0.0)
+        assert result.shape == expected.shape
+        assert ulps(result, expected) <= 2
+
+
 @pytest.mark.parametrize("name", ["logsumexp", "entropy"])
 def test_axes_that_are_kept(name):
     check(name, X, CHUNKS, axis=1, keepdims=True)

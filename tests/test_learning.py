@@ -178,6 +178,27 @@ def test_out_that_overlaps_is_told_by_name():
         fastmax.softmax_vjp(memory[:8], memory[20:28], out=memory[4:12])
 
 
+def test_dtypes_that_do_not_go_together_are_told_by_name():
+    with pytest.raises(TypeError, match="cotangent must have a dtype that goes with that of probs, float16"):
+        fastmax.softmax_vjp(np.ones(3, np.float16), np.ones(3, ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-5, 1e-300])
+@pytest.mark.parametrize("gap", [710.0, 725.0, 740.0])
+def test_gradient_of_a_subnormal_share_at_a_small_temperature(gap, temperature, axis):
+    """The share was rounded before it was divided by T."""
+    x = np.array([[0.0, -gap * temperature]] * 3)
+    _, gradient = fastmax.cross_entropy_and_grad(
+        x if axis == 1 else x.T.copy(), [0] * 3, axis=axis, temperature=temperature, reduction="none"
+    )
+    with mpmath.workprec(200):
+        share = mpmath.exp(mpmath.mpf(x[0, 1]) / mpmath.mpf(temperature))
+        exact = float(share / (1 + share) / mpmath.mpf(temperature))
+    bound = 4 * np.spacing(exact)
+    assert np.abs(gradient - (np.array([-exact, exact]) if axis == 1 else [[-exact], [exact]])).max() <= bound
+
+
 def test_a_mean_whose_sum_overflows():
     logits = np.array([[0.0, 1.7e308], [0.0, 1.6e308]])
     assert fastmax.cross_entropy(logits, [0, 0], axis=1) == pytest.approx(1.65e308, rel=1e-15)
@@ -702,6 +723,17 @@ def test_fit_refuses_samples_without_a_finite_loss(row, label):
     for logits, axis in ((x, 1), (x.T.copy(), 0)):
         with pytest.raises(ValueError, match=r"sample \(1,\)"):
             fastmax.fit_temperature(logits, [0, label, 0], axis=axis)
+
+
+def test_fit_where_probabilities_make_distances_subnormal():
+    """T = 0, where the loss is infinite, was returned: the products of both rounded to 0."""
+    fit = fastmax.fit_temperature
+    for gap, share in (1e-130, 1e-200), (1e-14, 1e-310):
+        # where the other class has its share
+        expected = gap / -math.log(share)
+        assert fit([0.0, -gap], [1.0, share]) == pytest.approx(expected, rel=1e-9)
+    assert fit([5e-324, 1e-323], [0.5, 0.5]) == np.inf
+    assert fit([0.0, -1e-14], [1.0, 0.0]) == 0.0
 
 
 def test_fit_of_many_samples():
