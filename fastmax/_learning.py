@@ -849,18 +849,23 @@ def sum_products(probs, cotangent, start, stop, step, width, log):
 
 @jit
 def write_products(probs, cotangent, start, stop, step, width, total, error, factors, log, out):
-    """Write p (g - total) / T, or (g - p total) / T unless ``log`` is None; 1 / T comes as three factors."""
-    zero = spread(0.0, probs)
+    """Write p (g - total) / T, or (g - p total) / T unless ``log`` is None; 1 / T comes as three factors.
+
+    Of the first, what is above 1 comes before all else: of a subnormal p nothing is lost, then.
+    """
+    zero, one = spread(0.0, probs), spread(1.0, probs)
     total, error = spread(total, probs), spread(error, probs)
     before, after, last = spread(factors[0], probs), spread(factors[1], probs), spread(factors[2], probs)
+    first = larger(before, one)
+    before = before / first
     i = start
     while i < stop:
         count = min(stop - i, width)
-        p, g = read(probs, i, count, zero), read(cotangent, i, count, zero)
+        p, g = read(probs, i, count, zero) * first, read(cotangent, i, count, zero)
         if log is None:
             value = p * ((g - total) - error)
         else:
-            value = fma(-p, error, fma(-p, total, g))
+            value = fma(-p, error, fma(-p, total, g * first))
         write(out, i, count, ((value * before) * after) * last)
         i += step
 
