@@ -460,6 +460,9 @@ def soon_for_group(x, out, first, count, rows, n, step):
 def narrow_sums(work, at, n, scale, guard, exact, stored, soon):
     """Sums of the terms of rows; ``soon`` is what to fetch meanwhile.
 
+    Exact ones take three quarters of the registers of AVX2: log_softmax of 10**6 x 10 float32 takes 1.43
+    times as long as softmax, and took 1.32 with two sums, which were off by 4.9 ulp.
+
     Terms take the place of the entries, unless ``stored`` is None: else it is the working memory.
     """
     lanes, zero = lane_count(work), spread(0.0, work)

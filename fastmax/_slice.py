@@ -195,14 +195,14 @@ def has_moments(exact):
     return exact is not None and exact[0] is not None
 
 
+# As many quantities as sums may have: total, error, what that has lost, moment and its error.
+QUANTITIES = 5
+
+
 @traced
 def quantities(exact):
     """Numbers of the quantities that sums have: (total, error) for softmax, or what is open."""
     return range(2 if exact is None else QUANTITIES if has_moments(exact) else 3)
-
-
-# As many as there may be: total, error, what that has lost, moment and its error.
-QUANTITIES = 5
 
 
 @traced
