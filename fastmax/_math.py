@@ -992,15 +992,24 @@ def log_of_sum(row_max, sums):
     ``sums`` = (rest, error), or for the entropy (rest, error, moment, moment_error): the sum of these, and of
     them times (x - max) c, as pairs. With log1p nothing is lost when the rest is tiny.
     """
-    rest = rest_of(sums) / as_float64(top_term(row_max))
-    is_float32 = kind_of(rest) != kind_of(row_max)
-    value = log_one_plus_for_float32(rest) if is_float32 else log_one_plus(rest)
+    top = as_float64(top_term(row_max))
+    if kind_of(top) != kind_of(row_max):
+        value = log_one_plus_for_float32(rest_of(sums) / top)
+    else:
+        rest, low = two_sum(sums[0], sums[1])
+        value = log_one_plus_pair(rest / top, low / top)
     return select(row_max == -spread(math.inf, row_max), spread(math.nan, value), value)
 
 
 @traced
 def log_one_plus(x):
-    """log(1 + x) for float64s from 0 on.
+    """`log_one_plus_pair` without a low part."""
+    return log_one_plus_pair(x, spread(0.0, x))
+
+
+@traced
+def log_one_plus_pair(x, low):
+    """log(1 + x + low) for float64s from 0 on, of which ``low`` is less than an ulp of x.
 
     1 + x = 2**k (1 + f), up to an error that is divided by 1 + x. With s = f / (2 + f), log(1 + f) is
     2 atanh(s), and f - f**2 / 2 + s (f**2 / 2 + 2 s**2 (1/3 + s**2 / 5 + ...)) loses the least of f. The
@@ -1009,7 +1018,7 @@ def log_one_plus(x):
     one = spread(1.0, x)
     total = one + x
     part = total - one
-    error = (x - part) + (one - (total - part))
+    error = ((x - part) + (one - (total - part))) + low
     k, fraction = split_power(total)
     f = fraction - one
     s = f / (f + spread(2.0, x))
