@@ -262,7 +262,7 @@ def logsumexp(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, keepdim
     Notes
     -----
     The error is at most 4 ulp of the largest of abs(max(x)), abs(T log(sum)) and the result; a search for the
-    worst came to 3.9. The value at T = 0 is the maximum; at T = inf it is +inf, or the entry itself if only
+    worst came to 3.4. The value at T = 0 is the maximum; at T = inf it is +inf, or the entry itself if only
     one is not -inf. With an entry +inf it is +inf, with NaN it is NaN, with nothing but -inf, or with nothing
     at all, it is -inf.
 
