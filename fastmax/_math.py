@@ -910,6 +910,23 @@ def add_sums(sums, part):
 
 
 @traced
+def merge_sums(sums, part):
+    """Add sums to those of other lanes, both open or both pairs.
+
+    As `add_sums`, but for the rounding of the total. Totals below that of two maxima are multiples of one
+    ulp, and so is their sum: beside it, what the rounding of a larger one leaves out is small.
+    """
+    if len(sums) == 2:
+        return merge(*sums, *part)
+    total, rounding = two_sum(sums[0], part[0])
+    error, lost = two_sum(sums[1], part[1])
+    lost = (sums[2] + part[2]) + (lost + rounding)
+    if len(sums) == 3:
+        return total, error, lost
+    return total, error, lost, *merge(sums[3], sums[4], part[3], part[4])
+
+
+@traced
 def settled(total, error):
     """The same sum with as much as possible in the total, which is the larger part."""
     result = total + error

@@ -45,6 +45,7 @@ from fastmax._math import (
     guarded_scale,
     log_of_sum,
     log_terms,
+    merge_sums,
     normalizer,
     plain_gap,
     probability,
@@ -67,7 +68,6 @@ from fastmax._slice import (
     lane_sums,
     load_all,
     maxima_of,
-    merge_sums,
     register_maxima,
     scale_of,
     start_of_sums,
@@ -150,6 +150,12 @@ def sums_at(work, quantity):
     return (_VECTORS + quantity * lanes // REGISTERS) * lanes
 
 
+@traced
+def sums_step(work):
+    """Entries of working memory from the sums of one quantity to those of the next."""
+    return sums_at(work, 1) - sums_at(work, 0)
+
+
 @jit
 def group_maxima(x, n, step, first, count, work):
     """Write the maxima of rows, one per lane."""
@@ -211,14 +217,14 @@ def group_sums(x, n, step, first, count, further, temperature, exact, work, stor
             scale, guard = guarded_scale(get(work, _MAXIMA * lanes + r), own)
             sums = lane_sums(x, row, row + n, scale, guard, exact, stored, terms, soon, zero)
         terms += padded_size(n, work)
-        store_all(work, sums_at(work, 0) + r * lanes // REGISTERS, sums_at(work, 1) - sums_at(work, 0), sums)
-    sums_of(work, sums_at(work, 0), sums_at(work, 1) - sums_at(work, 0), count, exact)
+        store_all(work, sums_at(work, 0) + r * lanes // REGISTERS, sums_step(work), sums)
+    sums_of(work, sums_at(work, 0), sums_step(work), count, exact)
 
 
 @traced
 def sums_of_group(work, exact):
     """Sums of all rows of a group, one in each lane."""
-    return load_all(work, sums_at(work, 0), sums_at(work, 1) - sums_at(work, 0), exact)
+    return load_all(work, sums_at(work, 0), sums_step(work), exact)
 
 
 @Kernel

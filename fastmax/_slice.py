@@ -72,6 +72,7 @@ from fastmax._math import (
     log_terms,
     logsumexp_value,
     merge,
+    merge_sums,
     misses_faint_terms,
     normalizer,
     plain_gap,
@@ -86,7 +87,6 @@ from fastmax._math import (
     term_of,
     terms,
     top_term,
-    two_sum,
     unit_of,
 )
 from fastmax._tracing import kind_of, traced
@@ -418,21 +418,6 @@ def sum_all_lanes(sums):
         return sums
     lower, upper = (tuple(half(value) for value in sums) for half in (lower_half, upper_half))
     return sum_all_lanes(merge_sums(lower, upper))
-
-
-@traced
-def merge_sums(sums, part):
-    """Add sums to those of other lanes."""
-    if len(sums) == 2:
-        return merge(*sums, *part)
-    # Totals below that of two maxima are multiples of one ulp, and so is their sum: beside it, what the
-    # rounding of a larger one leaves out is small.
-    total, rounding = two_sum(sums[0], part[0])
-    error, lost = two_sum(sums[1], part[1])
-    lost = (sums[2] + part[2]) + (lost + rounding)
-    if len(sums) == 3:
-        return total, error, lost
-    return total, error, lost, *merge(sums[3], sums[4], part[3], part[4])
 
 
 @traced
