@@ -1101,8 +1101,7 @@ def _as_temperature(temperature):
                 raise TypeError(f"temperature must be real, got {value!r}")
     if array.dtype != np.float64:
         try:
-            with np.errstate(over="ignore"):
-                array = array.astype(np.float64)
+            array = _converted(array, _FLOAT64)
         except OverflowError:  # of integers, of which Python may refuse to show all digits
             raise ValueError(
                 "temperature must fit a float64, got an integer of 2**1024 or more, or -2**1024 or less"
@@ -1113,6 +1112,12 @@ def _as_temperature(temperature):
     if not valid.all():
         raise ValueError(f"temperature must be in [0, inf], got {array[~valid][0]}")
     return array
+
+
+def _converted(array, dtype):
+    """Return the array in a dtype, without a warning where a long double overflows or a NaN is signalling."""
+    with np.errstate(all="ignore"):
+        return array.astype(dtype, copy=False)
 
 
 def _as_flag(keepdims):

@@ -17,6 +17,7 @@ from fastmax._api import (
     _blocks,
     _broadcast,
     _check_out,
+    _converted,
     _imported,
     _is_masked,
     _is_packed,
@@ -441,7 +442,7 @@ def _as_samples(logits, axis):
 
 def _as_packed(x, dtype, axes):
     """Return x in a dtype, as it is or as a copy, and the order of axes in which it is packed."""
-    x = x.astype(dtype, copy=False)
+    x = _converted(x, dtype)
     order = _memory_order(x, axes)
     if order is None:
         x = x.copy(order="C")
@@ -520,7 +521,7 @@ def _as_entropies(entropy):
     is_float = array.dtype.kind == "f" or array.dtype.name == "bfloat16"
     if _is_masked(entropy) or not (is_float or array.dtype.kind in "biu"):
         raise TypeError(f"entropy must be real, got {entropy!r}")
-    values = array.astype(np.float64, copy=False)
+    values = _converted(array, np.dtype(np.float64))
     if not is_float or array.dtype.itemsize >= 8:
         return values, 4.0 * 2.0**-52
     # In 16 bits a float32 is rounded once.
@@ -556,7 +557,7 @@ def _vjp(probs, cotangent, temperature, axis, out, log):
         temperature = _unless_shared(temperature, target)
     probs, order = _as_packed(probs, dtype, axes)
     blocks = _blocks(probs.shape, axes, order)
-    cotangent = cotangent.astype(dtype, copy=False)
+    cotangent = _converted(cotangent, dtype)
     if not _is_packed(cotangent, order):
         cotangent = np.ascontiguousarray(cotangent.transpose(order)).transpose(np.argsort(order))
     result = target if target is not None and _is_packed(target, order) else np.empty_like(probs)

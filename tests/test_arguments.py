@@ -293,6 +293,13 @@ def test_temperature_below_0_or_nan(function, value, kind):
 
 
 @every
+def test_signalling_nan_temperature_gives_no_warning(function):
+    signalling = np.array([0x7FA00001], np.uint32).view(np.float32)
+    with pytest.raises(ValueError, match="temperature must be in"):
+        function([1.0, 2.0, 3.0], signalling)
+
+
+@every
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3)])
 def test_temperature_is_checked_when_there_is_nothing_to_do(function, shape):
     with pytest.raises(ValueError, match=r"-1\.0"):

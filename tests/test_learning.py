@@ -651,6 +651,14 @@ def test_vjp_at_a_temperature_in_the_memory_of_out(axis):
         np.testing.assert_array_equal(found, vjp(probs, cotangent, 0.7, axis=axis))
 
 
+def test_signalling_nan_gives_no_warning():
+    signalling, zeros = np.full(3, 0x7FA00001, np.uint32).view(np.float32), np.zeros(3)
+    for vjp in fastmax.softmax_vjp, fastmax.log_softmax_vjp:
+        assert np.isnan(vjp(signalling, zeros)).all()
+        assert np.isnan(vjp(zeros, signalling)).all()
+    assert np.isnan(fastmax.solve_temperature([1.0, 2.0, 4.0], entropy=signalling[0]))
+
+
 def test_vjp_dtypes_and_errors():
     p = fastmax.softmax(BATCH)
     half = fastmax.softmax_vjp(p.astype(np.float16), p.astype(np.float16))
