@@ -72,7 +72,9 @@ def _cache_directory():
     own = f"{_PACKAGE.name}_{hashlib.sha256(os.fsencode(_PACKAGE)).hexdigest()[:16]}"
     chosen: Any = config.CACHE_DIR  # pyright: ignore[reportAttributeAccessIssue]
     if chosen:
-        places = [Path(os.path.abspath(chosen), own)]
+        places = []
+        with contextlib.suppress(OSError):  # a relative one, of a directory that is gone
+            places.append(Path(os.path.abspath(chosen), own))
     else:
         user = AppDirs(appname="numba", appauthor=False).user_cache_dir
         places = [_PACKAGE / "__pycache__" / "kernels"]

@@ -23,6 +23,9 @@ from numba.np.ufunc.parallel import threading_layer
 # Held by the one call that runs on all threads; calls from other threads meanwhile keep to their own.
 all_threads = threading.Lock()
 
+# Bytes of stack below which no thread is trusted with the compiler, which takes more than 64 KB.
+_ENOUGH_STACK = 2**19
+
 _safe = True
 _forked_in_peace = True
 _held = []
@@ -179,6 +182,8 @@ def uninterrupted(function, *arguments) -> Any:
     is_main = threading.current_thread() is threading.main_thread()
     # Where the main thread itself compiles, another one would wait for it; none runs when the process ends.
     if not is_main or global_compiler_lock.is_locked() or sys.is_finalizing():
+        return function(*arguments)
+    if 0 < threading.stack_size() < _ENOUGH_STACK:  # as the program has set it for new threads
         return function(*arguments)
     outcome = []
 

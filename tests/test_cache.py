@@ -257,6 +257,15 @@ def test_a_place_that_cannot_even_be_asked_for_is_none(monkeypatch, tmp_path):
     assert _jit._cache_directory.__wrapped__() is None
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps a directory that a process is in")
+def test_a_relative_place_in_a_directory_that_is_gone_is_none(monkeypatch, tmp_path):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.setattr(config, "CACHE_DIR", "kernels")
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert _jit._cache_directory.__wrapped__() is None
+
+
 def test_kernels_of_other_states_are_kept_for_a_day(monkeypatch, tmp_path):
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
     own = Path(_jit._cache_directory.__wrapped__() or "")

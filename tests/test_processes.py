@@ -4,6 +4,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -667,6 +668,16 @@ def test_an_interrupt_while_kernels_are_compiled(when, tmp_path):
 def test_an_interrupt_at_any_time(delay, call, tmp_path):
     when = AFTER_A_WHILE.format(delay=delay)
     run(INTERRUPTED.format(when=when, call=call), NUMBA_CACHE_DIR=str(tmp_path))
+
+
+def test_no_thread_with_a_small_stack_compiles():
+    """64 KB, which programs with many threads give them, is too little for the compiler."""
+    assert _process.uninterrupted(threading.current_thread) is not threading.main_thread()
+    usual = threading.stack_size(2**16)
+    try:
+        assert _process.uninterrupted(threading.current_thread) is threading.main_thread()
+    finally:
+        threading.stack_size(usual)
 
 
 def test_kernels_are_compiled_where_jit_is_disabled(tmp_path):
