@@ -179,10 +179,10 @@ def test_position_in_a_batch_changes_no_bit(name, dtype, axis):
 @every
 @float_types
 def test_rows_of_each_length_have_the_bits_of_the_vector(name, dtype):
-    """On both sides of all that narrow rows choose by, up to five of the widest vectors."""
+    """On both sides of all that narrow rows choose by, up to five of the widest vectors; in groups of few."""
     function = getattr(fastmax, name)
     temperatures = np.resize([1.0, 0.37, 0.0, 12.0, np.inf, 1e-320], 41)
-    for n in (*range(1, 130), 159, 160, 161, 255, 256, 257):
+    for n in (*range(1, 130), 159, 160, 161, 255, 256, 257, 1000, 2049, 4097, 8193):
         x = draw(41 * n, dtype).reshape(41, n)
         x[3, n // 2], x[5, 0], x[7] = np.nan, np.inf, -np.inf
         few = function(x, 0.7, axis=1)
