@@ -66,6 +66,7 @@ from fastmax._lanes import (
     make_table,
     no_lanes,
     polynomial,
+    polynomial_by_pairs,
     power_of_two,
     select,
     split_power,
@@ -622,10 +623,11 @@ def split_distance(x, scale, guard):
 def exponential(exponent, fraction, small):
     """2**exponent (1 + excess), where fraction + small is that part of an exponent which it does not show."""
     f = abreast(fraction + small)
-    slope, curvature = constant(SLOPE, exponent), abreast(polynomial(f, CURVATURE))
+    square, slope = f * f, constant(SLOPE, exponent)
+    curvature = abreast(polynomial_by_pairs(f, square, CURVATURE))
     power, low = table_power(exponent, None)
     # 2**f - 1 = c1 f + f**2 r(f): adding the larger part last keeps it increasing in f.
-    return power, abreast(fma(f, slope, fma(f * f, curvature, low)))
+    return power, abreast(fma(f, slope, fma(square, curvature, low)))
 
 
 @traced

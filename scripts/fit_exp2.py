@@ -204,16 +204,35 @@ def check_exp2(table, count, rng):
 
 
 @numba.njit
-def value(f, coefficients, head, low, horner):
+def by_horners_rule(x, coefficients):
+    """Return a polynomial at x."""
+    result = coefficients[-1]
+    for coefficient in coefficients[-2::-1]:
+        result = fma(result, x, coefficient)
+    return result
+
+
+@numba.njit
+def by_pairs(x, coefficients):
+    """Return a polynomial at x by Horner's rule in x**2, of polynomials from pairs of coefficients."""
+    start = (len(coefficients) - 1) // 2 * 2
+    result = by_horners_rule(x, coefficients[start:])
+    for j in range(start - 2, -1, -2):
+        result = fma(result, x * x, by_horners_rule(x, coefficients[j : j + 2]))
+    return result
+
+
+@numba.njit
+def value(f, coefficients, head, low, horner, table):
     """Return head * (1 + low) times the polynomial at f, as the kernels evaluate it."""
-    tail = coefficients[-1]
-    for j in range(len(coefficients) - 2, 0 if horner else 1, -1):
-        tail = fma(tail, f, coefficients[j])
     if horner:
-        excess = fma(f, tail, low)
+        return fma(fma(f, by_horners_rule(f, coefficients[1:]), low), head, head)
+    curvature = coefficients[2:]
+    if table and len(curvature) > 3:
+        tail = by_pairs(f, curvature)
     else:
-        excess = fma(f, coefficients[1], fma(f * f, tail, low))
-    return fma(excess, head, head)
+        tail = by_horners_rule(f, curvature)
+    return fma(fma(f, coefficients[1], fma(f * f, tail, low)), head, head)
 
 
 @numba.njit
@@ -240,7 +259,7 @@ def measure(points, coefficients, heads, lows, precision, horner, table):
     for j in range(len(heads)):
         previous = 0.0
         for f in points:
-            this = value(f, coefficients, heads[j], lows[j], horner)
+            this = value(f, coefficients, heads[j], lows[j], horner, len(heads) > 1)
             slot = j * (SLOTS // len(heads))
             ulp, relative = larger_errors(ulp, relative, this, f, slot, precision, table)
             decreases += this < previous and (f > 0.0 or not horner)
@@ -253,9 +272,7 @@ def measure_halves(points, coefficients, precision, table):
     """Return the largest errors of the polynomial by Horner's rule, as `measure` does."""
     ulp, relative = (0.0, 0.0), (0.0, 0.0)
     for f in points:
-        this = coefficients[-1]
-        for j in range(len(coefficients) - 2, -1, -1):
-            this = fma(this, f, coefficients[j])
+        this = by_horners_rule(f, coefficients)
         ulp, relative = larger_errors(ulp, relative, this, f, 0, precision, table)
     return ulp, relative
 
@@ -278,8 +295,8 @@ def count_seams(form, coefficients, heads, lows):
     pairs = list(zip(f.astype(form.dtype), (f - 1.0 / form.entries).astype(form.dtype), strict=True))
     heads, lows = np.append(heads, heads[:1] * 2), np.append(lows, lows[:1])
     return sum(
-        value(high, coefficients, heads[j], lows[j], form.horner)
-        > value(low, coefficients, heads[j + 1], lows[j + 1], form.horner)
+        value(high, coefficients, heads[j], lows[j], form.horner, form.entries > 1)
+        > value(low, coefficients, heads[j + 1], lows[j + 1], form.horner, form.entries > 1)
         for j in range(form.entries)
         for high, low in pairs
     )

@@ -42,6 +42,13 @@ def in_python(function, dtype, entries):
 
         return table_power
 
+    def polynomial_by_pairs(x, square, coefficients):
+        own = coefficients[precision]
+        if len(own) <= 3:
+            return simulator.polynomial(x, coefficients)
+        parts = [simulator.polynomial(x, (own[i : i + 2],) * 2) for i in range(0, len(own), 2)]
+        return simulator.polynomial(square, (parts, parts))
+
     primitives = simulator._Target.PRIMITIVES
     if entries > 1:
         primitives = {
@@ -58,6 +65,7 @@ def in_python(function, dtype, entries):
             "SLOPE": form.slope,
             "CURVATURE": form.curvature,
             "abreast": lambda x: x,
+            "polynomial_by_pairs": polynomial_by_pairs,
             "whole_steps": whole_steps,
             "table_power": power_in(_math.STEPS[entries][precision]),
             "ratio_power": power_in(entries),
