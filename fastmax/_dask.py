@@ -50,7 +50,7 @@ def evaluate(operation, x, temperature, axis, where, out, keepdims):
     """Return the result of an operation as a dask array; any of x, temperature and where may be one."""
     if out is not None:
         raise TypeError("out must be None where an argument is a dask array")
-    x = _as_dask(x, "x")
+    x = _as_dask(x, "x", "; pass da.ma.getdata(x) with where=~da.ma.getmaskarray(x)")
     _, dtype = _api._as_array(x._meta)
     if not isinstance(temperature, da.Array):
         temperature = _api._as_temperature(temperature)
@@ -78,9 +78,9 @@ def evaluate(operation, x, temperature, axis, where, out, keepdims):
     return result
 
 
-def _as_dask(array, name):
+def _as_dask(array, name, advice=""):
     if _api._is_masked(getattr(array, "_meta", array)):
-        raise TypeError(f"{name} must not be a masked array")
+        raise TypeError(f"{name} must not be a masked array{advice}")
     if not isinstance(array, da.Array):
         array = _api._asarray(array, name)
         if array.dtype.hasobject:
