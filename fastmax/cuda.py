@@ -276,6 +276,8 @@ def _place(x, name):
         if device is None:
             device = driver.device_of(address) if address else 0
         place = _Place(address, shape, tuple(strides), dtype, device)
+    if not place.address and 0 not in place.shape:  # as of PyTorch's tensors that stand for others
+        raise TypeError(f"{name} must have memory of its own, got {type(x).__name__} without any")
     if place.address % _cuda_plan.ITEMSIZE.get(place.dtype, 1):
         raise ValueError(f"{name} must begin at a multiple of its itemsize, got address {place.address:#x}")
     return place
@@ -370,10 +372,14 @@ _NUMBERS = (float, int, np.float64, np.float32, np.float16)  # equal ones have t
 
 
 def _packed(x):
-    """Device and address of a C-contiguous array of PyTorch, or of CuPy on its current device; else None."""
+    """Device and address of a C-contiguous array of PyTorch, or of CuPy on its current device; else None.
+
+    None, too, if it has no memory.
+    """
     library = _library_of(x)
     if library == "torch" and x.is_contiguous() and not x.is_neg():
-        return x.get_device(), x.data_ptr()
+        address = x.data_ptr()
+        return (x.get_device(), address) if address else None
     if library == "cupy" and x.flags.c_contiguous:
         device = x.device.id
         if sys.modules[library].cuda.runtime.getDevice() == device:

@@ -458,6 +458,45 @@ def test_arrays_that_begin_between_entries_are_refused(notes, cupy):
         cuda.softmax(x, 1.0, axis=1)
 
 
+@pytest.fixture
+def torch(notes, monkeypatch):
+    """PyTorch, with a kind of tensor on the host, ``OnGpu``, that looks as if it were on a GPU."""
+    module: Any = pytest.importorskip("torch")
+
+    class OnGpu(module.Tensor):
+        is_cuda, device = True, types.SimpleNamespace(index=0)
+
+        def get_device(self):
+            return 0
+
+    monkeypatch.setattr(cuda, "_ready", cuda._Ready())
+    monkeypatch.setattr(cuda, "_stream", lambda x, device: 5)
+    return types.SimpleNamespace(**vars(module), OnGpu=OnGpu)
+
+
+def test_tensors_without_memory_are_refused(notes, torch):
+    """Such as those that stand for several on other devices, or for zeros."""
+    ordinary = torch.ones(8, 100).as_subclass(torch.OnGpu)
+    without = torch._efficientzerotensor((8, 100)).as_subclass(torch.OnGpu)
+    assert without.data_ptr() == 0
+    mask = torch._efficientzerotensor((8, 100), dtype=torch.bool).as_subclass(torch.OnGpu)
+    cuda.softmax(ordinary, 0.7, axis=1, out=ordinary)  # which leaves a launch for such arrays
+    assert len(notes.launches) == 1
+    for name, x, arguments in [
+        ("x", without, {"out": ordinary}),
+        ("x", without, {"out": without}),
+        ("out", ordinary, {"out": without}),
+        ("where", ordinary, {"out": ordinary, "where": mask}),
+        ("temperature", ordinary, {"out": ordinary, "temperature": without[:, 0]}),
+    ]:
+        options: Any = {"temperature": 0.7, **arguments}
+        with pytest.raises(TypeError, match=f"{name} must have memory of its own, got OnGpu without any"):
+            cuda.softmax(x, axis=1, **options)
+    assert len(notes.launches) == 1
+    nothing = torch.ones(0, 3).as_subclass(torch.OnGpu)
+    assert cuda.softmax(nothing, axis=1, out=nothing) is nothing
+
+
 def test_numba_arrays_are_made_on_the_device_and_the_stream_of_x(monkeypatch):
     made, devices = [], []
 
