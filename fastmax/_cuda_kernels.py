@@ -1739,12 +1739,10 @@ BRIEFLY = {
     "plain_scale": brief_scale,
 }
 
-COARSE = {
-    "terms": coarse_terms,
-    "term_of": coarse_term_of,
-    "add": coarse_add,
-    "merge": coarse_merge,
-}
+COARSE = {"terms": coarse_terms, "term_of": coarse_term_of}
+
+# Not for any strides: a thread may sum so many terms there that float32 alone is off by 0.4 ulp of float16.
+COARSE_SUMS = {"add": coarse_add, "merge": coarse_merge}
 
 COARSE_SOFTMAX = {
     "zero_sums": coarse_zero,

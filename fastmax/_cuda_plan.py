@@ -487,10 +487,13 @@ def names(spec, target):
         "slots": target.slots_for(slots_needed(spec)),
         "slots_of_cluster": target.slots_for(slots_of_cluster(spec)),
     }
+    strided = spec.function.endswith("strided")
     if ITEMSIZE[spec.dtype] == 2:
         replaced |= kernels.COARSE
-        if spec.operation == "softmax":
-            replaced |= kernels.COARSE_SOFTMAX
+        if not strided:
+            replaced |= kernels.COARSE_SUMS
+            if spec.operation == "softmax":
+                replaced |= kernels.COARSE_SOFTMAX
     if spec.operation == "softmax" and spec.dtype == "float32" and spec.function in BRIEF:
         replaced |= kernels.BRIEFLY
     if spec.members == 1:
@@ -512,9 +515,9 @@ def names(spec, target):
     replaced |= kernels.TEAMS[spec.team]
     if is_at_once(spec.function, spec.operation, spec.dtype, spec.access):
         replaced |= kernels.AT_ONCE[ITEMSIZE[spec.dtype]]
-    if spec.function.endswith("strided"):
+    if strided:
         replaced["entry_of"] = kernels.strided_entry
-        if spec.operation == "softmax" and ITEMSIZE[spec.dtype] > 2:
+        if spec.operation == "softmax":
             replaced |= kernels.FROM_NOTHING
     if spec.function.endswith("parts") or spec.function == "summarise":
         replaced["block"] = target.block_y
