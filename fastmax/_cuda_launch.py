@@ -25,6 +25,7 @@ _ATTRIBUTE_DEVICE = 9  # of a pointer
 _ATTRIBUTE_MULTIPROCESSORS, _ATTRIBUTE_SHARED = 16, 97
 _COOPERATIVE, _CLUSTER = 2, 4  # attributes of a launch
 _MOST_SHARED, _LARGE_CLUSTER = 8, 14  # attributes of a kernel
+_LATEST = ("cuLaunchKernelEx", "cuLibraryLoadData")  # of the driver's functions, of CUDA 11.8 and 12.0
 _INVALID = (1, 912)  # values, cluster sizes: errors where a device never has room for so many blocks
 # What may hold the compilers, by the version of CUDA.
 _COMPILERS = ("nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12")
@@ -51,8 +52,13 @@ class _Configuration(ctypes.Structure):
 
 @functools.cache
 def _library():
-    """The driver; OSError if there is none."""
+    """The driver; OSError if there is none, RuntimeError if it is too old."""
     library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    for name in _LATEST:
+        if not hasattr(library, name):
+            raise RuntimeError(
+                f"the CUDA driver is too old, it has no {name}: fastmax needs that of CUDA 12.0"
+            )
     library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
     library.cuMemcpyHtoDAsync_v2.argtypes = [
         ctypes.c_uint64,
@@ -71,7 +77,7 @@ def _check(status):
 
 
 def is_available():
-    """Whether there are a driver and a GPU."""
+    """Whether there are a driver, not too old, and a GPU."""
     try:
         count = ctypes.c_int()
         return (
@@ -79,7 +85,7 @@ def is_available():
             and _library().cuDeviceGetCount(ctypes.byref(count)) == 0
             and count.value > 0
         )
-    except OSError:
+    except (OSError, RuntimeError):
         return False
 
 

@@ -28,7 +28,7 @@ def is_available() -> bool:
     Returns
     -------
     bool
-        Whether the driver was found and counts at least one device.
+        Whether the driver was found, is that of CUDA 12.0 or above, and counts at least one device.
 
     Examples
     --------
@@ -71,8 +71,8 @@ def softmax(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, out=None)
     ValueError
         If a temperature on the host is negative or NaN, or a shape does not fit.
     RuntimeError
-        If the GPU is too old for 16-bit types (compute capability below 8.0), the driver reports an error, or
-        temperatures on the host would be copied while a CUDA graph is captured.
+        If the GPU is too old for 16-bit types (compute capability below 8.0), the driver is too old or
+        reports an error, or temperatures on the host would be copied while a CUDA graph is captured.
     numpy.exceptions.AxisError
         If `axis` is out of bounds.
 

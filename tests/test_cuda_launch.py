@@ -297,6 +297,20 @@ def test_nothing_is_available_without_a_driver(monkeypatch):
     assert not cuda.is_available()
 
 
+@pytest.mark.parametrize("missing", ["cuLaunchKernelEx", "cuLibraryLoadData"])
+def test_a_driver_that_is_too_old_is_named(monkeypatch, missing):
+    def function(*arguments):
+        return 0
+
+    names = {"cuInit", "cuMemcpyHtoDAsync_v2", *_cuda_launch._LATEST} - {missing}
+    old = types.SimpleNamespace(**dict.fromkeys(names, function))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: old)
+    monkeypatch.setattr(_cuda_launch, "_library", functools.cache(_cuda_launch._library.__wrapped__))
+    assert not cuda.is_available()
+    with pytest.raises(RuntimeError, match=f"the CUDA driver is too old, it has no {missing}"):
+        _cuda_launch.gpu.__wrapped__(0)
+
+
 # --- which launches are kept, with arrays that look like CuPy's ---------------------------------------
 
 
