@@ -187,7 +187,7 @@ def code_of(spec, capability):
 
 
 def _compiled(spec, capability):
-    """Machine code of a kernel; PTX where nvJitLink is missing.
+    """Machine code of a kernel; PTX where nvJitLink is missing or refuses.
 
     PTX has the version of the compiler, and a driver refuses one that is newer than itself.
     """
@@ -196,7 +196,7 @@ def _compiled(spec, capability):
     ptx = _cuda_plan.build(spec, capability)
     try:
         return _cuda_target.assemble(ptx, capability)[0]
-    except ImportError:
+    except (ImportError, RuntimeError):
         return ptx.encode() + b"\0"
 
 

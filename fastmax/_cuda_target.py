@@ -1305,12 +1305,18 @@ def compile_kernel(name, function, replaced, arguments, capability, bounds):
 
 
 def assemble(ptx, capability):
-    """Machine code (a cubin) from PTX, and the assembler's report; ImportError without nvJitLink."""
+    """Machine code (a cubin) from PTX, and the assembler's report.
+
+    ImportError without nvJitLink; RuntimeError where it refuses, as one does that is older than the GPU or
+    than libNVVM.
+    """
     nvjitlink: Any = importlib.import_module("cuda.bindings.nvjitlink")
     try:
         linker = nvjitlink.create(2, [f"-arch=sm_{capability[0]}{capability[1]}", "-verbose"])
     except (RuntimeError, OSError) as error:  # the bindings are there, the library is not
         raise ImportError("nvJitLink was not found") from error
+    except nvjitlink.nvJitLinkError as error:
+        raise RuntimeError(f"nvJitLink says: {error}") from error
     try:
         code = ptx.encode()
         nvjitlink.add_data(linker, nvjitlink.InputType.PTX, code, len(code), "kernel")
@@ -1319,6 +1325,8 @@ def assemble(ptx, capability):
         nvjitlink.get_info_log(linker, report)
         cubin = bytearray(nvjitlink.get_linked_cubin_size(linker))
         nvjitlink.get_linked_cubin(linker, cubin)
+    except nvjitlink.nvJitLinkError as error:
+        raise RuntimeError(f"nvJitLink says: {error}") from error
     finally:
         nvjitlink.destroy(linker)
     return bytes(cubin), report.decode()

@@ -271,6 +271,12 @@ def test_the_driver_gets_machine_code_for_it_may_be_older_than_the_compiler(monk
 """
     monkeypatch.setattr(_cuda_plan, "build", lambda spec, capability: ptx)
     assert _cuda_launch._compiled(SPEC, (9, 0)).startswith(b"\x7fELF")
+    # A GPU, and then PTX, that are newer than nvJitLink.
+    assert _cuda_launch._compiled(SPEC, (99, 0)) == ptx.encode() + b"\0"
+    newer = ptx.replace("8.0", "99.0")
+    monkeypatch.setattr(_cuda_plan, "build", lambda spec, capability: newer)
+    assert _cuda_launch._compiled(SPEC, (9, 0)) == newer.encode() + b"\0"
+    monkeypatch.setattr(_cuda_plan, "build", lambda spec, capability: ptx)
 
     def missing(ptx, capability):
         raise ImportError
