@@ -703,7 +703,7 @@ def _run_packed(task, x, out, count, n, inner, x_pitch, out_pitch, laws):
     gpu = driver.gpu(task.device)
     specs = _cuda_plan.plan(*how, gpu)
     for cluster, multiprocessors in (
-        (_cuda_plan.CLUSTER_AT_ANY_RATE, gpu.multiprocessors),
+        (min(gpu.cluster, _cuda_plan.CLUSTER_AT_ANY_RATE), gpu.multiprocessors),
         (1, gpu.multiprocessors),
         (1, 0),
     ):

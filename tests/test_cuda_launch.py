@@ -181,6 +181,17 @@ def test_a_gpu_without_room_for_a_cluster_takes_a_team_of_the_grid(notes, cupy, 
     assert len(notes.launches) == 2
 
 
+def test_a_gpu_without_clusters_is_asked_for_none(notes, cupy, monkeypatch):
+    """Not even where it has no room for a team of the grid, either."""
+    loaded, older = set(), HOPPER._replace(capability=(8, 0), multiprocessors=108)
+    monkeypatch.setattr(_cuda_launch, "gpu", lambda device: older)
+    monkeypatch.setattr(_cuda_launch, "_load", lambda spec, _: loaded.add(spec.team) or ctypes.c_void_p(9))
+    monkeypatch.setattr(notes, "cuOccupancyMaxActiveBlocksPerMultiprocessor", lambda *_: 0)
+    cuda.softmax(aligned((3, 100_000)), axis=1)
+    assert loaded == {"grid", ""}
+    assert len(notes.launches) == 3
+
+
 def test_launches_that_are_kept_have_shared_memory_for_their_tiles(notes, cupy, monkeypatch):
     """Whatever was launched since with a smaller tile, and just above what needs no permission."""
     handles = {}
