@@ -23,11 +23,17 @@ from fastmax._math import LAW_WORDS, WITHOUT_TABLE
 from fastmax._tracing import Jitted, Language, is_traced, kind_of
 
 # Imported by name, for numba-cuda is found by a hook, of which a type checker knows nothing.
-cuda: Any = importlib.import_module("numba.cuda")
-types: Any = importlib.import_module("numba.cuda.types")
-dispatcher: Any = importlib.import_module("numba.cuda.dispatcher")
-extending: Any = importlib.import_module("numba.cuda.extending")
-templates: Any = importlib.import_module("numba.cuda.typing.templates")
+try:
+    cuda: Any = importlib.import_module("numba.cuda")
+    types: Any = importlib.import_module("numba.cuda.types")
+    dispatcher: Any = importlib.import_module("numba.cuda.dispatcher")
+    extending: Any = importlib.import_module("numba.cuda.extending")
+    templates: Any = importlib.import_module("numba.cuda.typing.templates")
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "arrays on a GPU need numba-cuda: pip install 'fastmax[cuda13]', or 'fastmax[cuda12]', by the driver",
+        name=error.name,
+    ) from error
 overload = extending.overload
 models, register_model = extending.models, extending.register_model
 _language = Language(templates, extending)

@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import functools
+import importlib
+import runpy
 import sys
 import types
 from typing import Any
@@ -294,6 +296,20 @@ def test_the_driver_gets_machine_code_for_it_may_be_older_than_the_compiler(monk
 
     monkeypatch.setattr(_cuda_target, "assemble", missing)
     assert _cuda_launch._compiled(SPEC, (9, 0)) == ptx.encode() + b"\0"
+
+
+def test_without_numba_cuda_the_extra_is_named(monkeypatch):
+    """Numba itself has a package of that name, with some of its modules."""
+    source, usual = str(_cuda_target.__file__), importlib.import_module
+
+    def found(name):
+        if name.startswith("numba.cuda."):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return usual(name)
+
+    monkeypatch.setattr(importlib, "import_module", found)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'fastmax\[cuda13\]'"):
+        runpy.run_path(source)
 
 
 def test_temperatures_on_the_host_are_not_captured_in_a_graph(notes):
