@@ -57,7 +57,8 @@ def softmax(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, out=None)
     where : array of bool on a GPU, optional
         Entries to take into account, broadcast to the shape of `x`; the others count as absent.
     out : array on a GPU, optional
-        Array for the result, of its shape and dtype. It may be `x` itself.
+        Array for the result, of its shape and dtype, each of whose entries has a place of its own. It may be
+        `x` itself. PyTorch's autograd is told that it has changed.
 
     Returns
     -------
@@ -227,6 +228,7 @@ class _Place(NamedTuple):
     strides: tuple[int, ...]
     dtype: str
     device: int
+    writeable: bool = True
 
     def as_numpy(self):
         """An ndarray of the same shape, strides and address, whose entries must not be touched."""
@@ -275,7 +277,7 @@ def _place(x, name):
         device = getattr(getattr(x, "device", None), "id", None)
         if device is None:
             device = driver.device_of(address) if address else 0
-        place = _Place(address, shape, tuple(strides), dtype, device)
+        place = _Place(address, shape, tuple(strides), dtype, device, not interface["data"][1])
     if not place.address and 0 not in place.shape:  # as of PyTorch's tensors that stand for others
         raise TypeError(f"{name} must have memory of its own, got {type(x).__name__} without any")
     if place.address % _cuda_plan.ITEMSIZE.get(place.dtype, 1):
@@ -419,7 +421,17 @@ def _evaluate_ready(operation, x, temperature, axis, keepdims, out):
         del memory
     else:
         launch(stream, address, to)
+    if out is not None:
+        _mark_as_changed(out)
     return result
+
+
+def _mark_as_changed(out):
+    """Let PyTorch's autograd know, which then refuses to use what it has kept of a tensor."""
+    if _library_of(out) == "torch":
+        mark = getattr(sys.modules["torch"].autograd.graph, "increment_version", None)  # since PyTorch 2.1
+        if mark is not None:
+            mark(out)
 
 
 def _board(like, words, device, stream):
@@ -538,6 +550,8 @@ def evaluate(operation, x, temperature, axis, where, out, keepdims=False):
         )
         if simple and again is not None and ghost.flags.c_contiguous and written.flags.c_contiguous:
             _keep_ready(operation, x, place, temperature, axis, keepdims, _address(written), shape, *again)
+    if out is not None:
+        _mark_as_changed(out)
     return result
 
 
@@ -577,10 +591,29 @@ def _check_out(target, shape, place):
             f"got shape {target.shape} and dtype {target.dtype}"
         )
     _check_device("out", target, place)
+    if not target.writeable:
+        raise ValueError("out must be writeable, got a read-only array")
+    if _overlaps_itself(target):
+        raise ValueError(f"out must have each entry in a place of its own, got strides {target.strides}")
     same = target[:3] == place[:3]
     a, b = target.as_numpy(), place.as_numpy()
     if not same and np.may_share_memory(a, b) and np.shares_memory(a, b):
         raise ValueError("out must be x itself or not overlap it, got an array that overlaps x in part")
+
+
+def _overlaps_itself(place):
+    """Whether entries may share memory: an axis has a step within what the axes of smaller steps reach."""
+    if 0 in place.shape:
+        return False
+    reach = _cuda_plan.ITEMSIZE[place.dtype]
+    for step, size in sorted(
+        (abs(step), size) for step, size in zip(place.strides, place.shape, strict=True)
+    ):
+        if size > 1:
+            if step < reach:
+                return True
+            reach += (size - 1) * step
+    return False
 
 
 def _mask_of(where, shape, place):

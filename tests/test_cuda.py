@@ -353,6 +353,23 @@ def test_slices_without_entries(name):
     assert np.array_equal(getattr(cuda, name)(x, axis=1).memory, expected)
 
 
+class ReadOnly(Array):
+    @property
+    def __cuda_array_interface__(self):
+        return {**super().__cuda_array_interface__, "data": (self.address, True)}
+
+
+@pytest.mark.parametrize(
+    "make", [lambda m: m[::-1, ::2], lambda m: m.T[:3, :4], lambda m: m.diagonal()[:, None]]
+)
+def test_out_may_be_any_view_without_overlap(make):
+    memory = Array.like(np.ones((12, 12), np.float32)).memory
+    out = make(memory)[:3, :4]
+    x = np.random.default_rng(2).normal(size=out.shape).astype(np.float32)
+    cuda.softmax(ReadOnly(Array.like(x).memory), axis=1, out=Array(out))
+    oracle.assert_close("softmax", out[1], x[1])
+
+
 def test_wrong_arguments_are_refused():
     x = Array.like(np.ones((3, 4), np.float32))
     with pytest.raises(TypeError, match="x must be float16, bfloat16, float32 or float64, got dtype int64"):
@@ -369,6 +386,13 @@ def test_wrong_arguments_are_refused():
         fastmax.softmax(x, -1.0)
     with pytest.raises(ValueError, match="out must have the shape"):
         fastmax.softmax(x, out=Array.like(np.ones((4, 3), np.float32)))
+    with pytest.raises(ValueError, match="out must be writeable, got a read-only array"):
+        fastmax.softmax(x, out=ReadOnly(np.copy(x.memory)))
+    row = Array.like(np.ones((3, 6), np.float32)).memory
+    windows = np.lib.stride_tricks.sliding_window_view(row[0], 4)
+    for out in (np.broadcast_to(row[:1, :4], (3, 4)), windows):
+        with pytest.raises(ValueError, match="out must have each entry in a place of its own, got strides"):
+            fastmax.softmax(x, out=Array(out))
     with pytest.raises(ValueError, match="overlaps x in part"):
         fastmax.softmax(Array(x.memory[:2]), out=Array(x.memory[1:]))
     with pytest.raises(ValueError, match="where must not share memory with out"):

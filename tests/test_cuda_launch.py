@@ -544,6 +544,18 @@ def test_tensors_without_memory_are_refused(notes, torch):
     assert cuda.softmax(nothing, axis=1, out=nothing) is nothing
 
 
+def test_autograd_learns_that_a_tensor_has_changed(notes, torch):
+    """By a launch that is prepared, and by one that is ready."""
+    kept = torch.ones(4, 8, requires_grad=True)
+    out = torch.ones(4, 8).as_subclass(torch.OnGpu)
+    product = (kept * out).sum()
+    for count in range(1, 3):
+        cuda.softmax(torch.ones(4, 8).as_subclass(torch.OnGpu), axis=1, out=out)
+        assert (len(notes.launches), out._version) == (count, count)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
 def test_numba_arrays_are_made_on_the_device_and_the_stream_of_x(monkeypatch):
     made, devices = [], []
 
