@@ -308,11 +308,10 @@ def _resolved(x):
 
 
 def _empty(x, shape, dtype, device):
-    """New array of the kind of x, C-contiguous, on its device and stream."""
+    """New array of the kind of x, C-contiguous, on its device and stream; of PyTorch, of x's very class."""
     library = _library_of(x)
     if library == "torch":
-        torch = sys.modules[library]
-        return torch.empty(shape, dtype=getattr(torch, dtype), device=x.device)
+        return x.new_empty(shape, dtype=getattr(sys.modules[library], dtype))
     if library == "cupy":
         cupy = sys.modules[library]
         with cupy.cuda.Device(device):

@@ -511,7 +511,7 @@ def torch(notes, monkeypatch):
     module: Any = pytest.importorskip("torch")
 
     class OnGpu(module.Tensor):
-        is_cuda, device = True, types.SimpleNamespace(index=0)
+        is_cuda, device = True, module.device("cpu", 0)
 
         def get_device(self):
             return 0
@@ -542,6 +542,16 @@ def test_tensors_without_memory_are_refused(notes, torch):
     assert len(notes.launches) == 1
     nothing = torch.ones(0, 3).as_subclass(torch.OnGpu)
     assert cuda.softmax(nothing, axis=1, out=nothing) is nothing
+
+
+@pytest.mark.parametrize("name", ["softmax", "entropy"])
+def test_results_of_a_derived_kind_of_tensor_are_of_that_kind(notes, torch, name):
+    """From a launch that is prepared, from one that is ready, and of slices without entries."""
+    x = torch.ones(64, 64).as_subclass(torch.OnGpu)
+    for count in range(1, 3):
+        assert type(getattr(cuda, name)(x, axis=1)) is torch.OnGpu
+        assert len(notes.launches) == count
+    assert type(getattr(cuda, name)(x[:, :0], axis=1)) is torch.OnGpu
 
 
 def test_autograd_learns_that_a_tensor_has_changed(notes, torch):
