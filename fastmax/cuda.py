@@ -88,7 +88,9 @@ def softmax(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, out=None)
 
     The bits of a slice depend on its values, temperature, length, dtype and strides, and on how far from a
     multiple of 16 bytes it and its result begin, as this decides which entries a thread reads. They do not
-    depend on the other slices.
+    depend on what other slices hold. A slice that has no others beside it, so that there is no stride to
+    them, may be taken by another kernel, and so may a temperature that comes alone instead of in an array
+    with one for each slice; the last bit may differ then.
 
     Examples
     --------
