@@ -1,12 +1,13 @@
 """Schedules for an NVIDIA GPU: which thread takes which entries, and what threads tell each other.
 
 All schedules are one: a *group* of threads takes a slice, and each of them holds `PIECES` pieces of it in
-registers, a piece being the lanes of one 128-bit access. Entries are read once and written once. What differs
-is the group: a thread, some lanes of a warp, a block, or a column of a block, and how it finds the maximum
-and the sum. Longer slices lie in shared memory, that of a block or of a team of blocks, which are a cluster
-or any blocks of the grid. A slice that is too long for a team is split: one kernel leaves the maximum and the
-sum of each part in memory, others merge them and write, and so entries are read twice, the second time from
-the L2 cache. The kernels for any strides take what has no such form.
+registers, a piece being the lanes of one 128-bit access. Entries are read once and written once, but in rare
+slices (`faint_value`, `finish_kept`). What differs is the group: a thread, some lanes of a warp, a block, or
+a column of a block, and how it finds the maximum and the sum. Longer slices lie in shared memory, that of a
+block or of a team of blocks, which are a cluster or any blocks of the grid. A slice that is too long for a
+team is split: one kernel leaves the maximum and the sum of each part in memory, others merge them and write,
+and so entries are read twice, the second time from the L2 cache. The kernels for any strides take what has no
+such form, with one group for each slice.
 
 The functions here are plain Python over the primitives of `_cuda_target`. The names in capitals, and those in
 the tables at the end, get their values when a kernel is built (see `_cuda_plan.names`); so do `load`,
@@ -924,7 +925,7 @@ def transform(x, out, laws, law, count, n, inner, skew, x_pitch, out_pitch):
 
 
 def reduce(x, out, laws, law, count, n, inner, skew, x_pitch, out_pitch):
-    """Logsumexp or entropy: each entry is read once, one value per slice written."""
+    """Logsumexp or entropy: each entry is read once (see `faint_value`), one value per slice written."""
     index, member = place()
     last = min(index, count - 1)
     base, stride = base_of(last, n, inner, x_pitch)
@@ -1178,7 +1179,10 @@ def finish_again(tile, places, board, law, source, target):
 
 
 def finish_kept(tile, places, board, law, source, target):
-    """`finish_row` of softmax of float32: terms take the place of entries, in a unit for each portion."""
+    """`finish_row` of softmax of float32: terms take the place of entries, in a unit for each portion.
+
+    A slice that is not as usual is read again, as its entries are gone.
+    """
     parts = parts_of_tile(tile, places, rate_from(law))
     whole, is_usual = all_together(parts, board)
     if is_usual:
@@ -1374,7 +1378,7 @@ def board_of(told, number, blocks):
 
 
 def transform_rows(x, out, told, laws, law, count, n, share, blocks, skew, x_pitch, out_pitch):
-    """`transform` of long rows: each entry is read once and written once."""
+    """`transform` of long rows: each entry is read once, or twice in `finish_kept`, and written once."""
     tile = tile_for(x)
     teams = blocks_of_grid() // blocks
     for index in range(block() // blocks, count, teams):

@@ -1,8 +1,9 @@
 """The same four functions for arrays on an NVIDIA GPU: CuPy, PyTorch and Numba arrays.
 
 ``fastmax.softmax`` and the others come here when they are given such an array. The result is an array of the
-caller's kind on the same device, computed on its current stream; nothing is copied to the host, and nothing
-waits.
+caller's kind on the same device, computed on its current stream. Nothing is copied to the host, and for
+arrays of CuPy and PyTorch nothing waits; for those of Numba the driver allocates memory, which may, and
+results of slices without entries are written on the default stream.
 """
 
 import functools
