@@ -149,11 +149,11 @@ def check_case(torch: Any, operation: str, dtype: str, x: np.ndarray, temperatur
     return max(worst, difference(operation, alone, function(work, 0.7, axis=1), dtype))
 
 
-def check_everything(torch: Any) -> tuple[int, list[str]]:
+def check_everything(torch: Any, dtypes: Sequence[str]) -> tuple[int, list[str]]:
     """Compare all kinds of kernels with the CPU functions; return how many cases, and what differs."""
     rng = np.random.default_rng(0)
     count, faults = 0, []
-    for operation, dtype in itertools.product(OPERATIONS, DTYPES):
+    for operation, dtype in itertools.product(OPERATIONS, dtypes):
         for n in lengths_to_check(operation, dtype):
             count += 1
             name = f"{operation} of {dtype} rows of {n}"
@@ -280,6 +280,7 @@ def time_case(
     title = f"{dtype} {'x'.join(map(str, shape))}"
     expected = torch.softmax(arrays[0], axis)
     rows: list[Row] = []
+    copy_speed = math.nan  # if the copy fails
     for name, make in contenders(torch, dtype, shape[axis], axis).items():
         try:
             function = make()
@@ -293,6 +294,8 @@ def time_case(
             continue
         middle = statistics.median(seconds)
         speed = bytes_moved / middle / 1e12
+        if name == "copy":
+            copy_speed = speed
         rows.append(
             {
                 "group": group,
@@ -305,7 +308,7 @@ def time_case(
                 "fastest": 1e6 * min(seconds),
                 "slowest": 1e6 * max(seconds),
                 "TB/s": speed,
-                "of copy": speed / rows[0]["TB/s"] if rows else 1.0,
+                "of copy": speed / copy_speed,
             }
         )
     return rows
@@ -342,7 +345,7 @@ def specs_needed(dtypes: Sequence[str], gpu: Any) -> list[Any]:
         own = _cuda_plan.plan(operation, dtype, n, line, is_packed, alignment, per_slice, gpu)
         found.update(dict.fromkeys(own))
 
-    for operation, dtype in itertools.product(OPERATIONS, DTYPES):
+    for operation, dtype in itertools.product(OPERATIONS, dtypes):
         work = "float64" if dtype == "float64" else "float32"
         found[_cuda_plan.laws_plan(work, "float64", 1)] = None
         for n in lengths_to_check(operation, dtype):
@@ -406,7 +409,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     add_output_options(parser)
     parser.add_argument(
-        "--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES, help="types to time (default: all)"
+        "--dtypes",
+        nargs="+",
+        default=list(DTYPES),
+        choices=DTYPES,
+        help="types to check and to time (default: all)",
     )
     parser.add_argument("--check-only", action="store_true", help="compare with the CPU, time nothing")
     parser.add_argument(
@@ -422,8 +429,10 @@ def main() -> None:
         )
     if importlib.util.find_spec("torch") is None:
         parser.exit(1, "PyTorch is needed to time fastmax beside it: pip install torch\n")
-    make_output_folder(parser, options.output)
     torch = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+        parser.exit(1, f"PyTorch {torch.__version__} cannot use the GPU: it needs one built for CUDA.\n")
+    make_output_folder(parser, options.output)
     start = time.perf_counter()
 
     def tell(text: str) -> None:
@@ -432,7 +441,7 @@ def main() -> None:
     jobs = specs_needed(options.dtypes, _cuda_launch.gpu(torch.cuda.current_device()))
     faults = compile_all(jobs)
     tell(f"compiled {len(jobs)} kernels")
-    count, differences = check_everything(torch)
+    count, differences = check_everything(torch, options.dtypes)
     faults += differences
     tell(f"compared {count} cases with the CPU, {len(differences)} differ")
     print(*faults, sep="\n", flush=True)
