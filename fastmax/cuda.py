@@ -69,9 +69,10 @@ def softmax(x, /, temperature: ArrayLike = 1.0, *, axis=0, where=None, out=None)
     Raises
     ------
     TypeError
-        If a dtype is not supported, or `where` or `out` is not on a GPU.
+        If a dtype is not supported, `where` or `out` is not on a GPU, or a tensor has no memory of its own.
     ValueError
-        If a temperature on the host is negative or NaN, or a shape does not fit.
+        If a temperature on the host is negative or NaN, a shape does not fit, or `out` is read-only, overlaps
+        itself, or overlaps `x` in part.
     RuntimeError
         If the GPU is too old for 16-bit types (compute capability below 8.0), the driver is too old or
         reports an error, or temperatures on the host would be copied while a CUDA graph is captured.
