@@ -55,7 +55,8 @@ class Class(NamedTuple):
     """Groups of one kind, and how many words of 32 bits of a slice each of their threads may hold.
 
     With ``resident`` blocks at once on a multiprocessor, some load and store while others compute. It is
-    asked of softmax alone, of float64 in short rows; the others have more to hold, and would spill.
+    asked of softmax alone, of float64 in short rows; the others have more to hold, and would spill. So would
+    columns, some rows that are not aligned, and some with a law each: fewer blocks are asked of them.
     """
 
     group: str
@@ -242,10 +243,21 @@ def _fit_block(dtype, n):
     return Class("block", threads, threads, 0, resident), pieces
 
 
+def _share_of_residents(dtype, group, access, per_slice, shifted):
+    """Share of the blocks of a class for kernels that hold more beside their entries, and would spill."""
+    if group == "column":
+        return 0.75
+    if ITEMSIZE[dtype] == 2 and access == 1:
+        return 0.5
+    return 0.75 if per_slice and shifted and dtype != "float32" else 1.0
+
+
 def _spec(function, operation, dtype, class_, pieces, access, per_slice, shifted=False):
     group, threads, members, _, resident = class_
     if operation != "softmax" or (dtype == "float64" and (function != "transform" or group == "column")):
         resident = 1
+    elif function == "transform":
+        resident = max(1, int(resident * _share_of_residents(dtype, group, access, per_slice, shifted)))
     return Spec(
         *(function, operation, dtype, group, threads, members, "", pieces, access, shifted),
         *(resident, per_slice),

@@ -1,8 +1,11 @@
 """The CUDA kernels as the compiler makes them, without a GPU: PTX, and what the assembler says of it."""
 
+import functools
 import importlib
+import itertools
 import re
 
+import oracle
 import pytest
 from marks import nightly
 
@@ -67,6 +70,9 @@ SPECS = {
     "lines of a team": planned("softmax", "float32", 10_000, columns=64),
     "columns": planned("entropy", "float32", 1000, columns=64, per_slice=True),
     "columns in registers": planned("softmax", "float32", 768, "apart", columns=64),
+    "short columns in registers": planned("softmax", "float32", 128, "apart", columns=64, per_slice=True),
+    "half a warp, not aligned": planned("softmax", "bfloat16", 1152, "apart", per_slice=True),
+    "warp float64, laws": planned("softmax", "float64", 255, "shifted", per_slice=True),
     "first part": parts("summarise", "softmax", _cuda_plan.SPLIT_ROWS, 4),
     "second part": parts("transform_parts", "log_softmax", _cuda_plan.SPLIT_ROWS, 4),
     "merging": _cuda_plan._spec("merge_slices", "softmax", "float32", _cuda_plan.STRIDED_BLOCK, 1, 1, False),
@@ -79,6 +85,7 @@ SPECS = {
 BY_DAY = (
     *("short", "warp float64", "warp float64, shifted", "block", "tile", "team entropy", "cluster bfloat16"),
     *("lines of a cluster float16", "columns", "first part", "part of a column", "merging", "strided"),
+    *("short columns in registers", "half a warp, not aligned", "warp float64, laws"),
 )
 
 
@@ -93,6 +100,7 @@ def assembled(ptx, capability):
 @pytest.mark.parametrize("kind", [*BY_DAY, *nightly(*(kind for kind in SPECS if kind not in BY_DAY))])
 def test_kernels_fit_the_registers_and_keep_to_their_precision(kind):
     spec = SPECS[kind]
+    size = _cuda_plan.ITEMSIZE[spec.dtype]
     ptx = _cuda_plan.build(spec, HOPPER.capability)
     registers, stack, spilled = assembled(ptx, HOPPER.capability)
     assert (stack, spilled) == (0, 0)
@@ -104,9 +112,9 @@ def test_kernels_fit_the_registers_and_keep_to_their_precision(kind):
         assert not re.findall(r"\b(?:add|sub|mul|fma)\.f(?:32|64)", ptx)
         # What is not exact to the last bit: 2**x for types of 16 bits, and a reciprocal that is corrected.
         loose = set(re.findall(r"\b\w+\.approx[.\w]*|\b\w+\.ftz[.\w]*", ptx))
-        assert loose <= {"rcp.approx.ftz.f32", *(["ex2.approx.ftz.f32"] if spec.access % 8 == 0 else [])}
+        assert loose <= {"rcp.approx.ftz.f32", *(["ex2.approx.ftz.f32"] if size == 2 else [])}
     kinds = {"float32": "v4.f32", "float64": "v2.f64"}
-    if spec.access * _cuda_plan.ITEMSIZE[spec.dtype] == 16:
+    if spec.access * size == 16:
         wide = kinds.get(spec.dtype, "v4.u32")
         if spec.function.endswith(_cuda_plan.TILED) or spec.group == "thread":
             assert re.search(r"cp\.async\.cg\.shared\.global(\.L2::256B)? \[%r\d+\], \[%rd\d+\], 16", ptx)
@@ -116,6 +124,51 @@ def test_kernels_fit_the_registers_and_keep_to_their_precision(kind):
             assert ptx.count(f"st.global.{wide}") == spec.pieces
         elif spec.function.startswith("transform") and not spec.function.endswith("parts"):
             assert re.search(r"st\.global\.v[24]\.\w+", ptx)
+
+
+# Lengths for which a class holds the most, or a piece less, by the size of entries; then those of tiles.
+LENGTHS = {
+    2: (8, 16, 32, 256, 768, 1024, 1152, 1536, 2048, 3072, 4096, 6144, 8192),
+    4: (4, 16, 32, 64, 256, 768, 1024, 1280, 2048, 3072, 4096, 6144),
+    8: (2, 8, 16, 256, 384, 512, 640, 1024, 1536, 2048, 3072),
+}
+TILES = (10_000, 50_000, 200_000, 600_000)
+COLUMN_LENGTHS = (16, 32, 64, 96, 128, 160, 192, 256, 512, 768)
+COLUMN_TILES = (900, 3000, 10_000, 40_000)
+
+
+def kernels_of(operation, dtype):
+    """Return the specs of those kernels of each class that hold the most.
+
+    Of softmax, which asks for several blocks at a time; of others, those that hold the most beside entries.
+    """
+    size, gpus = _cuda_plan.ITEMSIZE[dtype], (CLUSTERED, HOPPER)
+    alignments, laws = ("apart",), (True,)
+    if operation == "softmax":
+        alignments, laws = ("aligned", "shifted", "apart"), (False, True)
+    found = []
+    for alignment, per_slice in itertools.product(alignments, laws):
+        own = functools.partial(planned, operation, dtype, alignment=alignment, per_slice=per_slice)
+        less = 16 // size - 1 if alignment == "shifted" else 0
+        found += [own(n - less) for n in LENGTHS[size] if n > less]
+        found += [own(n, gpu=gpu) for n in TILES for gpu in gpus]
+    for per_slice in laws:
+        own = functools.partial(planned, operation, dtype, columns=64, per_slice=per_slice)
+        found += [own(n, alignment="apart") for n in COLUMN_LENGTHS]
+        found += [own(n, gpu=gpu) for n in COLUMN_TILES for gpu in gpus]
+    return list(dict.fromkeys(spec._replace(tile=0) for spec in found))
+
+
+@pytest.mark.parametrize(
+    ("operation", "dtype"),
+    nightly(*itertools.product(oracle.FUNCTIONS, ("float32", "float64", "bfloat16"))),
+)
+def test_no_kernel_spills(operation, dtype):
+    report = {}
+    for spec in kernels_of(operation, dtype):
+        report[spec] = assembled(_cuda_plan.build(spec, HOPPER.capability), HOPPER.capability)
+    assert report
+    assert {spec: found for spec, found in report.items() if found[1:] != (0, 0)} == {}
 
 
 @pytest.mark.parametrize(
