@@ -79,13 +79,13 @@ def evaluate(operation, x, temperature, axis, where, out, keepdims):
 
 
 def _as_dask(array, name, advice=""):
-    if _api._is_masked(getattr(array, "_meta", array)):
-        raise TypeError(f"{name} must not be a masked array{advice}")
     if not isinstance(array, da.Array):
-        array = _api._asarray(array, name)
+        array = _api._asarray(array, name, advice)
         if array.dtype.hasobject:
             raise TypeError(f"{name} must be of numbers, got dtype {array.dtype}")
         return da.from_array(array, chunks="auto")
+    if _api._is_masked(array._meta):
+        raise TypeError(f"{name} must not be a masked array{advice}")
     # An axis of one entry with empty chunks, as a filter leaves it, `blockwise` would take for one to repeat.
     chunks: Any = {i: -1 for i, n in enumerate(array.shape) if n == 1 and array.numblocks[i] > 1}
     return array.rechunk(chunks) if chunks else array

@@ -521,7 +521,7 @@ def _as_entropies(entropy):
     is_float = array.dtype.kind == "f" or array.dtype.name == "bfloat16"
     if _is_masked(entropy) or not (is_float or array.dtype.kind in "biu"):
         raise TypeError(f"entropy must be real, got {entropy!r}")
-    values = _converted(array, np.dtype(np.float64))
+    values = _converted(array, np.float64)
     if not is_float or array.dtype.itemsize >= 8:
         return values, 4.0 * 2.0**-52
     # In 16 bits a float32 is rounded once.

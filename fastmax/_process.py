@@ -181,9 +181,9 @@ def uninterrupted(function, *arguments) -> Any:
     """
     is_main = threading.current_thread() is threading.main_thread()
     # Where the main thread itself compiles, another one would wait for it; none runs when the process ends.
-    if not is_main or global_compiler_lock.is_locked() or sys.is_finalizing():
-        return function(*arguments)
-    if 0 < threading.stack_size() < _ENOUGH_STACK:  # as the program has set it for new threads
+    # What the program has set as the stack of new threads may be too small.
+    has_room = not 0 < threading.stack_size() < _ENOUGH_STACK
+    if not is_main or global_compiler_lock.is_locked() or sys.is_finalizing() or not has_room:
         return function(*arguments)
     outcome = []
 
